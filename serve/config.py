@@ -1,0 +1,96 @@
+"""Configuration of every room as frozen dataclasses: unit, default and reason of each field.
+
+Owns no parsing and reads no environment: `serve.cli` merges flags, environment and file into these once, at start.
+Values learnt at start-up (KV blocks, end tokens) arrive in `serve.messages.Ready`, never back in here.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What the engine process needs; also sent to it as its only start-up argument (JSON)."""
+
+    model_dir: Path
+    store_dir: Path
+    device: str = "auto"
+    # "auto" takes the checkpoint's own dtype
+    dtype: str = "auto"
+    # None: the model's max_position_embeddings, at most what the KV cache holds
+    max_model_len: int | None = None
+    # None: sized from free memory
+    num_kv_blocks: int | None = None
+    block_size: int = 16
+    max_num_seqs: int = 64
+    # token budget of one step: decodes first, then prefill chunks
+    max_step_tokens: int = 512
+    # the bound on queued sequences; beyond it the API answers 429
+    max_waiting: int = 512
+    adapter_host_bytes: int = 4 << 30
+    adapter_device_bytes: int = 2 << 30
+    max_adapter_rank: int = 256
+    enable_prefix_cache: bool = True
+    # None: all cores this process may use
+    num_threads: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LimitsConfig:
+    """Bounds on what a client may ask or do; each refusal names the bound."""
+
+    max_body_bytes: int = 8 << 20
+    max_upload_bytes: int = 2 << 30
+    max_header_bytes: int = 64 << 10
+    header_timeout_s: float = 10.0
+    body_timeout_s: float = 30.0
+    min_upload_bytes_per_s: int = 4 << 10
+    max_connections_per_ip: int = 1024
+    max_n: int = 16
+    max_stop: int = 16
+    max_top_logprobs: int = 20
+    max_messages: int = 2048
+    max_prompts: int = 256
+    max_grammar_bytes: int = 64 << 10
+    # running plus waiting sequences that the API lets in before it answers 429
+    max_in_flight: int = 576
+    # a stream whose client does not read is aborted after this long
+    slow_client_timeout_s: float = 30.0
+    request_timeout_s: float = 600.0
+    cold_start_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class ApiConfig:
+    """What the API process needs."""
+
+    model_dir: Path
+    store_dir: Path
+    served_model_name: str
+    host: str = "127.0.0.1"
+    port: int = 8000
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    # folders that `lora_path` of /v1/load_lora_adapter may lie under; empty: the endpoint takes no path
+    lora_roots: tuple[Path, ...] = ()
+    # static bearer keys; empty: no authentication (loopback development)
+    api_keys: tuple[str, ...] = ()
+    metrics_compat_vllm: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class WatchdogConfig:
+    """When the parent believes the engine dead, and how it restarts it."""
+
+    heartbeat_timeout_s: float = 10.0
+    start_timeout_s: float = 600.0
+    restart_backoff_s: float = 1.0
+    max_restart_backoff_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class ServeConfig:
+    """Everything `chorale serve` starts with."""
+
+    api: ApiConfig
+    engine: EngineConfig
+    watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)

@@ -1,0 +1,108 @@
+"""The step contract between the pure engine and the torch side: what to run, and what came out.
+
+Pure data, no torch, no decisions. Invariant: the rows of a plan are independent: any order or grouping gives the same
+tokens, and the executor reads nothing that the plan does not name.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from serve.messages import SamplingParams, TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
+class SampleSpec:
+    """What the sampler needs for one row.
+
+    `prompt_ids` and `output_ids` are the sequence's own lists (not copies): read-only, valid during the step only.
+    The random draw of output position i uses (params.seed, i) alone, i = len(output_ids).
+    """
+
+    params: SamplingParams
+    prompt_ids: list[int]
+    output_ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's share of a step: run `token_ids` at positions `start ..`, K/V through `block_table`.
+
+    `adapter_slot` is None for the base. `sample` is None for a prefill chunk that is not the prompt's last.
+    `embed` asks for the sum of final-norm hidden states over this chunk ("mean") or the last one ("last").
+    `num_prompt_logprobs` = k asks for log-probabilities (chosen and top k) of prompt tokens: `prompt_targets` holds the
+    prompt tokens at positions `start + 1 ..` (one fewer than `token_ids` on the prompt's last chunk).
+    """
+
+    request_id: str
+    token_ids: list[int]
+    start: int
+    block_table: list[int]
+    adapter_slot: int | None
+    sample: SampleSpec | None
+    embed: str | None = None
+    num_prompt_logprobs: int | None = None
+    prompt_targets: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """One forward pass. `slot_digests[i]` is the digest of adapter slot i for all slots that rows name."""
+
+    rows: list[Row]
+    slot_digests: dict[int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class RowResult:
+    """What one row produced; `token_id` is None when the row did not sample.
+
+    `is_finite` is False when the row's logits or hidden state held NaN or Inf: then the request fails alone and its
+    KV blocks must not enter the prefix cache.
+    """
+
+    request_id: str
+    token_id: int | None
+    logprobs: TokenLogprobs | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    hidden_sum: list[float] | None = None
+    is_finite: bool = True
+
+
+class Executor(Protocol):
+    """The torch side as the engine sees it; one implementation on torch, one fake for tests."""
+
+    def execute(self, plan: StepPlan) -> list[RowResult]:
+        """Run one step; results in the order of `plan.rows`. Raises only when the step as a whole is lost."""
+        ...
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Begin to bring an adapter's image into `slot`; returns at once."""
+        ...
+
+    def poll_loads(self) -> "list[LoadResult]":
+        """Return loads that ended since the last call."""
+        ...
+
+    def drop(self, digest: str, slot: int) -> None:
+        """Free the slot's image; no row of a later plan names it."""
+        ...
+
+    def release_request(self, request_id: str) -> None:
+        """Forget per-request state (grammar matchers); called once per ended sequence, not on preemption."""
+        ...
+
+    def zero_blocks(self, block_ids: list[int]) -> None:
+        """Zero the K/V of blocks that a non-finite row wrote."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class LoadResult:
+    """The end of one adapter load: `error` is None on success, else one line that may be shown to the client."""
+
+    digest: str
+    slot: int
+    num_bytes: int
+    rank: int
+    seconds: float
+    error: str | None = None

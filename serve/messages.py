@@ -1,0 +1,210 @@
+"""The messages that the API process and the engine process exchange over a Unix socket.
+
+Owns the wire shapes only: msgpack by msgspec, one list of messages per frame, never pickle. Knows no torch, no HTTP.
+Invariant: every `Submit` that the engine accepted is answered by exactly one terminal event (`Finished` or `Failed`).
+"""
+
+from enum import StrEnum
+
+import msgspec
+
+
+class FinishReason(StrEnum):
+    """Why a sequence ended; `ABORTED` is never seen by a client."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """A constraint on the output, already validated by the API: `kind` names how `text` is read."""
+
+    # "json_schema" | "regex" | "lark"; json_object arrives as the schema {"type": "object"}
+    kind: str
+    text: str
+
+
+class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How to choose tokens. All values were validated by the API; `seed` is always set there."""
+
+    max_tokens: int
+    seed: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    # 0 means off
+    top_k: int = 0
+    min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    min_tokens: int = 0
+    ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    # None: no logprobs; k: the chosen token's and the k most likely ones'
+    num_logprobs: int | None = None
+    # as num_logprobs, for every prompt token but the first
+    num_prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """Start one sequence. `n > 1` arrives as n submits that share a prompt and `group_id`."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    # digest (64 hex characters) of the adapter's canonical file; None: the base alone
+    adapter_digest: str | None = None
+    # seeds the prefix hashes together with the digest
+    cache_salt: str = ""
+    # lower runs first
+    priority: int = 0
+    group_id: str = ""
+    # "wait" | "fail": what to do when the adapter is not loaded yet
+    cold_start: str = "wait"
+
+
+class Embed(msgspec.Struct, frozen=True, tag="embed"):
+    """Run the prompt and return one pooled hidden state; `pooling` is "mean" or "last"."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    pooling: str = "mean"
+    adapter_digest: str | None = None
+
+
+class Abort(msgspec.Struct, frozen=True, tag="abort"):
+    """The client is gone, or a stop string was found: free everything within one step. Unknown ids are ignored."""
+
+    request_id: str
+
+
+class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+    """Bring an adapter into memory ahead of its first request."""
+
+    digest: str
+
+
+class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+    """Forget an adapter's image once its last pin is gone (deleted or superseded in the store)."""
+
+    digest: str
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Leave the step loop after this frame."""
+
+
+Command = Submit | Embed | Abort | LoadAdapter | UnloadAdapter | Shutdown
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True):
+    """Natural log-probabilities at one position: the chosen token's, and the most likely ones in falling order."""
+
+    token_id: int
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Started(msgspec.Struct, frozen=True, tag="started"):
+    """The prompt is computed; sent once per sequence with or before its first token."""
+
+    request_id: str
+    num_cached_tokens: int
+    queue_s: float
+    # seconds this sequence waited for its adapter's load; 0.0 when the adapter was ready
+    adapter_load_s: float
+    prompt_logprobs: list[TokenLogprobs] | None = None
+
+
+class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+    """New output tokens of one sequence, in order. A stop token is included."""
+
+    request_id: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs] | None = None
+
+
+class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+    """Terminal answer to `Embed`: one vector of the model's hidden size, not normalised."""
+
+    request_id: str
+    vector: list[float]
+
+
+class Finished(msgspec.Struct, frozen=True, tag="finished"):
+    """Terminal: the sequence ended. `stop_token_id` is the token that ended it, if one did."""
+
+    request_id: str
+    reason: FinishReason
+    stop_token_id: int | None = None
+
+
+class Failed(msgspec.Struct, frozen=True, tag="failed"):
+    """Terminal: the sequence failed alone. `code` and `http_status` become the HTTP error."""
+
+    request_id: str
+    code: str
+    message: str
+    http_status: int = 500
+
+
+class AdapterState(msgspec.Struct, frozen=True):
+    """One adapter as the engine holds it: `tier` is "host", "device" or "loading"."""
+
+    digest: str
+    tier: str
+    num_pins: int
+    num_bytes: int
+    rank: int
+
+
+class Stats(msgspec.Struct, frozen=True, tag="stats"):
+    """The heartbeat, at least every 0.5 s, also when idle: what /metrics, /livez and admission read.
+
+    Counters (`num_*_total`) grow from the engine's start and fall to zero with a restart.
+    """
+
+    step_index: int
+    num_running: int
+    num_waiting: int
+    num_kv_blocks: int
+    num_kv_blocks_in_use: int
+    block_size: int
+    num_adapter_pins: int
+    adapters: list[AdapterState]
+    num_preemptions_total: int
+    num_prompt_tokens_total: int
+    num_generated_tokens_total: int
+    num_prefix_hit_tokens_total: int
+    num_adapter_loads_total: int
+    num_adapter_evictions_total: int
+    num_steps_total: int
+    # last finished loads since the previous Stats, seconds
+    adapter_load_s: list[float]
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """First event of a started engine: what it learnt at start-up."""
+
+    base_fingerprint: str
+    max_model_len: int
+    num_kv_blocks: int
+    block_size: int
+    dtype: str
+    device: str
+    eos_token_ids: list[int]
+    vocab_size: int
+    hidden_size: int
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+    """Sent instead of `Ready`: one clear line for the operator."""
+
+    message: str
+
+
+Event = Started | Tokens | Embedded | Finished | Failed | Stats | Ready | StartFailed
