@@ -1,0 +1,106 @@
+"""Attention over the paged KV cache on the CPU, and the write of new keys and values.
+
+One padded call per layer serves all decoding sequences; each prefill chunk is one call of its own. Padding and future
+positions are excluded by a mask of minus infinity on scores of the sequence's own slots, so a stale or non-finite
+value of another sequence is never read.
+"""
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup
+
+
+def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
+    """Write new keys and values into their cache slots, in place.
+
+    `k_cache.view(-1, K, E)[slot_mapping[t]] = k[t]`, the same for v.
+
+    Args:
+        k, v: [T, K, E]. k_cache, v_cache: [num_blocks, block_size, K, E]. slot_mapping: [T] int64, no value twice.
+    """
+    k_cache.view(-1, *k_cache.shape[2:]).index_copy_(0, slot_mapping, k)
+    v_cache.view(-1, *v_cache.shape[2:]).index_copy_(0, slot_mapping, v)
+
+
+def paged_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    plan: AttentionPlan,
+    *,
+    scale: float,
+    window: int | None,
+    soft_cap: float | None,
+) -> Tensor:
+    """Attend each token to its own sequence's positions up to itself.
+
+    out[t, h] = sum_p softmax_p(cap(scale * q[t, h] . k[p, h // (H / K)])) v[p], over p in (pos - window, pos].
+
+    Args:
+        q: [T, H, E]; H a multiple of K. k_cache, v_cache: [num_blocks, block_size, K, E], this step's rows written.
+        window: positions a token sees, itself included; None: all.
+        soft_cap: c of `c * tanh(score / c)`; None: off.
+    Returns:
+        [T, H, E] in q's dtype; scores and softmax in fp32 where a cap is applied, else as torch's attention does.
+    """
+    flat_k = k_cache.view(-1, *k_cache.shape[2:])
+    flat_v = v_cache.view(-1, *v_cache.shape[2:])
+    if plan.decodes is not None and plan.decodes.is_whole_step:
+        return _decode(q, flat_k, flat_v, plan.decodes, scale, window, soft_cap)
+    out = torch.empty_like(q)
+    if plan.decodes is not None:
+        rows = plan.decodes.rows
+        out[rows] = _decode(q[rows], flat_k, flat_v, plan.decodes, scale, window, soft_cap)
+    for chunk in plan.chunks:
+        out[chunk.begin : chunk.end] = _prefill(
+            q[chunk.begin : chunk.end], flat_k, flat_v, chunk, scale, window, soft_cap
+        )
+    return out
+
+
+def _decode(
+    q: Tensor, k: Tensor, v: Tensor, group: DecodeGroup, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
+    num_seqs, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    shape = (num_seqs, group.max_context, num_kv_heads, head_dim)
+    keys = k.index_select(0, group.slots).view(shape).transpose(1, 2)  # [G, K, C, E]
+    values = v.index_select(0, group.slots).view(shape).transpose(1, 2)
+    # heads of one KV head become query rows: keys are read once, never repeated
+    queries = q.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    columns = torch.arange(group.max_context)
+    blocked = columns >= group.context_lengths[:, None]
+    if window is not None:
+        blocked = blocked | (columns < group.context_lengths[:, None] - window)
+    out = _attend(queries, keys, values, blocked[:, None, None, :], scale, soft_cap)
+    return out.reshape(num_seqs, num_heads, head_dim)
+
+
+def _prefill(
+    q: Tensor, k: Tensor, v: Tensor, chunk: Chunk, scale: float, window: int | None, soft_cap: float | None
+) -> Tensor:
+    num_tokens, num_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    group = num_heads // num_kv_heads
+    keys = k.index_select(0, chunk.slots).transpose(0, 1)[None]  # [1, K, C, E]
+    values = v.index_select(0, chunk.slots).transpose(0, 1)[None]
+    rows = torch.arange(chunk.start, chunk.start + num_tokens)[:, None]
+    columns = torch.arange(chunk.slots.shape[0])
+    blocked = columns > rows
+    if window is not None:
+        blocked = blocked | (columns <= rows - window)
+    queries = q.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    queries = queries.reshape(1, num_kv_heads, group * num_tokens, head_dim)
+    out = _attend(queries, keys, values, blocked.repeat(group, 1), scale, soft_cap)
+    out = out.view(num_kv_heads, group, num_tokens, head_dim).permute(2, 0, 1, 3)
+    return out.reshape(num_tokens, num_heads, head_dim)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+    if soft_cap is None:
+        mask = torch.zeros(blocked.shape, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
+    scores = scores.div_(soft_cap).tanh_().mul_(soft_cap).masked_fill_(blocked, float("-inf"))
+    return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
