@@ -1,0 +1,70 @@
+# Chorale: on a fresh machine Python 3.11 to 3.13 and make are enough; every target installs what it needs first.
+PYTHON ?= python3
+PORT   ?= 8000
+MODEL  ?= deploy/demo/chorale-demo
+STORE  ?= .chorale/store
+ARGS   ?=
+
+VENV    := .venv
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUNTIME := $(VENV)/.runtime
+DEV     := $(VENV)/.dev
+CLIENTS := .venv-clients/.stamp
+# the demo's adapters belong to the demo's base only
+PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
+PYTEST  := $(BIN)/python -m pytest
+export PYTHONPATH := .:kernels
+
+.DEFAULT_GOAL := help
+.PHONY: help setup serve demo test lint test-long test-clients bench-cpu
+
+help: ## list the targets
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
+	@echo "  make serve honours PORT=$(PORT) MODEL=$(MODEL) STORE=$(STORE) ARGS='$(ARGS)'; make demo honours PORT"
+
+setup: $(DEV) ## make .venv with everything for development
+
+serve: $(RUNTIME) ## start the server on PORT with MODEL and STORE
+	@exec $(BIN)/chorale serve --model $(MODEL) --store $(STORE) --port $(PORT) $(PRELOAD) $(ARGS)
+
+demo: $(RUNTIME) ## 24 concurrent requests over the demo base and its adapters
+	@$(BIN)/python scripts/with_server.py --port $(PORT) -- $(BIN)/python scripts/demo.py --url http://127.0.0.1:$(PORT)
+
+lint: $(DEV) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint ## lint, then every test but the slow and the outside-client ones
+	$(PYTEST) -m "not slow and not clients and not gpu"
+
+test-long: $(DEV) ## the slow tests
+	$(PYTEST) -m "slow and not clients and not gpu"
+
+test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-eval, openai-node) against the live server
+	.venv-clients/bin/python -m pytest -m clients tests/clients
+
+bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
+	$(BIN)/python scripts/bench_cpu.py $(ARGS)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \
+	  || { echo "Chorale needs Python 3.11 to 3.13; $(PYTHON) is not. Say: make $(MAKECMDGOALS) PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone, at its exact version: an open range would take the build with CUDA libraries, gigabytes of them
+$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	$(PIP) -c constraints.txt -e .
+	@touch $@
+
+$(DEV): $(RUNTIME)
+	$(PIP) -c constraints.txt -e '.[dev]'
+	@touch $@
+
+# the server runs from .venv; the clients stay apart, since their pins would move ours
+$(CLIENTS): constraints-clients.txt $(RUNTIME)
+	$(PYTHON) -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-clients.txt
+	@touch $@

@@ -1,0 +1,174 @@
+"""The real server as a process, for end-to-end tests: start it, wait for its ready line, talk to it, stop it.
+
+Owns the process it started and nothing else. Invariant: `stop` is bounded and ends the process and its engine child,
+by process id, whatever state they are in.
+"""
+
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+import httpx
+import psutil
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+START_TIMEOUT_S = 90.0
+STOP_TIMEOUT_S = 20.0
+READY_LINE = re.compile(r"^chorale ready (http://\S+)$")
+
+# the gauges that the documented contract promises to be 0 at rest
+REST_GAUGES = (
+    "chorale_kv_blocks_in_use",
+    "chorale_requests_running",
+    "chorale_requests_waiting",
+    "chorale_adapter_pins",
+)
+
+
+def server_environment() -> dict[str, str]:
+    """Return this process's environment with our packages on the path, installed or not."""
+    paths = [str(REPO_ROOT), str(REPO_ROOT / "kernels"), os.environ.get("PYTHONPATH", "")]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
+
+
+def chorale_command(*arguments: str) -> list[str]:
+    """Return the command line of `chorale ARGUMENTS` under this very interpreter."""
+    return [sys.executable, "-m", "serve", *arguments]
+
+
+@dataclass(frozen=True, slots=True)
+class LiveServer:
+    """A running server: its address, its process and where its log lies."""
+
+    url: str
+    process: "subprocess.Popen[str]"
+    log_path: Path
+
+    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+        """Return an HTTP client for this server; the caller closes it."""
+        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+
+    def metrics(self) -> dict[str, float]:
+        """Return every series of /metrics by its full name, labels included."""
+        text = httpx.get(f"{self.url}/metrics", timeout=10.0, trust_env=False).text
+        rows = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
+        return {name: float(value) for name, value in rows}
+
+    def wait_for_rest(self, timeout_s: float = 10.0) -> None:
+        """Return once all rest gauges read 0; fail with what they read otherwise."""
+        deadline = time.monotonic() + timeout_s
+        busy: dict[str, float] = {}
+        while time.monotonic() < deadline:
+            series = self.metrics()
+            busy = {name: series[name] for name in REST_GAUGES if series[name] != 0.0}
+            if not busy:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"not at rest after {timeout_s} s: {busy}")
+
+    def wait_for_status(self, path: str, status: int, timeout_s: float) -> None:
+        """Return once GET `path` answers `status`."""
+        deadline = time.monotonic() + timeout_s
+        seen = 0
+        while time.monotonic() < deadline:
+            seen = httpx.get(f"{self.url}{path}", timeout=5.0, trust_env=False).status_code
+            if seen == status:
+                return
+            time.sleep(0.05)
+        raise AssertionError(f"{path} answers {seen}, not {status}, after {timeout_s} s\n{self.log_tail()}")
+
+    def engine_pid(self) -> int:
+        """Return the process id of the engine child."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        engines = [child.pid for child in children if "serve.engine.worker" in child.cmdline()]
+        assert len(engines) == 1, f"expected one engine process, found {engines}"
+        return int(engines[0])
+
+    def upload(self, name: str, folder: Path) -> httpx.Response:
+        """Send a PEFT folder through POST /v1/adapters and return the answer."""
+        files = [
+            ("files", (file, (folder / file).read_bytes(), "application/octet-stream"))
+            for file in ("adapter_config.json", "adapter_model.safetensors")
+        ]
+        with self.client() as client:
+            return client.post("/v1/adapters", data={"name": name}, files=files)
+
+    def complete(self, model: str, **fields: object) -> dict[str, object]:
+        """Return the first choice of one completion; fails on any status but 200."""
+        with self.client() as client:
+            response = client.post("/v1/completions", json={"model": model, **fields})
+        assert response.status_code == 200, response.text
+        choice = response.json()["choices"][0]
+        assert isinstance(choice, dict)
+        return choice
+
+    def log_tail(self) -> str:
+        """Return the last lines of the server's log."""
+        return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-40:])
+
+
+def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str) -> LiveServer:
+    """Start `chorale serve` on a free loopback port and wait for its ready line.
+
+    Raises:
+        AssertionError: it ended, or was not ready in time; the message holds the end of its log.
+    """
+    command = chorale_command("serve", "--model", str(model_dir), "--store", str(store_dir), "--port", "0", *options)
+    with log_path.open("w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=REPO_ROOT,
+            env=server_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
+        )
+    assert process.stdout is not None
+    url = _read_ready_url(process.stdout)
+    server = LiveServer(url or "", process, log_path)
+    if url is None:
+        stop_server(server)
+        raise AssertionError(
+            f"{json.dumps(command)} gave no ready line (status {process.returncode})\n{server.log_tail()}"
+        )
+    return server
+
+
+def stop_server(server: LiveServer) -> None:
+    """End the server with SIGTERM, after a bounded wait with SIGKILL, and its children with it."""
+    process = server.process
+    children = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.terminate()
+    try:
+        process.wait(STOP_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    finally:
+        if process.stdout is not None:
+            process.stdout.close()
+        for child in children:
+            if child.is_running():
+                child.kill()
+
+
+def _read_ready_url(stdout: IO[str]) -> str | None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline:
+        is_readable, _, _ = select.select([stdout], [], [], 1.0)
+        if not is_readable:
+            continue
+        line = stdout.readline()
+        if not line:
+            return None
+        if match := READY_LINE.match(line.strip()):
+            return match.group(1)
+    return None
