@@ -1,0 +1,148 @@
+"""Adapters in memory on a CPU server: slots, slabs and loads off the step loop.
+
+Owns the packed weights and the thread that fills them; decides nothing (tiers, budgets, pins are the pure engine's).
+Invariant: a slot's placement is visible to a step only after its load ended well, and a failed load leaves no bytes.
+"""
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from queue import SimpleQueue
+
+import torch
+from adapter_kernels.image import AdapterImage, ImageError, SiteRows
+from adapter_kernels.route import Placement
+from adapter_kernels.slab import CAPACITY, Profile, Slab
+
+from adapters_store.errors import StoreError
+from adapters_store.store import OpenAdapter
+from serve.engine.plan import LoadResult
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class AdapterArena:
+    """The slots of one engine."""
+
+    def __init__(
+        self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, open_image: Callable[[str], OpenAdapter]
+    ) -> None:
+        """Start the loader thread.
+
+        Args:
+            shapes: (out, in) per site. dtype: what the model computes in. open_image: verified image by digest.
+        """
+        self._shapes = shapes
+        self._dtype = dtype
+        self._open_image = open_image
+        self._slabs: dict[Profile, list[Placement]] = defaultdict(list)
+        self._next_slab_id = 0
+        self._placements: dict[int, Placement] = {}
+        self._lock = threading.Lock()
+        self._ended: SimpleQueue[tuple[LoadResult, Placement | None]] = SimpleQueue()
+        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-load")
+
+    @property
+    def num_slabs(self) -> int:
+        """Slabs that hold memory now."""
+        return len({placement.slab_id for free in self._slabs.values() for placement in free} | self._used_slab_ids())
+
+    def placement(self, slot: int) -> Placement:
+        """Return where a loaded slot's adapter lies."""
+        return self._placements[slot]
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Queue a load; returns at once."""
+        self._loader.submit(self._load, digest, slot)
+
+    def poll(self) -> list[LoadResult]:
+        """Return ended loads; from now on their placements are visible."""
+        results = []
+        while not self._ended.empty():
+            result, placement = self._ended.get()
+            if placement is not None:
+                self._placements[result.slot] = placement
+            results.append(result)
+        return results
+
+    def drop(self, slot: int) -> None:
+        """Free a slot; a slab whose last position is freed gives its memory back."""
+        placement = self._placements.pop(slot)
+        with self._lock:
+            self._give_back(placement)
+
+    def close(self) -> None:
+        """Stop the loader thread after the load in flight."""
+        self._loader.shutdown(wait=True, cancel_futures=True)
+
+    def _load(self, digest: str, slot: int) -> None:
+        begin = time.monotonic()
+        placement: Placement | None = None
+        error: str | None = None
+        num_bytes = rank = 0
+        try:
+            adapter = self._open_image(digest)
+            image = self._image(adapter)
+            with self._lock:
+                placement = self._take(Profile.of(image))
+            placement.slab.write(placement.position, image)
+            num_bytes, rank = placement.slab.bytes_per_position, adapter.rank
+            error = _non_finite(placement)
+        except (StoreError, ImageError) as failure:
+            error = str(failure)
+        # the wall of this job: whatever a load raises fails that adapter's requests alone
+        except Exception as failure:
+            error = f"the adapter could not be loaded ({type(failure).__name__}); send the request again"
+        if error is not None and placement is not None:
+            with self._lock:
+                self._give_back(placement)
+            placement = None
+        result = LoadResult(digest, slot, num_bytes, rank, time.monotonic() - begin, error)
+        self._ended.put((result, placement))
+
+    def _image(self, adapter: OpenAdapter) -> AdapterImage:
+        rows = tuple(SiteRows(e.layer, e.site, e.rank, e.a_offset, e.bt_offset, e.bias_offset) for e in adapter.entries)
+        # the map is read-only and only read here: torch has no read-only tensors and would warn
+        data = torch.frombuffer(bytearray(adapter.data), dtype=torch.uint8)
+        return AdapterImage(data, _DTYPES[adapter.dtype], rows, self._shapes)
+
+    def _take(self, profile: Profile) -> Placement:
+        free = self._slabs[profile]
+        if not free:
+            slab = Slab(profile, self._shapes, self._dtype)
+            free.extend(Placement(self._next_slab_id, slab, position) for position in range(CAPACITY))
+            self._next_slab_id += 1
+        # lowest first: neighbours in a slab share one call
+        placement = min(free, key=lambda place: (place.slab_id, place.position))
+        free.remove(placement)
+        return placement
+
+    def _give_back(self, placement: Placement) -> None:
+        free = self._slabs[placement.slab.profile]
+        free.append(placement)
+        own = [place for place in free if place.slab_id == placement.slab_id]
+        if len(own) == CAPACITY:
+            remaining = [place for place in free if place.slab_id != placement.slab_id]
+            if remaining:
+                self._slabs[placement.slab.profile] = remaining
+            else:
+                del self._slabs[placement.slab.profile]
+
+    def _used_slab_ids(self) -> set[int]:
+        return {placement.slab_id for placement in self._placements.values()}
+
+
+def _non_finite(placement: Placement) -> str | None:
+    position = placement.position
+    for (layer, site), rows in placement.slab.fused.items():
+        tensors = [rows.a] if rows.a is not None else []
+        tensors += [t for member in rows.members for t in (member.bt, member.bias) if t is not None]
+        for tensor in tensors:
+            if not torch.isfinite(tensor[position]).all():
+                return (
+                    f"layer {layer}, {site}: a weight is not finite in {placement.slab.dtype}, this server's dtype; "
+                    "serve with --dtype float32 or bfloat16, or rescale the adapter"
+                )
+    return None

@@ -1,0 +1,136 @@
+"""The torch side of the engine: carries a StepPlan out on the model, and holds model, KV cache, adapters and grammars.
+
+Decides nothing. Invariant: what a row produces depends on the plan's row, the weights and the sequence's own KV.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapters_store.store import OpenAdapter
+from serve.engine.adapter_arena import AdapterArena
+from serve.engine.batch import StepBatch, build_batch
+from serve.engine.grammar import GrammarMasks
+from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
+from serve.engine.sampler import BitMask, Sampled, sample, top_logprobs
+from serve.messages import TokenLogprobs
+from serve.model.decoder import Decoder
+from serve.model.kv_cache import KvCache
+
+
+@dataclass(frozen=True, slots=True)
+class ModelParts:
+    """What the executor runs on, built once at start."""
+
+    decoder: Decoder
+    kv: KvCache
+    block_size: int
+    eos_token_ids: list[int]
+    shapes: dict[str, tuple[int, int]]
+    dtype: torch.dtype
+    # None when the base has no tokenizer file: then grammars are refused
+    grammars: GrammarMasks | None
+
+
+class TorchExecutor:
+    """`serve.engine.plan.Executor` on torch."""
+
+    def __init__(self, parts: ModelParts, open_image: Callable[[str], OpenAdapter]) -> None:
+        self._parts = parts
+        self._arena = AdapterArena(parts.shapes, parts.dtype, open_image)
+        self._constrained: set[str] = set()
+
+    @torch.inference_mode()
+    def execute(self, plan: StepPlan) -> list[RowResult]:
+        """Run one step; results in the order of `plan.rows`."""
+        batch = build_batch(plan, self._parts.block_size, self._arena.placement)
+        hidden = self._parts.decoder.hidden(batch.token_ids, batch.attention, self._parts.kv, batch.adapters)
+        sampled = self._sample(batch, hidden)
+        results = {
+            row.request_id: self._result(row, hidden[batch.begins[i] : batch.begins[i + 1]], sampled.get(i))
+            for i, row in enumerate(batch.rows)
+        }
+        return [results[row.request_id] for row in plan.rows]
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Begin to load an adapter into a slot; returns at once."""
+        self._arena.start_load(digest, slot)
+
+    def poll_loads(self) -> list[LoadResult]:
+        """Return loads that ended since the last call."""
+        return self._arena.poll()
+
+    def drop(self, digest: str, slot: int) -> None:
+        """Free a slot's bytes."""
+        self._arena.drop(slot)
+
+    def release_request(self, request_id: str) -> None:
+        """Forget a sequence's grammar state."""
+        if request_id in self._constrained and self._parts.grammars is not None:
+            self._parts.grammars.release(request_id)
+            self._constrained.discard(request_id)
+
+    def zero_blocks(self, block_ids: list[int]) -> None:
+        """Zero the K/V that a non-finite row wrote."""
+        index = torch.tensor(block_ids, dtype=torch.int64)
+        for cache in (*self._parts.kv.k, *self._parts.kv.v):
+            cache.index_fill_(0, index, 0.0)
+
+    def close(self) -> None:
+        """Stop the loader thread."""
+        self._arena.close()
+
+    def _sample(self, batch: StepBatch, hidden: Tensor) -> dict[int, Sampled]:
+        chosen = [i for i, row in enumerate(batch.rows) if row.sample is not None]
+        if not chosen:
+            return {}
+        last_rows = torch.tensor([batch.begins[i + 1] - 1 for i in chosen])
+        logits = self._parts.decoder.logits(hidden.index_select(0, last_rows))
+        specs = [spec for i in chosen if (spec := batch.rows[i].sample) is not None]
+        masks = [self._mask(batch.rows[i]) for i in chosen]
+        outcome = sample(logits, specs, self._parts.eos_token_ids, masks.__getitem__)
+        for i, result in zip(chosen, outcome, strict=True):
+            request_id = batch.rows[i].request_id
+            if result.token_id is not None and request_id in self._constrained and self._parts.grammars is not None:
+                self._parts.grammars.accept(request_id, result.token_id)
+        return dict(zip(chosen, outcome, strict=True))
+
+    def _mask(self, row: Row) -> BitMask | None:
+        spec, grammars = row.sample, self._parts.grammars
+        if spec is None or spec.params.grammar is None or grammars is None:
+            return None
+        if row.request_id not in self._constrained:
+            grammars.start(row.request_id, spec.params.grammar)
+            self._constrained.add(row.request_id)
+        return grammars.mask(row.request_id)
+
+    def _result(self, row: Row, hidden: Tensor, sampled: Sampled | None) -> RowResult:
+        prompt_logprobs = self._prompt_logprobs(row, hidden)
+        hidden_sum = None
+        is_finite = sampled is None or sampled.token_id is not None
+        if row.embed is not None:
+            hidden_sum = (hidden.float().sum(0) if row.embed == "mean" else hidden[-1].float()).tolist()
+        # a chunk that samples nothing is checked too: its blocks are about to enter the prefix cache
+        if sampled is None:
+            is_finite = bool(torch.isfinite(hidden.sum()))
+        return RowResult(
+            request_id=row.request_id,
+            token_id=None if sampled is None else sampled.token_id,
+            logprobs=None if sampled is None else sampled.logprobs,
+            prompt_logprobs=prompt_logprobs,
+            hidden_sum=hidden_sum,
+            is_finite=is_finite,
+        )
+
+    def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprobs] | None:
+        if row.num_prompt_logprobs is None or row.prompt_targets is None:
+            return None
+        found = []
+        # a few rows at a time: [rows, V] fp32 of a whole chunk would be gigabytes for large vocabularies
+        for begin in range(0, len(row.prompt_targets), 32):
+            targets = row.prompt_targets[begin : begin + 32]
+            logprobs = self._parts.decoder.logits(hidden[begin : begin + len(targets)]).log_softmax(dim=-1)
+            found += [top_logprobs(logprobs[i], target, row.num_prompt_logprobs) for i, target in enumerate(targets)]
+        return found
