@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 from queue import SimpleQueue
 
 import torch
+
 from adapter_kernels.image import AdapterImage, ImageError, SiteRows
 from adapter_kernels.route import Placement
 from adapter_kernels.slab import CAPACITY, Profile, Slab
-
 from adapters_store.errors import StoreError
 from adapters_store.store import OpenAdapter
 from serve.engine.plan import LoadResult

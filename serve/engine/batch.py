@@ -8,12 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from adapter_kernels.attention_plan import AttentionPlan
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import AdapterDelta
 from adapter_kernels.route import Placement, build_route
-from torch import Tensor
-
 from serve.engine.plan import Row, StepPlan
 
 
