@@ -1,6 +1,6 @@
 """The tree of errors that reach a client: each class fixes the HTTP status, OpenAI type and code of its kind.
 
-Owns the mapping class -> (status, type, code) and the four-key JSON body; the text is written where the error is raised.
+Owns the mapping class -> (status, type, code) and the four-key JSON body; the text is written where it is raised.
 Invariant: a message names what was wrong, the value, the limit and the way out, and no path, address or stack trace.
 """
 
@@ -33,7 +33,7 @@ class InvalidRequest(ServeError):
 
     http_status = 400
     type = "invalid_request_error"
-    default_code = None
+    default_code: ClassVar[str | None] = None
 
 
 class InvalidValue(InvalidRequest):
