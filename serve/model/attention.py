@@ -1,0 +1,95 @@
+"""Self-attention of one layer: fused qkv, optional norms of q and k, rotation, paged cache, output projection.
+
+Owns the layout of the fused projection (q | k | v); the attention itself lies in `adapter_kernels`. Invariant: keys
+and values of the step are in the cache before any row of the step attends.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.attention_plan import AttentionPlan
+from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.paged_attention import kv_write, paged_attention
+from serve.model.adapted_linear import AdaptedLinear
+from serve.model.kv_cache import KvCache
+from serve.model.layers import Norm
+from serve.model.rotary import Rotation, rotate
+from serve.model.spec import ModelSpec
+
+# queries and keys as they leave the projection [T, (H + K) * E] -> heads [T, H + K, E]
+SplitHeads = Callable[[Tensor], Tensor]
+
+
+class PlainHeads:
+    """No norm; or one norm over each head, its weight [H + K, E] holding q's and k's."""
+
+    def __init__(self, num_heads: int, head_dim: int, norm: Norm | None) -> None:
+        self._num_heads = num_heads
+        self._head_dim = head_dim
+        self._norm = norm
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        heads = qk.view(-1, self._num_heads, self._head_dim)
+        return heads if self._norm is None else self._norm(heads)
+
+
+class FullNormHeads:
+    """One norm over all query heads together and one over all key heads, before they are split."""
+
+    def __init__(self, query_width: int, head_dim: int, q_norm: Norm, k_norm: Norm) -> None:
+        self._query_width = query_width
+        self._head_dim = head_dim
+        self._q_norm = q_norm
+        self._k_norm = k_norm
+
+    def __call__(self, qk: Tensor) -> Tensor:
+        queries = self._q_norm(qk[:, : self._query_width])
+        keys = self._k_norm(qk[:, self._query_width :])
+        return torch.cat((queries, keys), dim=-1).view(qk.shape[0], -1, self._head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class StepInputs:
+    """What every layer of a step shares; `rotations[i]` belongs to `ModelSpec.ropes[i]`."""
+
+    plan: AttentionPlan
+    kv: KvCache
+    adapters: AdapterDelta | None
+    rotations: tuple[Rotation, ...]
+
+
+class Attention:
+    """The attention block of one layer."""
+
+    def __init__(
+        self, spec: ModelSpec, layer: int, qkv: AdaptedLinear, o: AdaptedLinear, split_heads: SplitHeads
+    ) -> None:
+        self._layer = layer
+        self._qkv = qkv
+        self._o = o
+        self._split_heads = split_heads
+        self._num_heads = spec.dims.num_attention_heads
+        self._head_dim = spec.dims.head_dim
+        self._qk_width = (spec.dims.num_attention_heads + spec.dims.num_key_value_heads) * spec.dims.head_dim
+        self._window = spec.layers[layer].window
+        self._rope_index = spec.layers[layer].rope_index
+        self._scale = spec.attention_scale
+        self._soft_cap = spec.attention_soft_cap
+
+    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
+        """x [T, D] -> [T, D]; writes this step's keys and values."""
+        qkv = self._qkv(x, step.adapters)
+        heads = self._split_heads(qkv[:, : self._qk_width])
+        if self._rope_index is not None:
+            heads = rotate(heads, step.rotations[self._rope_index])
+        queries, keys = heads[:, : self._num_heads], heads[:, self._num_heads :]
+        values = qkv[:, self._qk_width :].view(-1, keys.shape[1], self._head_dim)
+        k_cache, v_cache = step.kv.k[self._layer], step.kv.v[self._layer]
+        kv_write(keys, values, k_cache, v_cache, step.plan.slot_mapping)
+        attended = paged_attention(
+            queries, k_cache, v_cache, step.plan, scale=self._scale, window=self._window, soft_cap=self._soft_cap
+        )
+        return self._o(attended.reshape(x.shape[0], -1), step.adapters)

@@ -1,0 +1,117 @@
+"""The decoder: token ids and a step's plan in, hidden states and logits out; one class for every family.
+
+Owns the order of a layer's parts and the multipliers between them; the parts come from `weights.load_decoder`.
+Invariant: each row depends on its own sequence alone: nothing here reads the number or kind of the other rows.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from adapter_kernels.attention_plan import AttentionPlan
+from adapter_kernels.delta import AdapterDelta
+from serve.model.adapted_linear import AdaptedLinear
+from serve.model.attention import Attention, StepInputs
+from serve.model.kv_cache import KvCache
+from serve.model.layers import Activation, Linear, Norm
+from serve.model.rotary import Rotary
+from serve.model.spec import ModelSpec
+
+
+class Mlp:
+    """down(activation(gate) * up) on the fused gate | up projection."""
+
+    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear, activation: Activation) -> None:
+        self._gate_up = gate_up
+        self._down = down
+        self._activation = activation
+
+    def __call__(self, x: Tensor, adapters: AdapterDelta | None) -> Tensor:
+        """x [T, D] -> [T, D]."""
+        gate, up = self._gate_up(x, adapters).chunk(2, dim=-1)
+        return self._down(self._activation(gate).mul_(up), adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockNorms:
+    """Norms before and after a block; None where the family has none."""
+
+    before: Norm | None
+    after: Norm | None
+
+
+class DecoderLayer:
+    """Attention and MLP, each between its norms, each added to the residual stream."""
+
+    def __init__(
+        self, attention: Attention, mlp: Mlp, attention_norms: BlockNorms, mlp_norms: BlockNorms, residual_scale: float
+    ) -> None:
+        self._attention = attention
+        self._mlp = mlp
+        self._attention_norms = attention_norms
+        self._mlp_norms = mlp_norms
+        self._residual_scale = residual_scale
+
+    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
+        """x [T, D] -> [T, D]; `x` is left as it was."""
+        norms = self._attention_norms
+        h = self._attention(x if norms.before is None else norms.before(x), step)
+        x = torch.add(x, h if norms.after is None else norms.after(h), alpha=self._residual_scale)
+        norms = self._mlp_norms
+        h = self._mlp(x if norms.before is None else norms.before(x), step.adapters)
+        return torch.add(x, h if norms.after is None else norms.after(h), alpha=self._residual_scale)
+
+
+class Decoder:
+    """The frozen base model."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        embedding: Tensor,
+        ropes: tuple[Rotary, ...],
+        layers: tuple[DecoderLayer, ...],
+        final_norm: Norm,
+        lm_head: Linear,
+    ) -> None:
+        self.spec = spec
+        self.dtype = embedding.dtype
+        self.device = embedding.device
+        self._embedding = embedding
+        # Gemma rounds the factor to the model's dtype; Granite's are exact in each
+        self._embedding_scale = torch.tensor(spec.embedding_scale, dtype=embedding.dtype).item()
+        self._ropes = ropes
+        self._layers = layers
+        self._final_norm = final_norm
+        self._lm_head = lm_head
+
+    def hidden(self, token_ids: Tensor, plan: AttentionPlan, kv: KvCache, adapters: AdapterDelta | None) -> Tensor:
+        """Run the step's tokens through all layers.
+
+        Args:
+            token_ids: [T] int64, sequence after sequence as in `plan`.
+            kv: gets this step's keys and values at `plan.slot_mapping`.
+            adapters: None when no row of the step has one.
+        Returns:
+            [T, D] after the final norm, in the model's dtype.
+        """
+        with torch.inference_mode():
+            x = functional.embedding(token_ids, self._embedding)
+            if self._embedding_scale != 1.0:
+                x = x * self._embedding_scale
+            rotations = tuple(rope.rotation(plan.positions) for rope in self._ropes)
+            step = StepInputs(plan, kv, adapters, rotations)
+            for layer in self._layers:
+                x = layer(x, step)
+            return self._final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states [S, D] onto the vocabulary: [S, V] fp32, divisor and soft-cap applied."""
+        with torch.inference_mode():
+            logits = self._lm_head(hidden).float()
+            if self.spec.logit_divisor != 1.0:
+                logits = logits / self.spec.logit_divisor
+            cap = self.spec.logit_soft_cap
+            return logits if cap is None else logits.div(cap).tanh_().mul_(cap)

@@ -1,0 +1,154 @@
+"""The names and shapes a checkpoint must have for a spec, and the check that it has them and no others.
+
+Owns the spelling of tensor names per family (fused or split projections, prefix of multimodal checkpoints). Invariant:
+after `WeightNames.find` every name it answers exists with the shape the decoder needs.
+"""
+
+from dataclasses import dataclass
+
+from adapter_kernels.delta import FUSED_SITES
+from adapters_store.base import SITE_PATHS
+from serve.errors import StartError
+from serve.model.checkpoint import Checkpoint
+from serve.model.families import NormPlacement, QkNorm
+from serve.model.spec import ModelSpec
+
+# where the text model's tensors hang: plain, then multimodal checkpoints of transformers 4 and 5
+_PREFIXES = ("model.", "language_model.model.", "model.language_model.")
+_LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+_FUSED_PATHS = {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
+
+# harmless leftovers: buffers that old versions saved, and the parts of a multimodal model that see images
+_IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
+_IGNORED_PARTS = ("vision_tower.", "multi_modal_projector.")
+
+_NORMS = {
+    NormPlacement.PRE: ("input_layernorm", "post_attention_layernorm"),
+    NormPlacement.POST: ("post_attention_layernorm", "post_feedforward_layernorm"),
+    NormPlacement.BOTH: (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightNames:
+    """Names of a spec's tensors in one checkpoint; `lm_head` is None when the embedding serves for it."""
+
+    spec: ModelSpec
+    prefix: str
+    embedding: str
+    lm_head: str | None
+
+    @classmethod
+    def find(cls, spec: ModelSpec, checkpoint: Checkpoint) -> "WeightNames":
+        """Match the checkpoint against the spec.
+
+        Raises:
+            StartError: tensors are missing, unexpected, or of another shape than the config says.
+        """
+        present = checkpoint.tensors
+        prefix = next((p for p in _PREFIXES if f"{p}norm.weight" in present), _PREFIXES[0])
+        head = next((name for name in _LM_HEADS if name in present), None)
+        embedding = f"{prefix}embed_tokens.weight"
+        names = cls(spec, prefix, embedding, head or _LM_HEADS[0])
+        if spec.dims.tie_word_embeddings and head is None:
+            names = cls(spec, prefix, embedding, None)
+        elif spec.dims.tie_word_embeddings and embedding not in present:
+            # some writers keep the head of a tied pair
+            names = cls(spec, prefix, names.lm_head or embedding, None)
+        elif spec.dims.tie_word_embeddings and checkpoint.are_equal(names.lm_head or embedding, embedding):
+            names = cls(spec, prefix, embedding, None)
+        names._check(checkpoint)
+        return names
+
+    @property
+    def final_norm(self) -> str:
+        """The norm after the last layer."""
+        return f"{self.prefix}norm.weight"
+
+    def layer(self, layer: int, path: str) -> str:
+        """The weight of one module of one layer."""
+        return f"{self.prefix}layers.{layer}.{path}.weight"
+
+    def site(self, layer: int, site: str, kind: str) -> list[str]:
+        """The tensors that make up a fused site, in order of rows; `kind` is "weight" or "bias" (empty when none)."""
+        if kind == "bias" and not self._has_bias(site):
+            return []
+        paths = [SITE_PATHS[part] for part in FUSED_SITES[site]]
+        if self.spec.has_fused_checkpoint and site in _FUSED_PATHS:
+            paths = [_FUSED_PATHS[site]]
+        return [f"{self.prefix}layers.{layer}.{path}.{kind}" for path in paths]
+
+    def _has_bias(self, site: str) -> bool:
+        spec = self.spec
+        return {"qkv": spec.qkv_bias, "o": spec.o_bias, "gate_up": spec.mlp_bias, "down": spec.mlp_bias}[site]
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        dims = self.spec.dims
+        shapes: dict[str, tuple[int, ...]] = {
+            self.embedding: (dims.vocab_size, dims.hidden_size),
+            self.final_norm: (dims.hidden_size,),
+        }
+        if self.lm_head is not None:
+            shapes[self.lm_head] = (dims.vocab_size, dims.hidden_size)
+        for layer in range(dims.num_hidden_layers):
+            for norm in _NORMS[self.spec.norm_placement]:
+                shapes[self.layer(layer, norm)] = (dims.hidden_size,)
+            shapes.update(self._qk_norm_shapes(layer))
+            for site in FUSED_SITES:
+                shapes.update(self._site_shapes(layer, site))
+        return shapes
+
+    def _qk_norm_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        dims = self.spec.dims
+        if self.spec.qk_norm is QkNorm.NONE:
+            return {}
+        is_full = self.spec.qk_norm is QkNorm.FULL
+        return {
+            self.layer(layer, "self_attn.q_norm"): (dims.head_dim * (dims.num_attention_heads if is_full else 1),),
+            self.layer(layer, "self_attn.k_norm"): (dims.head_dim * (dims.num_key_value_heads if is_full else 1),),
+        }
+
+    def _site_shapes(self, layer: int, site: str) -> dict[str, tuple[int, ...]]:
+        parts = [self.spec.dims.site_shape(part) for part in FUSED_SITES[site]]
+        weights = self.site(layer, site, "weight")
+        rows = [out for out, _ in parts] if len(weights) == len(parts) else [sum(out for out, _ in parts)]
+        width = parts[0][1]
+        shapes: dict[str, tuple[int, ...]] = {name: (n, width) for name, n in zip(weights, rows, strict=True)}
+        biases = self.site(layer, site, "bias")
+        if biases:
+            shapes.update({name: (n,) for name, n in zip(biases, rows, strict=True)})
+        return shapes
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        expected = self._shapes()
+        missing = [name for name in expected if name not in checkpoint.tensors]
+        unexpected = [name for name in checkpoint.tensors if name not in expected and not self._is_ignored(name)]
+        if missing or unexpected:
+            raise StartError(
+                f"the checkpoint does not fit {self.spec.architecture}: "
+                + "; ".join(_listing(kind, names) for kind, names in _kinds(missing, unexpected))
+            )
+        for name, shape in expected.items():
+            found = checkpoint.tensors[name].shape
+            if found != shape:
+                raise StartError(f"tensor {name} has shape {list(found)}; config.json asks for {list(shape)}")
+
+    def _is_ignored(self, name: str) -> bool:
+        if name.endswith(_IGNORED_SUFFIXES) or (self.lm_head is None and name in _LM_HEADS):
+            return True
+        is_multimodal = self.spec.architecture.endswith("ForConditionalGeneration")
+        return is_multimodal and name.removeprefix("model.").startswith(_IGNORED_PARTS)
+
+
+def _kinds(missing: list[str], unexpected: list[str]) -> list[tuple[str, list[str]]]:
+    return [(kind, names) for kind, names in (("missing", missing), ("unexpected", unexpected)) if names]
+
+
+def _listing(kind: str, names: list[str], shown: int = 4) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return f"{kind} {', '.join(names[:shown])}{more}"
