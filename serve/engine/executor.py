@@ -4,7 +4,6 @@ Decides nothing. Invariant: what a row produces depends on the plan's row, the w
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,26 +11,10 @@ from torch import Tensor
 from adapters_store.store import OpenAdapter
 from serve.engine.adapter_arena import AdapterArena
 from serve.engine.batch import StepBatch, build_batch
-from serve.engine.grammar import GrammarMasks
+from serve.engine.model_parts import ModelParts
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
 from serve.engine.sampler import BitMask, Sampled, sample, top_logprobs
 from serve.messages import TokenLogprobs
-from serve.model.decoder import Decoder
-from serve.model.kv_cache import KvCache
-
-
-@dataclass(frozen=True, slots=True)
-class ModelParts:
-    """What the executor runs on, built once at start."""
-
-    decoder: Decoder
-    kv: KvCache
-    block_size: int
-    eos_token_ids: list[int]
-    shapes: dict[str, tuple[int, int]]
-    dtype: torch.dtype
-    # None when the base has no tokenizer file: then grammars are refused
-    grammars: GrammarMasks | None
 
 
 class TorchExecutor:
@@ -90,7 +73,7 @@ class TorchExecutor:
         logits = self._parts.decoder.logits(hidden.index_select(0, last_rows))
         specs = [spec for i in chosen if (spec := batch.rows[i].sample) is not None]
         masks = [self._mask(batch.rows[i]) for i in chosen]
-        outcome = sample(logits, specs, self._parts.eos_token_ids, masks.__getitem__)
+        outcome = sample(logits, specs, self._parts.spec.eos_token_ids, masks.__getitem__)
         for i, result in zip(chosen, outcome, strict=True):
             request_id = batch.rows[i].request_id
             if result.token_id is not None and request_id in self._constrained and self._parts.grammars is not None:
