@@ -1,0 +1,101 @@
+"""Frames on the Unix socket between the API and the engine: 4-byte little-endian length, then one msgpack list.
+
+Owns the byte format of both directions and nothing of the sockets themselves; no torch, imported by both sides.
+Invariant: a frame above `MAX_FRAME_BYTES` or one that does not decode raises `FrameError` before anything of it is
+used, and how the bytes were cut into reads never changes which messages come out.
+"""
+
+import struct
+from collections.abc import Sequence
+from typing import Generic, TypeVar
+
+import msgspec
+
+from serve.config import EngineConfig
+from serve.messages import Command, Event
+
+# the largest honest frame is a burst of long prompts or prompt logprobs: a few MiB
+MAX_FRAME_BYTES = 64 << 20
+_LENGTH = struct.Struct("<I")
+
+MessageT = TypeVar("MessageT")
+
+
+class FrameError(Exception):
+    """The peer sent bytes that are not a frame; the connection cannot be used any more."""
+
+
+def encode_frame(messages: Sequence[Command] | Sequence[Event]) -> bytes:
+    """Return the messages as one frame.
+
+    Raises:
+        FrameError: the frame would be larger than the peer accepts.
+    """
+    payload = msgspec.msgpack.encode(messages)
+    if len(payload) > MAX_FRAME_BYTES:
+        raise FrameError(f"a frame of {len(payload)} bytes; the limit is {MAX_FRAME_BYTES}")
+    return _LENGTH.pack(len(payload)) + payload
+
+
+class FrameReader(Generic[MessageT]):
+    """Turns the bytes of one direction back into messages, however the reads were cut."""
+
+    def __init__(self, decoder: msgspec.msgpack.Decoder[list[MessageT]]) -> None:
+        self._decoder = decoder
+        self._buffer = bytearray()
+
+    def feed(self, data: bytes) -> list[MessageT]:
+        """Take bytes as they arrived and return the messages of every frame they complete.
+
+        Raises:
+            FrameError: a length above the limit, or a payload that is not a list of our messages.
+        """
+        self._buffer += data
+        messages: list[MessageT] = []
+        offset = 0
+        while len(self._buffer) - offset >= _LENGTH.size:
+            (num_bytes,) = _LENGTH.unpack_from(self._buffer, offset)
+            if num_bytes > MAX_FRAME_BYTES:
+                raise FrameError(f"a frame of {num_bytes} bytes; the limit is {MAX_FRAME_BYTES}")
+            end = offset + _LENGTH.size + num_bytes
+            if len(self._buffer) < end:
+                break
+            messages += self._decode(bytes(self._buffer[offset + _LENGTH.size : end]))
+            offset = end
+        del self._buffer[:offset]
+        return messages
+
+    def _decode(self, payload: bytes) -> list[MessageT]:
+        try:
+            return self._decoder.decode(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise FrameError(f"a frame of {len(payload)} bytes does not decode: {error}") from error
+
+
+def command_reader() -> FrameReader[Command]:
+    """Build the reader of the engine's side."""
+    return FrameReader(msgspec.msgpack.Decoder(list[Command]))
+
+
+def event_reader() -> FrameReader[Event]:
+    """Build the reader of the API's side."""
+    return FrameReader(msgspec.msgpack.Decoder(list[Event]))
+
+
+def encode_config(config: EngineConfig) -> bytes:
+    """Return the engine's start-up argument as JSON."""
+    return msgspec.json.encode(config, enc_hook=str)
+
+
+def decode_config(data: bytes) -> EngineConfig:
+    """Read what `encode_config` wrote.
+
+    Raises:
+        msgspec.DecodeError: not JSON, or a field of the wrong type.
+    """
+    return msgspec.json.decode(data, type=EngineConfig, dec_hook=_construct)
+
+
+def _construct(kind: type, value: str) -> object:
+    # paths are the only field type that JSON does not know
+    return kind(value)
