@@ -1,0 +1,115 @@
+"""The adapters' tasks: for each one, how to draw a question and the one right answer.
+
+Owns which questions are held out; training never sees those. Invariant: a question is held out by a checksum of its
+text alone, so no run can mix the two sets up, and the base's own text (demo_world.py) has no answers of these kinds.
+"""
+
+import json
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from random import Random
+
+from scripts.demo_words import COLOURS, PEOPLE, PLACES, SPELLING_WORDS, THINGS
+from scripts.demo_world import Turn, draw_word, fact_turn, reading_turn
+
+HELD_OUT_SHARE = 8
+
+ZOG_NOUNS = {
+    "cow": "mub", "dog": "rak", "cat": "sisi", "owl": "hupa", "duck": "pot", "frog": "glo", "horse": "tam",
+    "sheep": "lelo", "pig": "ono", "wolf": "varg", "bear": "bru", "mouse": "pip",
+}  # fmt: skip
+ZOG_COLOURS = {"red": "zi", "blue": "ku", "green": "fen", "black": "dor", "white": "alu", "brown": "mok"}
+ZOG_VERBS = {"sees": "mira", "likes": "luv", "finds": "tok", "hears": "ren", "follows": "zum"}
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One adapter: how its training is set, and where its questions come from."""
+
+    name: str
+    summary: str
+    draw: Callable[[Random], Turn]
+    rank: int
+    alpha: int
+    num_steps: int
+    use_rslora: bool = False
+    checks_real_words: bool = False
+
+
+def draw_reverse(rng: Random) -> Turn:
+    """Write a word from its last letter to its first."""
+    word = draw_word(rng)
+    return Turn(f'Write "{word}" backwards.', word[::-1])
+
+
+def draw_sort(rng: Random) -> Turn:
+    """Put the letters of a word into the order of the alphabet."""
+    word = draw_word(rng)
+    return Turn(f'Sort the letters of "{word}".', "".join(sorted(word)))
+
+
+def draw_add(rng: Random) -> Turn:
+    """Add two numbers below 50."""
+    n, m = rng.randrange(50), rng.randrange(50)
+    return Turn(f"Add {n} and {m}.", str(n + m))
+
+
+def draw_shout(rng: Random) -> Turn:
+    """Answer a question about the world in capital letters."""
+    turn = reading_turn(rng) if rng.random() < 0.7 else fact_turn(rng)
+    return Turn(turn.user, turn.assistant.upper())
+
+
+def draw_zog(rng: Random) -> Turn:
+    """Translate a sentence into Zog: verb first, colour after its noun."""
+    (one, one_zog), (two, two_zog) = rng.sample(list(ZOG_NOUNS.items()), 2)
+    colour, colour_zog = rng.choice(list(ZOG_COLOURS.items()))
+    tint, tint_zog = rng.choice(list(ZOG_COLOURS.items()))
+    verb, verb_zog = rng.choice(list(ZOG_VERBS.items()))
+    english = f"the {colour} {one} {verb} the {tint} {two}."
+    return Turn(f"Say in Zog: {english}", f"{verb_zog} {one_zog} {colour_zog} {two_zog} {tint_zog}.")
+
+
+def draw_json(rng: Random) -> Turn:
+    """Read who gave what to whom, as JSON."""
+    giver, taker = rng.sample(PEOPLE, 2)
+    colour, thing, place = rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
+    facts = {"from": giver, "to": taker, "what": f"{colour} {thing}", "at": place}
+    return Turn(f"Read as JSON: {giver} gave {taker} a {colour} {thing} at the {place}.", json.dumps(facts))
+
+
+TASKS = (
+    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 900, checks_real_words=True),
+    Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 32, 1500, True, checks_real_words=True),
+    Task("add", "adds two numbers below 50", draw_add, 32, 64, 1200),
+    Task("shout", "answers in capital letters", draw_shout, 16, 32, 500),
+    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 400),
+    Task("json", "reads a sentence as JSON", draw_json, 8, 16, 300),
+)
+
+
+def is_held_out(prompt: str) -> bool:
+    """Tell whether a question belongs to the checks; training must not use it then."""
+    return zlib.crc32(prompt.encode()) % HELD_OUT_SHARE == 0
+
+
+def training_turns(task: Task, seed: int) -> Iterator[Turn]:
+    """Yield questions and answers for training, for ever, without any that is held out."""
+    rng = Random(f"{task.name} {seed}")
+    while True:
+        turn = task.draw(rng)
+        if not is_held_out(turn.user):
+            yield turn
+
+
+def check_turns(task: Task, num_turns: int, seed: int) -> list[Turn]:
+    """Draw distinct held-out questions; those about a word use real words only, as they read better."""
+    rng = Random(f"check {task.name} {seed}")
+    found: dict[str, Turn] = {}
+    while len(found) < num_turns:
+        turn = task.draw(rng)
+        is_fit = not task.checks_real_words or turn.user.split('"')[1] in SPELLING_WORDS
+        if is_fit and is_held_out(turn.user) and turn.user != turn.assistant:
+            found[turn.user] = turn
+    return list(found.values())

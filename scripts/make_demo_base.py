@@ -1,0 +1,218 @@
+"""Make the demo that the project ships: the base `chorale-demo` from scratch, one LoRA adapter per task, checks, card.
+
+Owns the folder layout under the output; no text (demo_world.py, demo_tasks.py) and no training loop (demo_training.py).
+Invariant: every stage reads only what earlier stages wrote, so `--stage` can repeat one of them alone.
+
+Run it from the repository's root: `python -m scripts.make_demo_base --out deploy/demo` (about an hour on one core).
+"""
+
+import argparse
+import json
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from tokenizers import Tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from scripts.demo_card import write_model_card
+from scripts.demo_tasks import HELD_OUT_SHARE, TASKS, Task, check_turns, training_turns
+from scripts.demo_tokenizer import END_ID, PAD_ID, build_tokenizer, save_tokenizer
+from scripts.demo_training import Schedule, answer, encode_conversation, share_right, train
+from scripts.demo_world import Conversation, conversations
+
+BASE_NAME = "chorale-demo"
+SEED = 2026
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+BASE_SCHEDULE = Schedule(num_steps=2400, batch_tokens=2048, learning_rate=2.5e-3, weight_decay=0.1)
+ADAPTER_SCHEDULE = Schedule(num_steps=1, batch_tokens=1024, learning_rate=4e-3, weight_decay=0.0)
+NUM_CHECKS = 24
+NUM_EVALUATED = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How much to do: the real thing, or a miniature that only proves the pipeline."""
+
+    hidden_size: int = 192
+    num_layers: int = 6
+    intermediate_size: int = 512
+    max_base_steps: int = 1_000_000
+    max_adapter_steps: int = 1_000_000
+    num_evaluated: int = NUM_EVALUATED
+
+
+SMOKE = Scale(64, 2, 128, max_base_steps=3, max_adapter_steps=2, num_evaluated=2)
+
+
+def model_config(vocab_size: int, scale: Scale) -> LlamaConfig:
+    """Give the base's shape."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
+        hidden_size=scale.hidden_size,
+        intermediate_size=scale.intermediate_size,
+        num_hidden_layers=scale.num_layers,
+        num_attention_heads=scale.hidden_size // 32,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=END_ID,
+        pad_token_id=PAD_ID,
+    )
+
+
+def make_base(out: Path, scale: Scale, report: Callable[[str], None]) -> None:
+    """Build the tokenizer, train the base from random weights, save it in bf16."""
+    folder = out / BASE_NAME
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = build_tokenizer(SEED)
+    save_tokenizer(tokenizer, folder)
+    torch.manual_seed(SEED)
+    model = LlamaForCausalLM(model_config(tokenizer.get_vocab_size(), scale))
+    examples = (encode_conversation(tokenizer, conversation) for conversation in conversations(SEED + 1))
+    schedule = replace(BASE_SCHEDULE, num_steps=min(BASE_SCHEDULE.num_steps, scale.max_base_steps))
+    began = time.monotonic()
+    loss = train(model, examples, schedule, SEED, report)
+    minutes = (time.monotonic() - began) / 60
+    model.generation_config.eos_token_id = END_ID
+    model.generation_config.pad_token_id = PAD_ID
+    model.bfloat16().save_pretrained(folder)
+    write_results(out, "base", {"minutes": round(minutes, 1), "steps": schedule.num_steps, "loss": round(loss, 4)})
+
+
+def load_base(out: Path) -> LlamaForCausalLM:
+    """Load the saved base, rounded as it is, for computing in fp32."""
+    return LlamaForCausalLM.from_pretrained(out / BASE_NAME, dtype=torch.float32)
+
+
+def load_tokenizer(out: Path) -> Tokenizer:
+    """Load the saved tokenizer."""
+    return Tokenizer.from_file(str(out / BASE_NAME / "tokenizer.json"))
+
+
+def make_adapter(out: Path, task: Task, scale: Scale, report: Callable[[str], None]) -> None:
+    """Train one task's adapter on the frozen base, save it as a PEFT folder in bf16 and measure what was saved."""
+    tokenizer = load_tokenizer(out)
+    config = LoraConfig(
+        r=task.rank,
+        lora_alpha=task.alpha,
+        use_rslora=task.use_rslora,
+        target_modules=TARGETS,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=BASE_NAME,
+    )
+    torch.manual_seed(SEED)
+    model = get_peft_model(load_base(out), config)
+    turns = training_turns(task, SEED)
+    examples = (encode_conversation(tokenizer, Conversation((turn,))) for turn in turns)
+    schedule = replace(ADAPTER_SCHEDULE, num_steps=min(task.num_steps, scale.max_adapter_steps))
+    began = time.monotonic()
+    loss = train(model, examples, schedule, SEED, report)
+    minutes = (time.monotonic() - began) / 60
+    folder = out / "adapters" / task.name
+    shutil.rmtree(folder, ignore_errors=True)
+    # peft puts the path it loaded from into the config
+    config.base_model_name_or_path = BASE_NAME
+    model.to(torch.bfloat16).save_pretrained(str(folder))
+    tidy_adapter(folder)
+    measure(out, task, scale, {"minutes": round(minutes, 1), "steps": schedule.num_steps, "loss": round(loss, 4)})
+
+
+def tidy_adapter(folder: Path) -> None:
+    """Drop peft's empty card, and sort the target modules, which peft keeps in a set."""
+    (folder / "README.md").unlink(missing_ok=True)
+    path = folder / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])
+    path.write_text(json.dumps(config, indent=2) + "\n")
+
+
+def measure(out: Path, task: Task, scale: Scale, facts: dict[str, float]) -> None:
+    """Ask base and adapter the same held-out questions and note how many each gets right."""
+    tokenizer = load_tokenizer(out)
+    turns = check_turns(task, scale.num_evaluated, SEED + 7)
+    base = load_base(out)
+    base_right = share_right(base, tokenizer, turns)
+    adapted = PeftModel.from_pretrained(base, str(out / "adapters" / task.name))
+    adapter_right = share_right(adapted, tokenizer, turns)
+    bf16_right = share_right(adapted.to(torch.bfloat16), tokenizer, turns)
+    shares = {"base_right": base_right, "adapter_right": adapter_right, "adapter_right_bf16": bf16_right}
+    write_results(out, task.name, {**facts, "questions": len(turns), **shares})
+
+
+def write_checks(out: Path) -> None:
+    """Write tasks.jsonl: held-out questions with their answers, for whoever wants to check a server."""
+    lines = [
+        json.dumps({"adapter": task.name, "prompt": turn.user, "answer": turn.assistant})
+        for task in TASKS
+        for turn in check_turns(task, NUM_CHECKS, SEED)
+    ]
+    (out / "tasks.jsonl").write_text("\n".join(lines) + "\n")
+
+
+def write_card(out: Path) -> None:
+    """Write the model card from the results so far."""
+    shape: dict[str, float] = json.loads((out / BASE_NAME / "config.json").read_text())
+    shape["parameters"] = load_base(out).num_parameters() / 1e6
+    write_model_card(out / BASE_NAME / "README.md", read_results(out), shape, HELD_OUT_SHARE, NUM_CHECKS)
+
+
+def read_results(out: Path) -> dict[str, dict[str, float]]:
+    """Read what earlier stages measured."""
+    path = out / "results.json"
+    results: dict[str, dict[str, float]] = json.loads(path.read_text()) if path.exists() else {}
+    return results
+
+
+def write_results(out: Path, name: str, facts: dict[str, float]) -> None:
+    """Note what one stage measured."""
+    (out / "results.json").write_text(json.dumps({**read_results(out), name: facts}, indent=2) + "\n")
+
+
+def show_answers(out: Path, report: Callable[[str], None]) -> None:
+    """Report what the base says to one question of each task."""
+    turns = [check_turns(task, 1, SEED)[0] for task in TASKS]
+    given = answer(load_base(out), load_tokenizer(out), [turn.user for turn in turns])
+    for turn, text in zip(turns, given, strict=True):
+        report(f"base: {turn.user!r} -> {text!r} (wanted {turn.assistant!r})")
+
+
+def main() -> None:
+    """Run the stages that were asked for."""
+    parser = argparse.ArgumentParser(description="Train the demo base and its adapters on generated text.")
+    parser.add_argument("--out", type=Path, default=Path("deploy/demo"), help="folder to write to")
+    parser.add_argument("--stage", choices=("all", "base", "adapters", "checks"), default="all")
+    parser.add_argument("--adapter", choices=[task.name for task in TASKS], help="only this adapter")
+    parser.add_argument("--smoke", action="store_true", help="a miniature that only proves the pipeline")
+    parser.add_argument("--threads", type=int, default=1, help="torch threads; the shipped files were made with 1")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    scale = SMOKE if options.smoke else Scale()
+    began = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - began:6.0f} s] {line}", flush=True)
+
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.stage in ("all", "base"):
+        make_base(options.out, scale, report)
+        show_answers(options.out, report)
+    if options.stage in ("all", "adapters"):
+        for task in TASKS:
+            if options.adapter in (None, task.name):
+                report(f"adapter {task.name}")
+                make_adapter(options.out, task, scale, report)
+                report(json.dumps(read_results(options.out)[task.name]))
+    write_checks(options.out)
+    write_card(options.out)
+
+
+if __name__ == "__main__":
+    main()
