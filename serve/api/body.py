@@ -6,6 +6,7 @@ however a body states its length, no more than the cap reaches the application, 
 
 import re
 
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import error_response
@@ -14,8 +15,8 @@ from serve.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFoun
 
 # the routes that take files; every other body is JSON
 _UPLOADS = frozenset({("POST", "/v1/adapters")})
-# an escape before the third slash, an empty segment, or a dot segment: a second spelling of some route
-_ODD_SPELLING = re.compile(rb"/[^/]*%|/[^/]*/[^/]*%|.*//|.*/(?:\.|%2[eE]){1,2}(?:/|\Z)")
+# no leading slash, an escape before the third slash, an empty segment, a dot segment: a second spelling of some route
+_ODD_SPELLING = re.compile(rb"[^/]|/[^/]*%|/[^/]*/[^/]*%|.*//|.*/(?:\.|%2[eE]){1,2}(?:/|\Z)")
 _DIGITS = re.compile(rb"[0-9]{1,19}\Z")
 
 
@@ -55,9 +56,11 @@ class _CappedRequest:
         """Run the application; answer 413 if its body was too large and no answer had begun."""
         try:
             await app(scope, self._receive_counted, self._send_unless_refused)
-        finally:
-            if self._is_refused and not self._has_started:
-                await _refuse(_too_large(self._cap), scope, self._receive, self._send)
+        except ClientDisconnect:
+            # nobody is left to answer, unless it was we who cut the body
+            pass
+        if self._is_refused and not self._has_started:
+            await _refuse(_too_large(self._cap), scope, self._receive, self._send)
 
     async def _receive_counted(self) -> Message:
         if self._is_refused:

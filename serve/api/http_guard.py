@@ -144,13 +144,13 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         error = check_head(self.parser.get_method(), self.parser.get_http_version(), self.headers)
         if error is not None:
             raise error
+        super().on_headers_complete()
+        self._open_cycles.append(self.cycle)
         self._in_head = False
         self._in_body = True
         self._num_body_bytes = self._num_late_bytes = 0
         self._body_started_s = self.loop.time()
         self._arm(self.limits.body_timeout_s)
-        super().on_headers_complete()
-        self._open_cycles.append(self.cycle)
 
     def on_body(self, body: bytes) -> None:
         """Count the body's bytes for its deadline; close when much of it comes after its answer."""

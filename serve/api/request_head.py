@@ -46,9 +46,12 @@ def _check_framing(headers: Headers) -> ServeError | None:
 
 
 def _check_upgrade(headers: Headers) -> ServeError | None:
-    # other upgrades (h2c) may be ignored by RFC 9110; common HTTP/2 clients offer them on every first request
-    if any(b"websocket" in value.lower() for value in _values(headers, b"upgrade")):
+    offers = _values(headers, b"upgrade")
+    if any(b"websocket" in offer.lower() for offer in offers):
         return InvalidRequest("WebSocket is not served; streams are server-sent events over plain HTTP")
+    # an offer may be ignored (RFC 9110), but with a body behind it parsers disagree on where that body ends
+    if offers and (_values(headers, b"content-length") or _values(headers, b"transfer-encoding")):
+        return InvalidRequest("a request with a body may not offer an Upgrade (h2c); set the client to HTTP/1.1")
     return None
 
 
