@@ -69,8 +69,9 @@ def read_base_dims(model_dir: Path) -> BaseDims:
     Raises:
         OSError: a file is missing or unreadable. KeyError, ValueError: `config.json` lacks a field or is not JSON.
     """
-    config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
-    config = config.get("text_config") or config
+    outer = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
+    config = outer.get("text_config") or outer
+    config = {**_DEFAULTS.get(config["model_type"], {}), **{k: v for k, v in config.items() if v is not None}}
     num_heads = int(config["num_attention_heads"])
     hidden = int(config["hidden_size"])
     return BaseDims(
@@ -83,13 +84,19 @@ def read_base_dims(model_dir: Path) -> BaseDims:
         # Mistral writes an explicit null; only then the quotient is right
         head_dim=int(config.get("head_dim") or hidden // num_heads),
         vocab_size=int(config["vocab_size"]),
-        tie_word_embeddings=bool(config.get("tie_word_embeddings", _TIED_BY_DEFAULT.get(config["model_type"], False))),
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", outer.get("tie_word_embeddings", False))),
         weights_fingerprint=weights_fingerprint(model_dir),
     )
 
 
-# families whose config class ties the embeddings when the file does not say
-_TIED_BY_DEFAULT = {"gemma": True, "gemma2": True, "gemma3": True, "gemma3_text": True, "smollm3": True}
+# what transformers assumes where a family's checkpoints leave a key out (Gemma 3 of 4 B names four keys in all)
+_GEMMA = {"tie_word_embeddings": True, "head_dim": 256, "num_attention_heads": 8, "num_key_value_heads": 4}
+_DEFAULTS: dict[str, dict[str, int | bool]] = {
+    "gemma2": _GEMMA | {"vocab_size": 256_000},
+    "gemma3_text": _GEMMA | {"vocab_size": 262_208},
+    "qwen3": {"head_dim": 128},
+    "smollm3": {"tie_word_embeddings": True, "num_key_value_heads": 4},
+}
 
 
 def weights_fingerprint(model_dir: Path) -> str:
