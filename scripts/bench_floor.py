@@ -62,10 +62,9 @@ def main() -> None:
     args = parser.parse_args()
     with torch.inference_mode():
         body, head = build_products(Shape())
-        result = {"prefill_s": time_products(body, args.prefill, 5), "decode_s": {}}
-        for rows in args.decode:
-            result["decode_s"][str(rows)] = time_products([*body, head], rows, 7)
-    print(json.dumps(result))
+        prefill_s = time_products(body, args.prefill, 5)
+        decode_s = {str(rows): time_products([*body, head], rows, 7) for rows in args.decode}
+    print(json.dumps({"prefill_s": prefill_s, "decode_s": decode_s}))
 
 
 if __name__ == "__main__":

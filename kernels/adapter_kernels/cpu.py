@@ -49,14 +49,14 @@ def _add_group(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
     shape = (group.last - group.first, group.rows_per_position)
     bridge = None
     if rows.a is not None:
-        bridge = torch.bmm(own_x.unflatten(0, shape), rows.a[group.first : group.last].transpose(1, 2))
+        bridge = torch.bmm(own_x.view(*shape, -1), rows.a[group.first : group.last].transpose(1, 2))
     for member in rows.members:
         columns = own_y[:, member.out_begin : member.out_end]
         weights = None if member.bt is None else member.bt[group.first : group.last]
         bias = None if member.bias is None else member.bias[group.first : group.last, None]
         coefficients = None if bridge is None else bridge[:, :, member.rank_begin : member.rank_end]
         if group.kept is None:
-            _add_exact(columns.unflatten(0, shape), coefficients, weights, bias)
+            _add_exact(columns.view(*shape, -1), coefficients, weights, bias)
         else:
             _add_padded(columns, coefficients, weights, bias, group)
 
