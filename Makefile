@@ -14,7 +14,6 @@ CLIENTS := .venv-clients/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 PYTEST  := $(BIN)/python -m pytest
-export PYTHONPATH := .:kernels
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo test lint test-long test-clients bench-cpu
@@ -43,7 +42,7 @@ test-long: $(DEV) ## the slow tests
 	$(PYTEST) -m "slow and not clients and not gpu"
 
 test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-eval, openai-node) against the live server
-	.venv-clients/bin/python -m pytest -m clients tests/clients
+	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest -m clients -W default tests/clients
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)

@@ -21,6 +21,8 @@ import psutil
 REPO_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
+# the outside clients live in an environment of their own, without the server's packages
+SERVER_PYTHON = os.environ.get("CHORALE_PYTHON", sys.executable)
 READY_LINE = re.compile(r"^chorale ready (http://\S+)$")
 
 # the gauges that the documented contract promises to be 0 at rest
@@ -39,8 +41,8 @@ def server_environment() -> dict[str, str]:
 
 
 def chorale_command(*arguments: str) -> list[str]:
-    """Return the command line of `chorale ARGUMENTS` under this very interpreter."""
-    return [sys.executable, "-m", "serve", *arguments]
+    """Return the command line of `chorale ARGUMENTS`, installed or not."""
+    return [SERVER_PYTHON, "-m", "serve", *arguments]
 
 
 @dataclass(frozen=True, slots=True)

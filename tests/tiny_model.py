@@ -15,7 +15,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 HIDDEN, INTERMEDIATE, NUM_LAYERS, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 64, 128, 3, 4, 2, 16
 SPECIAL_TOKENS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
+# Hermes' spelling of tools, as Qwen's template has it
 CHAT_TEMPLATE = (
+    "{% if tools %}<|im_start|>system\n<tools>{% for tool in tools %}{{ tool | tojson }}{% endfor %}</tools>\n"
+    'Answer with <tool_call>{"name": ..., "arguments": ...}</tool_call><|im_end|>\n{% endif %}'
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
@@ -52,7 +55,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
         "num_key_value_heads": NUM_KV_HEADS,
         "head_dim": HEAD_DIM,
         "vocab_size": VOCAB_SIZE,
-        "max_position_embeddings": 1024,
+        "max_position_embeddings": 4096,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "hidden_act": "silu",
@@ -128,7 +131,7 @@ def _write_tokenizer(folder: Path) -> None:
         "eos_token": "</s>",
         "add_bos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": 1024,
+        "model_max_length": 4096,
         "chat_template": CHAT_TEMPLATE,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
