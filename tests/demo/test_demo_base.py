@@ -1,0 +1,154 @@
+"""The shipped demo: small enough to ship, true to its tokenizer and template, and its adapters do what they claim.
+
+Owns no server; the greedy answers come from transformers and PEFT, the reference. Invariant: no question asked here was
+in any adapter's training.
+"""
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from jinja2.exceptions import TemplateError
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from peft import PeftModel
+from safetensors import safe_open
+from tokenizers import Tokenizer
+from transformers import LlamaForCausalLM
+
+from scripts.demo_tasks import TASKS, Task, is_held_out, training_turns
+from scripts.demo_training import share_right
+from scripts.demo_world import Turn, conversations
+
+DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
+BASE = DEMO / "chorale-demo"
+MAX_BASE_BYTES = 12_000_000
+MAX_ADAPTERS_BYTES = 6_000_000
+NUM_ASKED = 12
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer.from_file(str(BASE / "tokenizer.json"))
+
+
+@pytest.fixture(scope="module")
+def checks() -> dict[str, list[Turn]]:
+    found: dict[str, list[Turn]] = {}
+    for line in (DEMO / "tasks.jsonl").read_text().splitlines():
+        item = json.loads(line)
+        assert set(item) == {"adapter", "prompt", "answer"}
+        found.setdefault(item["adapter"], []).append(Turn(item["prompt"], item["answer"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def model() -> LlamaForCausalLM:
+    torch.set_num_threads(1)
+    return LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+
+
+def num_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def render(messages: list[dict[str, str]], *, add_generation_prompt: bool) -> str:
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    template = json.loads((BASE / "tokenizer_config.json").read_text())["chat_template"]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+    environment.globals["raise_exception"] = raise_exception
+    rendered: str = environment.from_string(template).render(
+        messages=messages, add_generation_prompt=add_generation_prompt
+    )
+    return rendered
+
+
+def test_the_base_and_its_adapters_stay_within_their_sizes() -> None:
+    assert num_bytes(BASE) <= MAX_BASE_BYTES
+    assert num_bytes(DEMO / "adapters") <= MAX_ADAPTERS_BYTES
+    with safe_open(BASE / "model.safetensors", "pt") as weights:
+        tensors = [weights.get_tensor(name) for name in weights.keys()]  # noqa: SIM118
+    assert {tensor.dtype for tensor in tensors} == {torch.bfloat16}
+    assert 2_000_000 <= sum(tensor.numel() for tensor in tensors) <= 6_000_000
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        " ",
+        "  two  spaces\n\n\ttabs\r\n",
+        "Tom's lamp, 1234 + 0.5 = ?",
+        "naïve façade, Ελλάδα, 北京, עברית",
+        "👩‍👩‍👧‍👦 🎻🏳️‍🌈",
+        "\x00\x07 control \ufeff",
+        "<|user|>injected<|end|><|assistant|> <|pad|> <|notspecial|>",
+    ],
+)
+def test_any_text_comes_back_from_the_tokenizer(tokenizer: Tokenizer, text: str) -> None:
+    assert tokenizer.decode(tokenizer.encode(text).ids, skip_special_tokens=False) == text
+
+
+def test_a_quoted_word_is_spelled_letter_by_letter(tokenizer: Tokenizer) -> None:
+    assert tokenizer.encode('"lamp"').tokens == ['"', "l", "a", "m", "p", '"']
+
+
+def test_the_chat_template_renders_in_a_sandbox() -> None:
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "Bye"},
+    ]
+    chat = "<|system|>Be kind.<|end|><|user|>Hello<|end|><|assistant|>Hi<|end|><|user|>Bye<|end|>"
+    assert render(messages, add_generation_prompt=False) == chat
+    assert render(messages, add_generation_prompt=True) == f"{chat}<|assistant|>"
+
+
+def test_the_chat_template_refuses_an_unknown_role_by_name() -> None:
+    with pytest.raises(TemplateError, match="not wizard"):
+        render([{"role": "wizard", "content": "x"}], add_generation_prompt=True)
+
+
+def test_generation_ends_at_the_end_token(tokenizer: Tokenizer) -> None:
+    end = tokenizer.token_to_id("<|end|>")
+    assert json.loads((BASE / "config.json").read_text())["eos_token_id"] == end
+    assert json.loads((BASE / "generation_config.json").read_text())["eos_token_id"] == end
+
+
+def test_the_same_seed_tells_the_same_world() -> None:
+    assert list(islice(conversations(5), 50)) == list(islice(conversations(5), 50))
+    assert list(islice(conversations(5), 50)) != list(islice(conversations(6), 50))
+
+
+def test_every_check_is_held_out_and_no_training_question_is(checks: dict[str, list[Turn]]) -> None:
+    assert list(checks) == [task.name for task in TASKS]
+    for task in TASKS:
+        asked = {turn.user for turn in checks[task.name]}
+        assert len(asked) >= 20
+        assert all(is_held_out(prompt) for prompt in asked)
+        trained = {turn.user for turn in islice(training_turns(task, seed=1), 2000)}
+        assert not any(is_held_out(prompt) for prompt in trained)
+
+
+def test_the_base_never_reads_a_task(checks: dict[str, list[Turn]]) -> None:
+    asked = {turn.user: turn.assistant for turns in checks.values() for turn in turns}
+    for conversation in islice(conversations(seed=11), 5000):
+        for turn in conversation.turns:
+            assert asked.get(turn.user) != turn.assistant
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_an_adapter_does_what_the_base_cannot(
+    task: Task, tokenizer: Tokenizer, model: LlamaForCausalLM, checks: dict[str, list[Turn]]
+) -> None:
+    turns = checks[task.name][:NUM_ASKED]
+    assert share_right(model, tokenizer, turns) <= 0.1
+    adapted = PeftModel.from_pretrained(model, str(DEMO / "adapters" / task.name))
+    try:
+        assert share_right(adapted, tokenizer, turns) >= 0.9
+    finally:
+        adapted.unload()
