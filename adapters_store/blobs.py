@@ -1,0 +1,166 @@
+"""Content-addressed objects in a local folder: `objects/<digest>/{adapter.json, adapter.safetensors}`.
+
+Owns publishing by rename, opening with proof, and removal; knows no names. Invariant: a folder under `objects` appears
+whole and durable or not at all, and `open_image` hands out only bytes that match the digest.
+"""
+
+import hashlib
+import mmap
+import os
+import stat
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapters_store.base import BaseDims
+from adapters_store.canonical import read_layout
+from adapters_store.errors import AdapterCorrupt, StoreError
+from adapters_store.file_system import FileSystem
+from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from adapters_store.safetensors_header import TensorSlot
+
+
+@dataclass(frozen=True, slots=True)
+class LowrankEntry:
+    """Where one module's tensors lie, in bytes relative to `OpenAdapter.data`.
+
+    A is `[rank, in]`, BT `[rank, out]`, bias `[out]`, all contiguous. `rank` is 0 when there is only a bias.
+    """
+
+    layer: int
+    site: str
+    rank: int
+    a_offset: int
+    bt_offset: int
+    bias_offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class OpenAdapter:
+    """A verified adapter image: `data` is a read-only view of the mapped data section, valid while referenced."""
+
+    digest: str
+    dtype: str
+    rank: int
+    num_bytes: int
+    base: BaseDims
+    data: memoryview
+    entries: tuple[LowrankEntry, ...]
+
+
+class Blobs:
+    """The objects of one store. Callers serialise `publish`, `remove` and `remove_except` by the store's lock."""
+
+    def __init__(self, root: Path, files: FileSystem) -> None:
+        self.root = root
+        self._files = files
+
+    def publish(self, staged: Path, digest: str) -> None:
+        """Move a staged folder to its place; returns when its bytes and its name are durable.
+
+        An intact object of the same digest is kept; a damaged one is healed file by file.
+        """
+        target = self.root / digest
+        if target.is_dir() and self._is_intact(digest):
+            return
+        for name in (IMAGE_NAME, MANIFEST_NAME):
+            self._files.sync_file(staged / name)
+        self._files.sync_dir(staged)
+        if target.is_dir():
+            for name in (IMAGE_NAME, MANIFEST_NAME):
+                self._files.rename(staged / name, target / name)
+            self._files.sync_dir(target)
+        else:
+            self._files.rename(staged, target)
+        self._files.sync_dir(self.root)
+
+    def digests(self) -> set[str]:
+        """Return the digests of all objects on disk."""
+        return {entry.name for entry in os.scandir(self.root)}
+
+    def touch(self, digest: str) -> None:
+        """Restart the object's grace time; see `remove_except`."""
+        if (self.root / digest).exists():
+            os.utime(self.root / digest)
+
+    def remove_except(self, live: set[str], *, grace_s: float) -> list[str]:
+        """Remove every object that is not in `live` and was not touched for `grace_s` seconds; return their digests."""
+        removed = []
+        for digest in sorted(self.digests() - live):
+            path = self.root / digest
+            if grace_s <= 0 or time.time() - path.stat().st_mtime >= grace_s:
+                self._files.remove_tree(path)
+                removed.append(digest)
+        return removed
+
+    def _is_intact(self, digest: str) -> bool:
+        try:
+            open_image(self.root, digest)
+        except AdapterCorrupt:
+            return False
+        return True
+
+
+def open_image(objects: Path, digest: str) -> OpenAdapter:
+    """Map an object's image after hashing every byte of it; needs no registry, so any process may call it.
+
+    Raises:
+        AdapterCorrupt: missing, or manifest, size, hash or header do not match the digest.
+    """
+    folder = objects / digest
+    try:
+        raw = _read_small(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        if hashlib.sha256(raw).hexdigest() != digest:
+            raise AdapterCorrupt(f"the manifest of adapter {digest[:12]} does not match its digest; upload it again")
+        manifest = parse_manifest(raw)
+        return _map_image(folder / IMAGE_NAME, manifest, digest)
+    except (OSError, ValueError) as error:
+        raise AdapterCorrupt(f"the files of adapter {digest[:12]} cannot be read; upload it again") from error
+    except AdapterCorrupt:
+        raise
+    except StoreError as error:
+        raise AdapterCorrupt(f"adapter {digest[:12]} is damaged ({error.message}); upload it again") from error
+
+
+def _map_image(path: Path, manifest: Manifest, digest: str) -> OpenAdapter:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(descriptor).st_size != manifest.file_bytes:
+            raise AdapterCorrupt(f"the file of adapter {digest[:12]} has lost or gained bytes; upload it again")
+        mapped = memoryview(mmap.mmap(descriptor, manifest.file_bytes, access=mmap.ACCESS_READ))
+        if hashlib.sha256(mapped).hexdigest() != manifest.file_sha256:
+            raise AdapterCorrupt(f"the weights of adapter {digest[:12]} do not match their hash; upload it again")
+        slots, data_start = read_layout(file, manifest.file_bytes, manifest)
+    data = mapped[data_start:]
+    return OpenAdapter(
+        digest=digest,
+        dtype=manifest.dtype,
+        rank=manifest.rank,
+        num_bytes=len(data),
+        base=manifest.base,
+        data=data,
+        entries=_entries(manifest, {slot.name: slot for slot in slots}),
+    )
+
+
+def _entries(manifest: Manifest, slots: dict[str, TensorSlot]) -> tuple[LowrankEntry, ...]:
+    return tuple(
+        LowrankEntry(
+            layer=module.layer,
+            site=module.site,
+            rank=module.rank,
+            a_offset=slots[module.tensor("A")].begin if module.rank else 0,
+            bt_offset=slots[module.tensor("BT")].begin if module.rank else 0,
+            bias_offset=slots[module.tensor("bias")].begin if module.has_bias else None,
+        )
+        for module in manifest.modules
+    )
+
+
+def _read_small(path: Path, max_bytes: int) -> bytes:
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        facts = os.fstat(descriptor)
+        if not stat.S_ISREG(facts.st_mode) or facts.st_size > max_bytes:
+            raise ValueError("not a small regular file")
+        return file.read(max_bytes)

@@ -1,0 +1,160 @@
+"""The canonical adapter file: a safetensors file whose data section is the adapter image, byte for byte.
+
+Owns the layout (layer by layer, site by site, A `[rank, in]`, then BT `[rank, out]`, then bias `[out]`, each followed
+by explicit padding to 128 bytes), its writer and its checker. Invariant: the manifest alone determines every name,
+shape and offset, so reading is comparing: whatever `layout` does not produce is refused.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from adapters_store.base import BaseDims
+from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, NonFiniteValues
+from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES, is_finite, is_zero
+from adapters_store.manifest import IMAGE_NAME, Manifest, Module
+from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
+
+ALIGNMENT = 128
+_PADDING_DTYPE = "U8"
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What the writer wrote: size and SHA-256 of the whole file."""
+
+    num_bytes: int
+    sha256: str
+
+
+def layout(modules: Iterable[Module], base: BaseDims, dtype: str) -> tuple[TensorSlot, ...]:
+    """Return every tensor of the file in order, padding included; `dtype` is a serving dtype."""
+    slots: list[TensorSlot] = []
+    position = 0
+    file_dtype = FILE_DTYPES[dtype]
+    for module in modules:
+        for name, shape in _module_tensors(module, base):
+            end = position + ITEM_BYTES[file_dtype] * _numel(shape)
+            slots.append(TensorSlot(name, file_dtype, shape, position, end))
+            position = -(-end // ALIGNMENT) * ALIGNMENT
+            if position > end:
+                padding = (position - end,)
+                slots.append(TensorSlot(f"pad.{len(slots)}", _PADDING_DTYPE, padding, end, position))
+    return tuple(slots)
+
+
+def is_padding(slot: TensorSlot) -> bool:
+    """Return whether the slot only fills up to the next 128-byte boundary."""
+    return slot.dtype == _PADDING_DTYPE
+
+
+def encode_header(slots: Iterable[TensorSlot]) -> bytes:
+    """Return length and header, filled up with spaces so that the data section starts 128-byte aligned."""
+    header: dict[str, dict[str, object]] = {"__metadata__": {"format": "chorale-adapter", "version": "1"}}
+    for slot in slots:
+        header[slot.name] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [slot.begin, slot.end]}
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-(8 + len(raw)) % ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def write_canonical(file: BinaryIO, slots: Iterable[TensorSlot], encoded: Callable[[str], bytes]) -> WrittenFile:
+    """Write the whole file; `encoded(name)` returns the bytes of one tensor, called once each, in order."""
+    slots = tuple(slots)
+    digest = hashlib.sha256()
+    num_bytes = 0
+    for piece in _pieces(slots, encoded):
+        file.write(piece)
+        digest.update(piece)
+        num_bytes += len(piece)
+    return WrittenFile(num_bytes, digest.hexdigest())
+
+
+def read_layout(file: BinaryIO, file_bytes: int, manifest: Manifest) -> tuple[tuple[TensorSlot, ...], int]:
+    """Return the file's slots and where its data section starts, after comparing them with the manifest's layout.
+
+    Raises:
+        CorruptUpload: the header is not exactly the one that the manifest demands.
+    """
+    header = read_header(file, file_bytes, CANONICAL_LIMITS, what=IMAGE_NAME)
+    if header.tensors != layout(manifest.modules, manifest.base, manifest.dtype):
+        raise CorruptUpload(f"{IMAGE_NAME} does not hold the tensors of its manifest", param=IMAGE_NAME)
+    return header.tensors, header.data_start
+
+
+def check_file(path: Path, manifest: Manifest) -> None:
+    """Read a fresh canonical file once and check all of it: size, header, hash, padding, values, effect.
+
+    Raises:
+        CorruptUpload, NonFiniteValues, AdapterWithoutEffect: the file must not be published.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    with os.fdopen(descriptor, "rb") as file:
+        file_bytes = os.fstat(descriptor).st_size
+        slots, data_start = read_layout(file, file_bytes, manifest)
+        file.seek(0)
+        digest = hashlib.sha256(file.read(data_start))
+        has_values: set[str] = set()
+        for slot in slots:
+            raw = file.read(slot.end - slot.begin)
+            digest.update(raw)
+            if _holds_values(slot, raw):
+                has_values.add(slot.name)
+    if file_bytes != manifest.file_bytes or digest.hexdigest() != manifest.file_sha256:
+        raise CorruptUpload(f"{IMAGE_NAME} does not match the hash in its manifest", param=IMAGE_NAME)
+    if not any(_acts(module, has_values) for module in manifest.modules):
+        raise AdapterWithoutEffect(
+            "every low-rank product and bias of this adapter is zero, so it would answer like the base; "
+            "was it saved before training?",
+            param="adapter_model.safetensors",
+        )
+
+
+def _module_tensors(module: Module, base: BaseDims) -> list[tuple[str, tuple[int, ...]]]:
+    num_out, num_in = base.site_shape(module.site)
+    tensors: list[tuple[str, tuple[int, ...]]] = []
+    if module.rank:
+        tensors.append((module.tensor("A"), (module.rank, num_in)))
+        tensors.append((module.tensor("BT"), (module.rank, num_out)))
+    if module.has_bias:
+        tensors.append((module.tensor("bias"), (num_out,)))
+    return tensors
+
+
+def _numel(shape: tuple[int, ...]) -> int:
+    product = 1
+    for dim in shape:
+        product *= dim
+    return product
+
+
+def _pieces(slots: tuple[TensorSlot, ...], encoded: Callable[[str], bytes]) -> Iterable[bytes]:
+    yield encode_header(slots)
+    for slot in slots:
+        num_bytes = slot.end - slot.begin
+        piece = bytes(num_bytes) if is_padding(slot) else encoded(slot.name)
+        assert len(piece) == num_bytes, f"{slot.name} has {len(piece)} bytes instead of {num_bytes}"
+        yield piece
+
+
+def _holds_values(slot: TensorSlot, raw: bytes) -> bool:
+    """Return whether the tensor has a non-zero value; refuse NaN, infinity and padding that is not zero."""
+    if is_padding(slot):
+        if any(raw):
+            raise CorruptUpload(f"{IMAGE_NAME} has padding that is not zero", param=slot.name)
+        return False
+    if not is_finite(raw, slot.dtype):
+        raise NonFiniteValues(
+            f"tensor {slot.name} holds NaN or infinity, in the file or after the scaling and the cast to {slot.dtype}",
+            param=slot.name,
+        )
+    return not is_zero(raw, slot.dtype)
+
+
+def _acts(module: Module, has_values: set[str]) -> bool:
+    product = module.tensor("A") in has_values and module.tensor("BT") in has_values
+    return product or module.tensor("bias") in has_values

@@ -1,0 +1,90 @@
+"""Starts the converter process for one upload and turns its end into a result or a refusal.
+
+Owns the child: clean environment, closed stdin, time limit, kill. The server itself never parses a foreign file.
+Invariant: the child is gone when `convert_in_child` returns, and nothing it printed is trusted beyond a known code.
+"""
+
+import errno
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from adapters_store.convert.options import ConvertOptions
+from adapters_store.errors import REFUSALS, ConversionFailed, CorruptUpload, storage_errors
+
+_log = logging.getLogger(__name__)
+
+_PACKAGE_ROOT = Path(__file__).resolve().parents[1]
+_OUTCOME_NAME = "outcome.json"
+_MAX_OUTCOME_BYTES = 64 << 10
+_START_SECONDS = 60
+# far below what numpy does on one core; an honest conversion never meets it
+_MIN_BYTES_PER_SECOND = 10 << 20
+_SLACK_BYTES = 64 << 20
+
+
+def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> None:
+    """Convert the foreign folder `source` into the empty folder `target` in a process of its own.
+
+    Raises:
+        AdapterRefused: the child refused the upload. ConversionFailed: it died or took too long.
+        StoreFull, StorageFailed: it could not write.
+    """
+    source_bytes = sum(entry.stat().st_size for entry in os.scandir(source) if entry.is_file(follow_symlinks=False))
+    timeout_s = _START_SECONDS + source_bytes // _MIN_BYTES_PER_SECOND
+    # a 16-bit source doubles in a float32 image; fused projections repeat A
+    max_file_bytes = 6 * source_bytes + _SLACK_BYTES
+    command = [sys.executable, "-B", "-s", "-P", "-m", "adapters_store.convert"]
+    command += [str(source), str(target), options.to_json(), str(max_file_bytes), str(timeout_s)]
+    outcome_path = target.parent / _OUTCOME_NAME
+    with outcome_path.open("x+b") as outcome_file:
+        try:
+            finished = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=outcome_file,
+                env=_environment(),
+                cwd=target,
+                timeout=timeout_s,
+                check=False,
+                start_new_session=True,
+            )
+        except subprocess.TimeoutExpired:
+            raise ConversionFailed(f"converting the adapter took longer than {timeout_s} s; it was stopped") from None
+        outcome_file.seek(0)
+        raw = outcome_file.read(_MAX_OUTCOME_BYTES)
+    if finished.returncode != 0:
+        _log.error("converter ended with status %d", finished.returncode)
+        raise ConversionFailed("the converter stopped unexpectedly; nothing was stored, see the server's log")
+    _raise_refusal(raw)
+
+
+def _environment() -> dict[str, str]:
+    return {
+        "PYTHONPATH": str(_PACKAGE_ROOT),
+        "PYTHONUTF8": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+def _raise_refusal(raw: bytes) -> None:
+    try:
+        outcome = json.loads(raw)
+    except ValueError:
+        raise ConversionFailed("the converter gave no answer; nothing was stored, see the server's log") from None
+    if not outcome:
+        return
+    if "errno" in outcome:
+        if outcome["errno"] == errno.EFBIG:
+            raise CorruptUpload("the adapter grows beyond its limit when it is converted")
+        with storage_errors():
+            raise OSError(outcome["errno"], "in the converter")
+    kind = REFUSALS.get(outcome["code"])
+    if kind is None:
+        raise ConversionFailed(outcome["message"])
+    raise kind(outcome["message"], param=outcome["param"])

@@ -1,0 +1,137 @@
+"""The tree of errors that the store raises: each class fixes the HTTP status, OpenAI type and default code of its kind.
+
+Owns no HTTP: the API turns `body()` and `http_status` into an answer, the CLI prints `message`. Invariant: a message
+names what was wrong, the value, the limit and the way out, and no path, address or stack trace.
+"""
+
+import errno
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import ClassVar
+
+
+class StoreError(Exception):
+    """Anything a caller of the store can act on. `param` names the field, file or tensor that is wrong."""
+
+    http_status: ClassVar[int] = 500
+    type: ClassVar[str] = "server_error"
+    default_code: ClassVar[str] = "store_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code if code is not None else self.default_code
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """Return OpenAI's error object, all four keys."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+
+class AdapterRefused(StoreError):
+    """400: the upload itself is wrong; the subclasses say how."""
+
+    http_status = 400
+    type = "invalid_request_error"
+    default_code = "invalid_adapter"
+
+
+class CorruptUpload(AdapterRefused):
+    """400 `corrupt_adapter`: the bytes are not what their format demands."""
+
+    default_code = "corrupt_adapter"
+
+
+class UnsupportedAdapter(AdapterRefused):
+    """400 `unsupported_adapter`: well formed, but it means something that is not served (or not on this base)."""
+
+    default_code = "unsupported_adapter"
+
+
+class UnsupportedFormat(AdapterRefused):
+    """400 `unsupported_format`: a file kind that is never opened, such as a pickle."""
+
+    default_code = "unsupported_format"
+
+
+class NonFiniteValues(AdapterRefused):
+    """400 `non_finite`: NaN or infinity, in the file or after the cast to the serving dtype."""
+
+    default_code = "non_finite"
+
+
+class AdapterWithoutEffect(AdapterRefused):
+    """400 `adapter_no_effect`: every product B A and every bias is zero: serving it would be serving the base."""
+
+    default_code = "adapter_no_effect"
+
+
+class InvalidName(AdapterRefused):
+    """400 `invalid_value`: a name or alias that cannot be given."""
+
+    default_code = "invalid_value"
+
+
+class UploadTooLarge(AdapterRefused):
+    """413 `file_too_large`: more bytes than the limit."""
+
+    http_status = 413
+    default_code = "file_too_large"
+
+
+class NameTaken(AdapterRefused):
+    """409 `adapter_exists`: the name collides with another adapter's."""
+
+    http_status = 409
+    default_code = "adapter_exists"
+
+
+class AdapterNotFound(AdapterRefused):
+    """404 `model_not_found`: no adapter of this base has that name, version or alias."""
+
+    http_status = 404
+    default_code = "model_not_found"
+
+
+class StoreFull(AdapterRefused):
+    """507 `quota_exceeded`: the disk or its quota is full; nothing was stored."""
+
+    http_status = 507
+    default_code = "quota_exceeded"
+
+
+class StorageFailed(StoreError):
+    """500 `storage_error`: the disk failed; nothing was stored, the upload may be sent again."""
+
+    default_code = "storage_error"
+
+
+class ConversionFailed(StoreError):
+    """500 `conversion_failed`: the converter process died or ran out of time; nothing was stored."""
+
+    default_code = "conversion_failed"
+
+
+class AdapterCorrupt(StoreError):
+    """503 `adapter_corrupt`: the stored bytes no longer match their digest; they are never served."""
+
+    http_status = 503
+    default_code = "adapter_corrupt"
+
+
+# what a converter process may answer with; anything else it says is a ConversionFailed
+REFUSALS: dict[str, type[AdapterRefused]] = {
+    kind.default_code: kind
+    for kind in (CorruptUpload, UnsupportedAdapter, UnsupportedFormat, NonFiniteValues, AdapterWithoutEffect)
+}
+
+
+@contextmanager
+def storage_errors() -> Iterator[None]:
+    """Turn OSError of the disk into StoreFull or StorageFailed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreFull("the adapter store's disk is full; delete adapters or ask the operator") from error
+        raise StorageFailed("the adapter store's disk failed; nothing was stored, try again later") from error

@@ -1,0 +1,68 @@
+"""Every change the store makes to the disk, one method per system call, so that tests can record or fail each one.
+
+Owns flags and modes (O_EXCL, O_NOFOLLOW, 0600, 0700); decides nothing. Invariant: no file is ever opened through a
+link or overwritten in place.
+"""
+
+import os
+from pathlib import Path
+
+
+class FileSystem:
+    """The real disk. Every method may raise OSError."""
+
+    def make_dir(self, path: Path) -> None:
+        """Create a folder that only the owner enters."""
+        os.mkdir(path, 0o700)
+
+    def create(self, path: Path) -> int:
+        """Create a new file for writing and return its descriptor; an existing one is an error."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(path, flags, 0o600)
+
+    def write(self, descriptor: int, data: bytes | memoryview) -> None:
+        """Write all of `data`."""
+        view = memoryview(data)
+        while view:
+            view = view[os.write(descriptor, view) :]
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor of `create`."""
+        os.close(descriptor)
+
+    def sync_file(self, path: Path) -> None:
+        """Make the file's bytes durable."""
+        self._sync(path, os.O_RDONLY | os.O_NOFOLLOW)
+
+    def sync_dir(self, path: Path) -> None:
+        """Make the folder's entries durable."""
+        self._sync(path, os.O_RDONLY | os.O_DIRECTORY)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Move atomically within the file system; replaces a file, never a folder that holds something."""
+        os.rename(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a file's name; readers that have it open keep their bytes."""
+        os.unlink(path)
+
+    def remove_dir(self, path: Path) -> None:
+        """Remove an empty folder."""
+        os.rmdir(path)
+
+    def remove_tree(self, path: Path) -> None:
+        """Remove a folder of the store and all it holds; links are removed, not followed."""
+        for entry in list(os.scandir(path)):
+            if entry.is_dir(follow_symlinks=False):
+                self.remove_tree(Path(entry.path))
+            else:
+                self.unlink(Path(entry.path))
+        self.remove_dir(path)
+
+    @staticmethod
+    def _sync(path: Path, flags: int) -> None:
+        descriptor = os.open(path, flags | os.O_CLOEXEC)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

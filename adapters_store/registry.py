@@ -1,0 +1,119 @@
+"""What a registry of names, versions and aliases promises; SQLite implements it, others may follow.
+
+Owns the value types that leave the store. Invariant: a version, once published, never changes and its number is never
+given again, not even after its name was deleted; `publish` returns only when the version is durable.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from adapters_store.manifest import Report
+from adapters_store.names import parse_selector
+
+BaseFacts = dict[str, str | int | bool]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterVersion:
+    """One immutable upload of a name. `created` is in unix seconds, `num_bytes` the size of the canonical file."""
+
+    name: str
+    version: int
+    digest: str
+    family: str
+    rank: int
+    num_bytes: int
+    created: int
+    base: BaseFacts
+    report: Report
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class NewVersion:
+    """A version before the registry has given it its number."""
+
+    name: str
+    digest: str
+    family: str
+    rank: int
+    num_bytes: int
+    created: int
+    base: BaseFacts
+    report: Report
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """What a request's `model` stands for: the digest is the only identity behind the API."""
+
+    name: str
+    version: int
+    digest: str
+    rank: int
+    num_bytes: int
+    family: str
+
+
+class Registry(Protocol):
+    """Names -> numbered versions -> digests, and aliases. Thread-safe; raises StoreError only."""
+
+    def publish(self, new: NewVersion) -> AdapterVersion:
+        """Give the next number, make it the name's current version, return when durable. NameTaken on a case twin."""
+        ...
+
+    def check_free(self, name: str) -> None:
+        """Raise NameTaken if `name` differs only in case from another, or spells an existing `name:alias`."""
+        ...
+
+    def current(self, name: str) -> AdapterVersion | None:
+        """Return the name's current version."""
+        ...
+
+    def version(self, name: str, version: int) -> AdapterVersion | None:
+        """Return one version by number."""
+        ...
+
+    def aliased(self, name: str, alias: str) -> AdapterVersion | None:
+        """Return the version that `name:alias` points to."""
+        ...
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """Return all versions of a name, oldest first."""
+        ...
+
+    def all_current(self) -> list[AdapterVersion]:
+        """Return the current version of every name, by name."""
+        ...
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point `name:alias` to an existing version."""
+        ...
+
+    def delete(self, name: str) -> list[str]:
+        """Forget a name with its versions and aliases; return their digests. Empty when there was no such name."""
+        ...
+
+    def digests(self) -> set[str]:
+        """Return every digest that some version points to."""
+        ...
+
+    def close(self) -> None:
+        """Give back the connection."""
+        ...
+
+
+def find_version(registry: Registry, model: str) -> AdapterVersion | None:
+    """Return the version that `name`, `name@3`, `name@sha256:...` or `name:alias` means; an exact name always wins."""
+    found = registry.current(model)
+    if found is not None:
+        return found
+    selector = parse_selector(model)
+    if selector is None:
+        name, _, alias = model.rpartition(":")
+        return registry.aliased(name, alias) if name else None
+    if selector.version is not None:
+        return registry.version(selector.name, selector.version)
+    matching = [version for version in registry.versions(selector.name) if version.digest == selector.digest]
+    return matching[-1] if matching else None

@@ -1,0 +1,169 @@
+"""The embedded registry: one SQLite file, write-ahead log, synchronous=FULL.
+
+Owns the tables and their transactions, nothing on disk besides its file. Invariant: every change is one transaction
+that is durable before the call returns, so what was acknowledged survives a kill and a power loss.
+"""
+
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
+from adapters_store.manifest import Report
+from adapters_store.registry import AdapterVersion, NewVersion
+
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS names (
+    name TEXT PRIMARY KEY, folded TEXT NOT NULL UNIQUE, current INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS versions (
+    name TEXT NOT NULL, version INTEGER NOT NULL, digest TEXT NOT NULL, facts TEXT NOT NULL,
+    PRIMARY KEY (name, version)
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS versions_by_digest ON versions (digest);
+CREATE TABLE IF NOT EXISTS aliases (
+    name TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, alias)
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS numbers (folded TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
+"""
+# another process holds the write lock for one small transaction at most
+_BUSY_TIMEOUT_S = 30.0
+
+
+class SqliteRegistry:
+    """A `Registry` in one file. Threads share one connection behind a lock."""
+
+    def __init__(self, path: Path) -> None:
+        self._lock = threading.Lock()
+        with _storage_errors():
+            self._connection = sqlite3.connect(
+                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
+            )
+            self._connection.execute("PRAGMA journal_mode=WAL")
+            self._connection.execute("PRAGMA synchronous=FULL")
+            self._connection.executescript(_SCHEMA)
+
+    def publish(self, new: NewVersion) -> AdapterVersion:
+        """Give the next number, make it the name's current version, return when durable."""
+        folded = new.name.casefold()
+        with self._transaction() as db:
+            self._check_free(db, new.name)
+            row = db.execute("SELECT last FROM numbers WHERE folded = ?", (folded,)).fetchone()
+            number = (row[0] if row else 0) + 1
+            facts = asdict(new)
+            db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", (new.name, number, new.digest, json.dumps(facts)))
+            db.execute("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (folded, number))
+            db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (new.name, folded, number))
+        return _version(number, json.dumps(facts))
+
+    def check_free(self, name: str) -> None:
+        """Raise NameTaken if `name` differs only in case from another, or spells an existing `name:alias`."""
+        with self._reading() as db:
+            self._check_free(db, name)
+
+    def current(self, name: str) -> AdapterVersion | None:
+        """Return the name's current version."""
+        return self._one("JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?", name)
+
+    def version(self, name: str, version: int) -> AdapterVersion | None:
+        """Return one version by number."""
+        return self._one("WHERE v.name = ? AND v.version = ?", name, version)
+
+    def aliased(self, name: str, alias: str) -> AdapterVersion | None:
+        """Return the version that `name:alias` points to."""
+        join = "JOIN aliases a ON a.name = v.name AND a.version = v.version WHERE a.name = ? AND a.alias = ?"
+        return self._one(join, name, alias)
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """Return all versions of a name, oldest first."""
+        return self._many("WHERE v.name = ? ORDER BY v.version", name)
+
+    def all_current(self) -> list[AdapterVersion]:
+        """Return the current version of every name, by name."""
+        return self._many("JOIN names n ON n.name = v.name AND n.current = v.version ORDER BY v.name")
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point `name:alias` to an existing version."""
+        with self._transaction() as db:
+            found = db.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
+            if found is None:
+                raise AdapterNotFound(f"adapter '{name}' has no version {version}", param="version")
+            if db.execute("SELECT 1 FROM names WHERE name = ?", (f"{name}:{alias}",)).fetchone():
+                raise NameTaken(f"an adapter is already called '{name}:{alias}'; choose another alias", param="alias")
+            db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (name, alias, version))
+
+    def delete(self, name: str) -> list[str]:
+        """Forget a name with its versions and aliases; return their digests."""
+        with self._transaction() as db:
+            rows = db.execute("SELECT DISTINCT digest FROM versions WHERE name = ?", (name,)).fetchall()
+            for table in ("names", "versions", "aliases"):
+                db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
+        return [row[0] for row in rows]
+
+    def digests(self) -> set[str]:
+        """Return every digest that some version points to."""
+        with self._reading() as db:
+            return {row[0] for row in db.execute("SELECT DISTINCT digest FROM versions")}
+
+    def close(self) -> None:
+        """Give back the connection."""
+        with self._lock:
+            self._connection.close()
+
+    @staticmethod
+    def _check_free(db: sqlite3.Connection, name: str) -> None:
+        row = db.execute("SELECT name FROM names WHERE folded = ?", (name.casefold(),)).fetchone()
+        if row is not None and row[0] != name:
+            raise NameTaken(
+                f"adapter '{name}' differs only in case from the existing '{row[0]}'; choose another name", param="name"
+            )
+        owner, _, alias = name.rpartition(":")
+        if owner and db.execute("SELECT 1 FROM aliases WHERE name = ? AND alias = ?", (owner, alias)).fetchone():
+            raise NameTaken(f"'{name}' is the alias '{alias}' of adapter '{owner}'; choose another name", param="name")
+
+    def _one(self, clause: str, *values: str | int) -> AdapterVersion | None:
+        found = self._many(clause, *values)
+        return found[0] if found else None
+
+    def _many(self, clause: str, *values: str | int) -> list[AdapterVersion]:
+        with self._reading() as db:
+            rows = db.execute(f"SELECT v.version, v.facts FROM versions v {clause}", values).fetchall()
+        return [_version(number, facts) for number, facts in rows]
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _storage_errors():
+            yield self._connection
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._lock, _storage_errors():
+            self._connection.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._connection
+                self._connection.execute("COMMIT")
+            except BaseException:
+                # a failed COMMIT may have ended the transaction by itself
+                if self._connection.in_transaction:
+                    self._connection.execute("ROLLBACK")
+                raise
+
+
+def _version(number: int, facts: str) -> AdapterVersion:
+    values = json.loads(facts)
+    report = {key: tuple(items) for key, items in values.pop("report").items()}
+    return AdapterVersion(version=number, report=Report(**report), **values)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            raise StoreFull("the adapter store's disk is full; delete adapters or ask the operator") from error
+        raise StorageFailed("the adapter store's registry cannot be read or written; try again later") from error

@@ -1,0 +1,294 @@
+"""The one door into the store: stage, publish, resolve, open, list, delete, sweep.
+
+Owns the order of the commit protocol and the lock that keeps publishing, deleting and sweeping of all processes apart.
+Invariant: a name points only to an object that is whole and durable; what is acknowledged is never lost, and what is
+not acknowledged leaves no trace after the next sweep.
+"""
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adapters_store.base import BaseDims
+from adapters_store.blobs import Blobs, LowrankEntry, OpenAdapter, open_image
+from adapters_store.canonical import check_file
+from adapters_store.convert.options import Convert, ConvertOptions
+from adapters_store.converter import convert_in_child
+from adapters_store.errors import (
+    AdapterNotFound,
+    CorruptUpload,
+    NameTaken,
+    StoreError,
+    UnsupportedAdapter,
+)
+from adapters_store.file_system import FileSystem
+from adapters_store.locks import StoreLock, lock_folder
+from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Report, parse_manifest
+from adapters_store.names import check_alias, check_name
+from adapters_store.registry import AdapterRef, AdapterVersion, BaseFacts, NewVersion, Registry, find_version
+from adapters_store.registry_sqlite import SqliteRegistry
+from adapters_store.upload import PART_NAMES, Upload, open_part_file
+
+__all__ = ["AdapterRef", "AdapterStore", "AdapterVersion", "LowrankEntry", "OpenAdapter", "Report", "Upload"]
+
+# a deleted adapter's bytes stay this long for requests that were already accepted under its digest
+_GRACE_S = 3600.0
+_COPY_CHUNK_BYTES = 1 << 20
+# what must be equal for an adapter to act on a base; the fingerprint may differ (same shapes, retrained base)
+_SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+
+
+# inside the class, `list` is a method
+Versions = list[AdapterVersion]
+
+
+class AdapterStore:
+    """Adapters of one base in one folder. Thread-safe; several processes may have the same folder open."""
+
+    def __init__(
+        self,
+        root: Path,
+        options: ConvertOptions,
+        registry: Registry,
+        *,
+        served_name: str,
+        max_upload_bytes: int,
+        files: FileSystem,
+        convert: Convert,
+        clock: Callable[[], float],
+    ) -> None:
+        self._root = root
+        self._options = options
+        self._registry = registry
+        self._served_name = served_name
+        self._max_upload_bytes = max_upload_bytes
+        self._files = files
+        self._convert = convert
+        self._clock = clock
+        self._lock = StoreLock(root / "lock")
+        self._staging = root / "staging"
+        self._blobs = Blobs(root / "objects", files)
+        self._base_facts: BaseFacts = options.base.to_dict()
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        base: BaseDims,
+        *,
+        served_name: str = "",
+        max_rank: int = 256,
+        max_upload_bytes: int = 2 << 30,
+        image_dtype: str = "bfloat16",
+        files: FileSystem | None = None,
+        convert: Convert = convert_in_child,
+        clock: Callable[[], float] = time.time,
+    ) -> "AdapterStore":
+        """Open or create the store in `root`, and sweep what dead processes left there.
+
+        Args:
+            base: the base that new adapters are for; `resolve` and `list` show adapters of bases of its shape.
+            served_name: the base's name in the API: no adapter may take it, and `served_name:x` means adapter x.
+            image_dtype: dtype of new images, "float32", "bfloat16" or "float16": the server's serving dtype.
+            files, convert, clock: replaced by tests.
+        Raises:
+            StorageFailed, StoreFull: the folder cannot be used.
+        """
+        with storage_errors():
+            for folder in (root, root / "objects", root / "staging"):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            registry = SqliteRegistry(root / "registry.sqlite")
+            files = files if files is not None else FileSystem()
+            files.sync_dir(root)
+        store = cls(
+            root,
+            ConvertOptions(base=base, dtype=image_dtype, max_rank=max_rank),
+            registry,
+            served_name=served_name,
+            max_upload_bytes=max_upload_bytes,
+            files=files,
+            convert=convert,
+            clock=clock,
+        )
+        store.sweep()
+        return store
+
+    def close(self) -> None:
+        """Give back the registry's connection; open images stay valid."""
+        self._registry.close()
+
+    def stage(self) -> Upload:
+        """Begin an upload; use it as a context manager."""
+        with self._lock.held():
+            return Upload(self._staging, self._files, max_bytes=self._max_upload_bytes, publish=self._commit)
+
+    def put_dir(self, name: str, folder: Path, *, trusted: bool = False) -> AdapterVersion:
+        """Publish a PEFT folder as the next version of `name`; only the two files of `PART_NAMES` are read.
+
+        Args:
+            trusted: the folder is the operator's own: links are followed (the Hugging Face cache is made of them).
+                Otherwise every file must be a regular one with a single name.
+        Raises:
+            StoreError: as `Upload.commit`.
+        """
+        check_name(name, self._served_name)
+        with self.stage() as upload:
+            for filename in PART_NAMES:
+                with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
+                    while chunk := file.read(_COPY_CHUNK_BYTES):
+                        part.write(chunk)
+            return upload.commit(name)
+
+    def resolve(self, model: str) -> AdapterRef | None:
+        """Return what `model` stands for; None if no adapter of this base is meant. An exact name always wins."""
+        found = self._find(model)
+        prefix = f"{self._served_name}:"
+        if found is None and self._served_name and model.startswith(prefix):
+            found = self._find(model.removeprefix(prefix))
+        if found is None:
+            return None
+        return AdapterRef(found.name, found.version, found.digest, found.rank, found.num_bytes, found.family)
+
+    def list(self) -> Versions:
+        """Return the current version of every adapter of this base, by name."""
+        return [version for version in self._registry.all_current() if self._is_ours(version)]
+
+    def get(self, name: str) -> AdapterVersion:
+        """Return the current version of `name`; raises AdapterNotFound."""
+        found = self._registry.current(name)
+        if found is None or not self._is_ours(found):
+            raise AdapterNotFound(f"there is no adapter {ascii(name)[:140]}; GET /v1/adapters lists them", param="name")
+        return found
+
+    def versions(self, name: str) -> Versions:
+        """Return all versions of `name`, oldest first; raises AdapterNotFound."""
+        self.get(name)
+        return self._registry.versions(name)
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Let `name:alias` mean that version; raises InvalidName, NameTaken, AdapterNotFound."""
+        check_alias(alias)
+        self.get(name)
+        self._registry.set_alias(name, alias, version)
+
+    def delete(self, name: str) -> None:
+        """Forget `name` with all versions and aliases; raises AdapterNotFound.
+
+        The bytes stay for an hour, and open images for as long as they are held, so accepted requests finish.
+        """
+        self.get(name)
+        with self._lock.held():
+            for digest in self._registry.delete(name):
+                self._blobs.touch(digest)
+
+    def verify(self, name: str) -> None:
+        """Hash every byte of every version of `name` again; raises AdapterCorrupt, AdapterNotFound."""
+        for version in self.versions(name):
+            self.open_image(version.digest)
+
+    def open_image(self, digest: str) -> OpenAdapter:
+        """Map an adapter's verified image; raises AdapterCorrupt, or AdapterNotFound for another base's adapter."""
+        image = open_image(self._blobs.root, digest)
+        if not self._has_our_shape(image.base.to_dict()):
+            raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions")
+        return image
+
+    def sweep(self, *, grace_s: float = 0.0) -> None:
+        """Remove staging folders whose owner died, and objects that no version has pointed to for `grace_s`."""
+        with self._lock.held(), storage_errors():
+            for folder in list(self._staging.iterdir()):
+                self._sweep_staging(folder)
+            self._blobs.remove_except(self._registry.digests(), grace_s=grace_s)
+
+    def _sweep_staging(self, folder: Path) -> None:
+        try:
+            lock = lock_folder(folder)
+        except OSError:
+            # its owner removed it meanwhile
+            return
+        if lock is None:
+            return
+        try:
+            self._files.remove_tree(folder)
+        except OSError:
+            # a converter that outlived its server still writes there: the next sweep takes it
+            return
+        finally:
+            os.close(lock)
+
+    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+        check_name(name, self._served_name)
+        self._check_owner(name)
+        self._convert(upload.source, upload.object, self._options)
+        with storage_errors():
+            manifest = self._validate(upload.object)
+        new = self._new_version(name, manifest)
+        self.sweep(grace_s=_GRACE_S)
+        with self._lock.held():
+            with storage_errors():
+                self._blobs.publish(upload.object, new.digest)
+            try:
+                self._check_owner(name)
+                return self._registry.publish(new)
+            except BaseException:
+                self._abandon(new.digest)
+                raise
+
+    def _validate(self, folder: Path) -> Manifest:
+        """Read what the converter wrote with our own parser, trusting none of it."""
+        with (folder / MANIFEST_NAME).open("rb") as file:
+            manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
+        if manifest.base != self._options.base or manifest.dtype != self._options.dtype:
+            raise CorruptUpload("the converter wrote an adapter for another base or dtype")
+        if manifest.rank > self._options.max_rank:
+            raise UnsupportedAdapter(
+                f"the adapter has rank {manifest.rank}; this server accepts up to {self._options.max_rank} (--max-rank)"
+            )
+        check_file(folder / IMAGE_NAME, manifest)
+        return manifest
+
+    def _abandon(self, digest: str) -> None:
+        """Remove an object that got no pointer; if the disk fails here too, the next sweep does it."""
+        try:
+            if digest not in self._registry.digests():
+                self._files.remove_tree(self._blobs.root / digest)
+        except (OSError, StoreError):
+            return
+
+    def _new_version(self, name: str, manifest: Manifest) -> NewVersion:
+        return NewVersion(
+            name=name,
+            digest=manifest.digest(),
+            family=manifest.family,
+            rank=manifest.rank,
+            num_bytes=manifest.file_bytes,
+            created=int(self._clock()),
+            base=manifest.base.to_dict(),
+            report=manifest.report(),
+            dtype=manifest.dtype,
+        )
+
+    def _check_owner(self, name: str) -> None:
+        self._registry.check_free(name)
+        current = self._registry.current(name)
+        if current is not None and not self._is_ours(current):
+            raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
+
+    def _find(self, model: str) -> AdapterVersion | None:
+        found = find_version(self._registry, model)
+        return found if found is not None and self._is_ours(found) else None
+
+    def _is_ours(self, version: AdapterVersion) -> bool:
+        return self._has_our_shape(version.base)
+
+    def _has_our_shape(self, base: BaseFacts) -> bool:
+        return all(base[key] == self._base_facts[key] for key in _SHAPE_KEYS)

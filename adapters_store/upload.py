@@ -1,0 +1,191 @@
+"""One upload on its way into the store: named parts streamed into a staging folder of its own.
+
+Owns the staging folder, its lock, the running size cap and the list of file names that are taken. Invariant: nothing
+in staging is ever visible; leaving the `with` block removes the folder whatever happened, and a folder whose owner
+died is recognised by its free lock.
+"""
+
+import os
+import stat
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO, Self
+
+from adapters_store.errors import CorruptUpload, UnsupportedFormat, UploadTooLarge, storage_errors
+from adapters_store.file_system import FileSystem
+from adapters_store.locks import lock_folder
+from adapters_store.registry import AdapterVersion
+
+PART_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+# the same limit as the config's reader: refused before it is stored
+_MAX_CONFIG_BYTES = 1 << 20
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+
+
+class PartWriter:
+    """Receives one file of an upload. Close it, or use it as a context manager."""
+
+    def __init__(self, upload: "Upload", path: Path, max_bytes: int) -> None:
+        self._upload = upload
+        self._name = path.name
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        with storage_errors():
+            self._descriptor: int | None = upload.files.create(path)
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append bytes.
+
+        Raises:
+            UploadTooLarge: this part or the upload as a whole passes its limit. StoreFull, StorageFailed: the disk.
+        """
+        self._num_bytes += len(data)
+        if self._num_bytes > self._max_bytes:
+            raise UploadTooLarge(f"{self._name} is larger than {self._max_bytes} bytes", param=self._name)
+        self._upload.count(len(data))
+        assert self._descriptor is not None, "the part was closed"
+        with storage_errors():
+            self._upload.files.write(self._descriptor, data)
+
+    def close(self) -> None:
+        """End the part; further calls do nothing."""
+        descriptor, self._descriptor = self._descriptor, None
+        if descriptor is not None:
+            with storage_errors():
+                self._upload.files.close(descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class Upload:
+    """A staging folder: `source/` holds the parts, `object/` what the converter makes of them."""
+
+    def __init__(
+        self,
+        staging: Path,
+        files: FileSystem,
+        *,
+        max_bytes: int,
+        publish: Callable[["Upload", str], AdapterVersion],
+    ) -> None:
+        """Create the folder and lock it; the caller holds the store's lock, so no sweep can come between."""
+        self.files = files
+        self.folder = staging / uuid.uuid4().hex
+        self._max_bytes = max_bytes
+        self._num_bytes = 0
+        self._publish = publish
+        self._parts: dict[str, PartWriter] = {}
+        with storage_errors():
+            files.make_dir(self.folder)
+            self._lock = lock_folder(self.folder)
+            for path in (self.source, self.object):
+                files.make_dir(path)
+
+    @property
+    def source(self) -> Path:
+        """Folder of the uploaded parts."""
+        return self.folder / "source"
+
+    @property
+    def object(self) -> Path:
+        """Folder of the canonical adapter, until it is renamed to its place."""
+        return self.folder / "object"
+
+    def open_part(self, filename: str) -> PartWriter:
+        """Begin one file of the upload.
+
+        Raises:
+            UnsupportedFormat: a pickle by its name. CorruptUpload: an unknown name, or a part sent twice.
+        """
+        if filename.lower().endswith(_PICKLE_SUFFIXES):
+            raise UnsupportedFormat(
+                f"{ascii(filename)[:80]} is a pickle, which is never opened here: "
+                "save the adapter with safe_serialization=True",
+                param="files",
+            )
+        if filename not in PART_NAMES:
+            raise CorruptUpload(
+                f"the file name {ascii(filename)[:80]} is not taken; send exactly {' and '.join(PART_NAMES)}",
+                param="files",
+            )
+        if filename in self._parts:
+            raise CorruptUpload(f"{filename} was sent twice", param="files")
+        cap = _MAX_CONFIG_BYTES if filename == PART_NAMES[0] else self._max_bytes
+        part = PartWriter(self, self.source / filename, cap)
+        self._parts[filename] = part
+        return part
+
+    def count(self, num_bytes: int) -> None:
+        """Add to the upload's size; raises UploadTooLarge at the limit."""
+        self._num_bytes += num_bytes
+        if self._num_bytes > self._max_bytes:
+            raise UploadTooLarge(f"the upload is larger than {self._max_bytes} bytes (max_upload_bytes)", param="files")
+
+    def commit(self, name: str) -> AdapterVersion:
+        """Convert, validate and publish the upload as the next version of `name`; durable when this returns.
+
+        Raises:
+            StoreError: the subclass says why; nothing was published.
+        """
+        for part in self._parts.values():
+            part.close()
+        lacking = [part for part in PART_NAMES if part not in self._parts]
+        if lacking:
+            raise CorruptUpload(f"the upload lacks the file {lacking[0]}", param="files")
+        return self._publish(self, name)
+
+    def close(self) -> None:
+        """Remove the staging folder; further calls do nothing. What cannot be removed is left to the next sweep."""
+        for part in self._parts.values():
+            part.close()
+        self._parts.clear()
+        try:
+            self.files.remove_tree(self.folder)
+        except FileNotFoundError:
+            return
+        except OSError:
+            pass
+        finally:
+            if self._lock is not None:
+                os.close(self._lock)
+                self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
+    """Open one file of a folder; raises CorruptUpload or UnsupportedFormat unless it may be read."""
+    path = folder / filename
+    # O_NONBLOCK: opening a FIFO must not wait for its writer
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if trusted else os.O_NOFOLLOW)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        if filename == PART_NAMES[1] and (folder / "adapter_model.bin").exists():
+            raise UnsupportedFormat(
+                "the folder holds adapter_model.bin, a pickle, which is never opened here: "
+                "save the adapter with safe_serialization=True",
+                param="files",
+            ) from error
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be opened, or is a link"
+        raise CorruptUpload(f"{filename} {reason}", param="files") from error
+    file = os.fdopen(descriptor, "rb")
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or (facts.st_nlink != 1 and not trusted):
+        file.close()
+        raise CorruptUpload(f"{filename} is not a regular file with one name", param="files")
+    return file
