@@ -21,6 +21,7 @@ from adapters_store.errors import (
     NameTaken,
     StoreError,
     UnsupportedAdapter,
+    storage_errors,
 )
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import StoreLock, lock_folder
