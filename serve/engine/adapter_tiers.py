@@ -1,0 +1,246 @@
+"""Which adapters are in memory: one state per digest, slots and bytes within their budgets, pins, eviction.
+
+Owns the decision to load, keep or drop; the bytes and the copying belong to the executor, which is told through
+`AdapterLoader`. Users are live sequences that name an adapter, pins are the running ones among them.
+Invariants: ABSENT -> LOADING -> READY and back; a pinned adapter is never dropped; READY bytes never exceed the budget
+once `finish_load` returned; no call waits for a load.
+"""
+
+from collections import Counter, OrderedDict
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Protocol
+
+from serve.engine.plan import LoadResult
+from serve.messages import AdapterState
+
+# sizes remembered of adapters that are not in memory now, so that a load that cannot fit is not begun twice
+MAX_KNOWN_SIZES = 4096
+
+
+class AdapterLoader(Protocol):
+    """The part of the executor that moves adapter bytes."""
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Begin to bring an adapter's image into `slot`; returns at once."""
+        ...
+
+    def drop(self, digest: str, slot: int) -> None:
+        """Free the slot's image."""
+        ...
+
+
+class Residency(Enum):
+    """Where an adapter is. ABSENT as an answer of `want` means: no room to load it now."""
+
+    ABSENT = auto()
+    LOADING = auto()
+    READY = auto()
+
+
+@dataclass(slots=True)
+class _Resident:
+    """One occupied adapter slot; `num_bytes` and `rank` are 0 until a first load told them."""
+
+    slot: int
+    num_bytes: int = 0
+    rank: int = 0
+    num_pins: int = 0
+    is_ready: bool = False
+
+
+class AdapterTiers:
+    """The adapters in memory and the room for more."""
+
+    def __init__(self, loader: AdapterLoader, num_slots: int, max_bytes: int) -> None:
+        self._loader = loader
+        self._num_slots = num_slots
+        self._max_bytes = max_bytes
+        # least recently used first
+        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._num_users: Counter[str] = Counter()
+        self._unwanted: set[str] = set()
+        self._known_bytes: OrderedDict[str, int] = OrderedDict()
+        # digests that the last walk over the waiting line asked for, each with its place
+        self._places: dict[str, int] = {}
+        self.num_loads_total = 0
+        self.num_evictions_total = 0
+
+    @property
+    def num_pins(self) -> int:
+        """Holds of running sequences over all adapters."""
+        return sum(resident.num_pins for resident in self._residents.values())
+
+    @property
+    def is_loading(self) -> bool:
+        """Say whether a load is under way."""
+        return any(not resident.is_ready for resident in self._residents.values())
+
+    def residency(self, digest: str) -> Residency:
+        """Tell where an adapter is, without asking for it."""
+        resident = self._residents.get(digest)
+        if resident is None:
+            return Residency.ABSENT
+        return Residency.READY if resident.is_ready else Residency.LOADING
+
+    def refusal(self, digest: str) -> str | None:
+        """Return the reason why this adapter can never be served here, when one is known."""
+        if self._num_slots == 0:
+            return "this server holds no adapters (adapter slots: 0)"
+        return self._too_large(self._known_bytes.get(digest, 0))
+
+    def join(self, digest: str) -> None:
+        """Count a live sequence that names this adapter; `leave` when it ends."""
+        self._num_users[digest] += 1
+
+    def leave(self, digest: str) -> None:
+        """Give `join` back; an adapter that was unloaded meanwhile goes with its last user."""
+        self._num_users[digest] -= 1
+        if self._num_users[digest] == 0:
+            del self._num_users[digest]
+            self._drop_unwanted(digest)
+
+    def begin_walk(self) -> None:
+        """Forget the order of wishes before the waiting line is walked anew."""
+        self._places = {}
+
+    def want(self, digest: str) -> Residency:
+        """Ask for an adapter and start its load where there is room.
+
+        Notes: wishes are ranked by the order of the calls since `begin_walk`; a later wish never evicts an earlier one,
+        so two waiting sequences cannot push out each other's adapter for ever.
+        """
+        self._places.setdefault(digest, len(self._places))
+        state = self.residency(digest)
+        if state is not Residency.ABSENT:
+            return state
+        if not self._make_room(digest, self._known_bytes.get(digest, 0), num_slots=1):
+            return Residency.ABSENT
+        slot = self._free_slots.pop()
+        self._residents[digest] = _Resident(slot, num_bytes=self._known_bytes.get(digest, 0))
+        self._loader.start_load(digest, slot)
+        return Residency.LOADING
+
+    def prefetch(self, digest: str) -> None:
+        """Load an adapter ahead of its first request where there is room; a hint, never an error."""
+        self._unwanted.discard(digest)
+        if self.refusal(digest) is None:
+            self.want(digest)
+
+    def pin(self, digest: str) -> int:
+        """Hold a READY adapter for one running sequence and return its slot; `unpin` when it stops running."""
+        resident = self._residents[digest]
+        assert resident.is_ready, f"adapter {digest} is pinned before it is ready"
+        resident.num_pins += 1
+        self._residents.move_to_end(digest)
+        return resident.slot
+
+    def unpin(self, digest: str) -> None:
+        """Give `pin` back."""
+        resident = self._residents[digest]
+        assert resident.num_pins > 0, f"adapter {digest} is unpinned more often than pinned"
+        resident.num_pins -= 1
+
+    def unload(self, digest: str) -> None:
+        """Drop an adapter as soon as no live sequence names it."""
+        self._unwanted.add(digest)
+        self._drop_unwanted(digest)
+
+    def finish_load(self, result: LoadResult) -> str | None:
+        """Take a load's end; return the reason when the adapter cannot be served, else None.
+
+        An image that proves too large for the bytes left is dropped and stays wanted: its load begins again, now with
+        its size known, when there is room.
+        """
+        digest, resident = result.digest, self._residents[result.digest]
+        assert resident.slot == result.slot, f"adapter {digest} was loaded into slot {result.slot}, not {resident.slot}"
+        error = result.error if result.error is not None else self._too_large(result.num_bytes)
+        resident.num_bytes = 0
+        if result.error is not None:
+            # a failed load left no bytes behind
+            self._remove(digest)
+        else:
+            self._remember(digest, result.num_bytes)
+            if error is not None or not self._make_room(digest, result.num_bytes, num_slots=0):
+                self._drop(digest)
+            else:
+                resident.num_bytes, resident.rank, resident.is_ready = result.num_bytes, result.rank, True
+                self._residents.move_to_end(digest)
+                self.num_loads_total += 1
+        self._drop_unwanted(digest)
+        return error
+
+    def states(self) -> list[AdapterState]:
+        """Describe every adapter in memory or under way, for the heartbeat."""
+        return [
+            AdapterState(digest, "device" if r.is_ready else "loading", r.num_pins, r.num_bytes, r.rank)
+            for digest, r in self._residents.items()
+        ]
+
+    def check_invariants(self, pinned: Counter[str], users: Counter[str]) -> None:
+        """Compare pins, users, slots and bytes with what the live sequences say."""
+        pins = Counter({digest: r.num_pins for digest, r in self._residents.items() if r.num_pins})
+        assert pins == pinned, f"pins {pins} differ from the running sequences' {pinned}"
+        assert self._num_users == users, f"users {self._num_users} differ from the live sequences' {users}"
+        slots = [resident.slot for resident in self._residents.values()] + self._free_slots
+        assert sorted(slots) == list(range(self._num_slots)), f"adapter slots {sorted(slots)} are lost or doubled"
+        assert all(r.is_ready or r.num_pins == 0 for r in self._residents.values()), "a pinned adapter is not ready"
+        assert self._num_bytes <= self._max_bytes, f"{self._num_bytes} adapter bytes exceed {self._max_bytes}"
+
+    @property
+    def _num_bytes(self) -> int:
+        return sum(resident.num_bytes for resident in self._residents.values())
+
+    def _make_room(self, digest: str, num_bytes: int, *, num_slots: int) -> bool:
+        """Evict least recently used adapters until slots and bytes suffice; evict none when they cannot."""
+        victims: list[str] = []
+        free_slots, free_bytes = len(self._free_slots), self._max_bytes - self._num_bytes
+        place = self._places.get(digest, len(self._places))
+        for other, resident in self._residents.items():
+            if free_slots >= num_slots and free_bytes >= num_bytes:
+                break
+            is_idle = resident.is_ready and resident.num_pins == 0
+            if is_idle and self._places.get(other, len(self._places)) >= place:
+                victims.append(other)
+                free_slots += 1
+                free_bytes += resident.num_bytes
+        if free_slots < num_slots or free_bytes < num_bytes:
+            return False
+        for victim in victims:
+            self._drop(victim)
+            self.num_evictions_total += 1
+        return True
+
+    def _too_large(self, num_bytes: int) -> str | None:
+        if num_bytes <= self._max_bytes:
+            return None
+        return (
+            f"the adapter takes {num_bytes} bytes in memory; this server holds at most {self._max_bytes} "
+            "(--adapter-host-bytes, --adapter-device-bytes)"
+        )
+
+    def _remember(self, digest: str, num_bytes: int) -> None:
+        self._known_bytes[digest] = num_bytes
+        self._known_bytes.move_to_end(digest)
+        if len(self._known_bytes) > MAX_KNOWN_SIZES:
+            self._known_bytes.popitem(last=False)
+
+    def _drop_unwanted(self, digest: str) -> None:
+        """Carry out an `unload` that nothing holds up any more; a load under way is dropped when it ends."""
+        if digest not in self._unwanted or digest in self._num_users:
+            return
+        resident = self._residents.get(digest)
+        if resident is None or resident.is_ready:
+            self._unwanted.discard(digest)
+        if resident is not None and resident.is_ready:
+            self._drop(digest)
+
+    def _drop(self, digest: str) -> None:
+        resident = self._remove(digest)
+        self._loader.drop(digest, resident.slot)
+
+    def _remove(self, digest: str) -> _Resident:
+        resident = self._residents.pop(digest)
+        self._free_slots.append(resident.slot)
+        return resident

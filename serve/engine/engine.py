@@ -1,0 +1,86 @@
+"""The engine: commands in, one step at a time, events out.
+
+Owns the order of a step and nothing else: what runs is the scheduler's decision, how it runs is the executor's. Single
+thread; no torch; the clock is injected. Invariant: every command's answers leave through `step`, in order.
+"""
+
+from collections.abc import Callable
+
+from serve.engine.containment import ContainedExecutor
+from serve.engine.limits import EngineLimits
+from serve.engine.plan import Executor
+from serve.engine.scheduler import Scheduler
+from serve.messages import Abort, Command, Embed, Event, LoadAdapter, Stats, Submit, UnloadAdapter
+
+
+class Engine:
+    """Continuous batching over one executor."""
+
+    def __init__(self, limits: EngineLimits, executor: Executor, clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._executor = executor
+        self._contained = ContainedExecutor(executor)
+        self._scheduler = Scheduler(limits, executor, clock)
+        self._events: list[Event] = []
+
+    def handle(self, command: Command) -> None:
+        """Take one command; refusals and aborts are answered by the next `step`."""
+        match command:
+            case Submit() | Embed():
+                self._events += self._scheduler.submit(command)
+            case Abort(request_id=request_id):
+                self._events += self._scheduler.abort(request_id)
+            case LoadAdapter(digest=digest):
+                self._scheduler.live.tiers.prefetch(digest)
+            case UnloadAdapter(digest=digest):
+                self._scheduler.live.tiers.unload(digest)
+            case _:
+                # Shutdown ends the worker's loop; it is no business of the engine
+                pass
+
+    def has_work(self) -> bool:
+        """Say whether a step could do anything; true while a load is under way, though the step may then be empty."""
+        live = self._scheduler.live
+        return bool(self._events or live.by_id or live.tiers.is_loading)
+
+    def step(self) -> list[Event]:
+        """Run one step: finished loads, one plan, one execution; return all events since the last step, in order.
+
+        Raises:
+            Exception: the executor lost the step as a whole, twice and in every part; the process must be replaced.
+        """
+        events, self._events = self._events, []
+        for load in self._executor.poll_loads():
+            events += self._scheduler.finish_load(load)
+        plan = self._scheduler.schedule()
+        if plan.rows:
+            results = self._contained.execute(plan)
+            events += self._scheduler.finish_step(plan, results)
+        return events
+
+    def stats(self) -> Stats:
+        """Describe the engine for the heartbeat; hands out the load times gathered since the last call."""
+        live, counters = self._scheduler.live, self._scheduler.counters
+        load_s, counters.adapter_load_s = counters.adapter_load_s, []
+        return Stats(
+            step_index=counters.num_steps,
+            num_running=len(live.running),
+            num_waiting=len(live.waiting),
+            num_kv_blocks=self._limits.num_kv_blocks,
+            num_kv_blocks_in_use=live.kv.num_in_use,
+            block_size=self._limits.block_size,
+            num_adapter_pins=live.tiers.num_pins,
+            adapters=live.tiers.states(),
+            num_preemptions_total=live.num_preemptions,
+            num_prompt_tokens_total=counters.num_prompt_tokens,
+            num_generated_tokens_total=counters.num_generated_tokens,
+            num_prefix_hit_tokens_total=counters.num_prefix_hit_tokens,
+            num_adapter_loads_total=live.tiers.num_loads_total,
+            num_adapter_evictions_total=live.tiers.num_evictions_total,
+            num_steps_total=counters.num_steps,
+            adapter_load_s=load_s,
+        )
+
+    def check_invariants(self) -> None:
+        """Recompute all bookkeeping from the live sequences; AssertionError on the first difference."""
+        self._scheduler.live.check_invariants()

@@ -1,0 +1,52 @@
+"""The bounds the pure engine works within, learnt at start-up and never changed.
+
+Owns no policy. Invariant: no bound of the base's own path is zero, so that one sequence can always make progress.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What one engine process may hold and do per step."""
+
+    num_kv_blocks: int
+    block_size: int
+    # prompt plus output of one sequence, tokens
+    max_model_len: int
+    max_num_seqs: int
+    # token budget of one step: decodes first, then prefill chunks
+    max_step_tokens: int
+    # sequences that may wait; beyond it a submit fails with 429
+    max_waiting: int
+    adapter_host_bytes: int
+    adapter_device_bytes: int
+    num_adapter_slots: int
+    eos_token_ids: tuple[int, ...]
+    enable_prefix_cache: bool = True
+
+    def __post_init__(self) -> None:
+        counts = {
+            "num_kv_blocks": self.num_kv_blocks,
+            "block_size": self.block_size,
+            "max_model_len": self.max_model_len,
+            "max_num_seqs": self.max_num_seqs,
+            "max_step_tokens": self.max_step_tokens,
+        }
+        for name, count in counts.items():
+            if count < 1:
+                raise ValueError(f"{name} is {count}; the engine needs at least 1")
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Tokens, prompt plus output, that one sequence can reach: the model's bound or the whole KV cache."""
+        return min(self.max_model_len, self.num_kv_blocks * self.block_size)
+
+    @property
+    def adapter_bytes(self) -> int:
+        """Bytes of adapter images that may be held.
+
+        Every image lies once in the host tier and, to run, once in the device tier (the same bytes on a CPU), so the
+        smaller budget binds.
+        """
+        return min(self.adapter_host_bytes, self.adapter_device_bytes)

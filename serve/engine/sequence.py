@@ -1,0 +1,158 @@
+"""One sequence as the engine sees it: its tokens, how far they are computed, and what it holds.
+
+Owns the state of one accepted `Submit` or `Embed`; blocks, pins and lines belong to their own rooms.
+Invariant: positions `< num_computed` have their K/V written through `block_table`, in steps verified finite.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+from serve.engine.kv_blocks import hash_block, hash_seed
+from serve.engine.limits import EngineLimits
+from serve.engine.plan import Row, SampleSpec
+from serve.messages import Embed, FinishReason, SamplingParams, Submit, TokenLogprobs
+
+
+class SequenceState(Enum):
+    """WAITING and RUNNING alternate under preemption; ENDED is final: its terminal event was sent."""
+
+    WAITING = auto()
+    RUNNING = auto()
+    ENDED = auto()
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, progress and holdings. `sampling` is None for an embedding, `pooling` is None for a generation."""
+
+    request_id: str
+    prompt_ids: list[int]
+    adapter_digest: str | None
+    arrival_index: int
+    arrived_s: float
+    sampling: SamplingParams | None = None
+    pooling: str | None = None
+    cache_salt: str = ""
+    priority: int = 0
+    group_id: str = ""
+    state: SequenceState = SequenceState.WAITING
+    output_ids: list[int] = field(default_factory=list)
+    sample_spec: SampleSpec | None = None
+    # progress
+    num_computed: int = 0
+    is_started: bool = False
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    hidden_sum: list[float] = field(default_factory=list)
+    # holdings
+    block_table: list[int] = field(default_factory=list)
+    block_hashes: list[bytes] = field(default_factory=list)
+    adapter_slot: int | None = None
+    # what `Started` reports; `queue_s` is None until the first admission
+    queue_s: float | None = None
+    num_cached_tokens: int = 0
+    adapter_load_s: float = 0.0
+    load_wait_since_s: float | None = None
+    # admissions so far when this sequence was first held up by full adapter slots
+    held_up_since: int | None = None
+
+    @staticmethod
+    def build(command: Submit | Embed, *, arrival_index: int, now_s: float) -> "Sequence":
+        """Start the life of an accepted command."""
+        seq = Sequence(command.request_id, command.prompt_token_ids, command.adapter_digest, arrival_index, now_s)
+        if isinstance(command, Embed):
+            seq.pooling = command.pooling
+            return seq
+        seq.sampling = command.sampling
+        seq.cache_salt = command.cache_salt
+        seq.priority = command.priority
+        seq.group_id = command.group_id
+        if command.sampling.max_tokens > 0:
+            seq.sample_spec = SampleSpec(command.sampling, seq.prompt_ids, seq.output_ids)
+        return seq
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens known so far: prompt and output."""
+        return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def age_key(self) -> tuple[int, int]:
+        """Order of right to run: priority, then arrival."""
+        return (self.priority, self.arrival_index)
+
+    @property
+    def was_admitted(self) -> bool:
+        """Say whether it ran before: a waiting sequence that did was preempted."""
+        return self.queue_s is not None
+
+    @property
+    def is_decoding(self) -> bool:
+        """Say whether only the newest token is still to be run."""
+        return bool(self.output_ids) and self.num_computed == self.num_tokens - 1
+
+    @property
+    def needs_every_position(self) -> bool:
+        """Say whether a prefix hit would lose something that is owed for each prompt position."""
+        if self.is_started:
+            return False
+        asks_logprobs = self.sampling is not None and self.sampling.num_prompt_logprobs is not None
+        return asks_logprobs or self.pooling == "mean"
+
+    def next_row(self, count: int) -> Row:
+        """Describe the run of the next `count` tokens; the row reads this sequence's own lists."""
+        start, stop = self.num_computed, self.num_computed + count
+        is_last = stop == self.num_tokens
+        num_logprobs = None if self.is_started or self.sampling is None else self.sampling.num_prompt_logprobs
+        return Row(
+            request_id=self.request_id,
+            token_ids=self._tokens(start, stop),
+            start=start,
+            block_table=self.block_table,
+            adapter_slot=self.adapter_slot,
+            sample=self.sample_spec if is_last else None,
+            embed=self.pooling if is_last or self.pooling == "mean" else None,
+            num_prompt_logprobs=num_logprobs,
+            prompt_targets=None if num_logprobs is None else self.prompt_ids[start + 1 : stop + 1],
+        )
+
+    def prefix_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
+        """Return the hashes of the first `num_blocks` full blocks; each is computed once in the sequence's life."""
+        hashes = self.block_hashes
+        while len(hashes) < num_blocks:
+            start = len(hashes) * block_size
+            parent = hashes[-1] if hashes else hash_seed(self.adapter_digest, self.cache_salt)
+            hashes.append(hash_block(parent, self._tokens(start, start + block_size)))
+        return hashes[:num_blocks]
+
+    def forget_progress(self) -> None:
+        """Return to the first position, keeping the output: what was gathered over the prompt is gathered again."""
+        self.num_computed = 0
+        self.prompt_logprobs.clear()
+        self.hidden_sum.clear()
+
+    def finish_reason(self, limits: EngineLimits) -> FinishReason | None:
+        """Judge the newest output token: did it end the sequence, and why?"""
+        params = self.sampling
+        assert params is not None, f"sequence {self.request_id} is an embedding and has no end of output"
+        if self.output_ids and self._is_stop(self.output_ids[-1], params, limits):
+            return FinishReason.STOP
+        if len(self.output_ids) >= params.max_tokens or self.num_tokens >= limits.max_sequence_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _is_stop(self, token_id: int, params: SamplingParams, limits: EngineLimits) -> bool:
+        is_eos = token_id in limits.eos_token_ids
+        # a finished grammar allows nothing but an end token, for ever
+        if is_eos and params.grammar is not None:
+            return True
+        if len(self.output_ids) <= params.min_tokens:
+            return False
+        return token_id in params.stop_token_ids or (is_eos and not params.ignore_eos)
+
+    def _tokens(self, start: int, stop: int) -> list[int]:
+        num_prompt = len(self.prompt_ids)
+        if start >= num_prompt:
+            return self.output_ids[start - num_prompt : stop - num_prompt]
+        if stop <= num_prompt:
+            return self.prompt_ids[start:stop]
+        return self.prompt_ids[start:] + self.output_ids[: stop - num_prompt]

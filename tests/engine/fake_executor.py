@@ -1,0 +1,191 @@
+"""An executor without torch: it keeps K/V by block, adapters by slot, and refuses every plan that a real one would spoil.
+
+Owns the model of device memory in tests. Invariant: a row reads only what its block table names, and each read is
+checked: written before, by the same adapter and salt, in a block that no non-finite row left behind.
+"""
+
+from collections import Counter, deque
+from dataclasses import dataclass
+
+from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
+from serve.messages import TokenLogprobs
+from tests.engine.toy_model import adapter_number, hidden_of, kv_of, kv_seed, logprob_of, sample_token
+
+
+class PlanViolation(AssertionError):
+    """The engine asked for something that would give wrong tokens or touch memory it does not own."""
+
+
+class StepLost(RuntimeError):
+    """The fake device failed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """The K/V of one position; `is_finite` is False where a poisoned row wrote."""
+
+    kv: int
+    adapter: int
+    salt: str
+    is_finite: bool = True
+
+
+@dataclass(slots=True)
+class AdapterFile:
+    """How the loads of one adapter go: bytes, polls until done, and how many of the first loads fail."""
+
+    num_bytes: int
+    num_polls: int = 1
+    num_failures: int = 0
+
+
+class FakeExecutor:
+    """`serve.engine.plan.Executor` over the toy model."""
+
+    def __init__(self, num_blocks: int, block_size: int, files: dict[str, AdapterFile]) -> None:
+        self._block_size = block_size
+        self._cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
+        self._files = files
+        self._loaded: dict[int, str] = {}
+        self._loading: deque[tuple[str, int, int]] = deque()
+        # what the tests tell of each request: its salt, and the first position that comes out not finite
+        self.salts: dict[str, str] = {}
+        self.poisoned_from: dict[str, int] = {}
+        # the next `execute` calls that raise; then every one that names this adapter does
+        self.num_lost_steps = 0
+        self.broken_digest: str | None = None
+        self.released: Counter[str] = Counter()
+        self.max_bytes_loaded = 0
+        self.num_rows = 0
+
+    def execute(self, plan: StepPlan) -> list[RowResult]:
+        """Run one step of the toy model."""
+        if not plan.rows:
+            raise PlanViolation("an empty plan was executed")
+        names = [row.request_id for row in plan.rows]
+        if len(set(names)) != len(names):
+            raise PlanViolation(f"a request has two rows in one step: {names}")
+        for slot, digest in plan.slot_digests.items():
+            if self._loaded.get(slot) != digest:
+                raise PlanViolation(f"slot {slot} is named as {digest} and holds {self._loaded.get(slot)}")
+        self._check_writers(plan)
+        results = [self._run(row, plan) for row in plan.rows]
+        # lost after the writes: the second attempt must not mind them
+        if self.num_lost_steps > 0:
+            self.num_lost_steps -= 1
+            raise StepLost("the step was lost")
+        if self.broken_digest is not None and self.broken_digest in plan.slot_digests.values():
+            raise StepLost("an adapter broke the step")
+        return results
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Queue a load."""
+        if slot in self._loaded or slot in {other for _, other, _ in self._loading}:
+            raise PlanViolation(f"slot {slot} is loaded over")
+        if digest in self._loaded.values() or digest in {other for other, _, _ in self._loading}:
+            raise PlanViolation(f"{digest} is loaded twice")
+        self._loading.append((digest, slot, self._files[digest].num_polls))
+
+    def poll_loads(self) -> list[LoadResult]:
+        """Advance all loads by one poll and return those that ended."""
+        ended, still = [], deque[tuple[str, int, int]]()
+        for digest, slot, num_polls in self._loading:
+            file = self._files[digest]
+            if num_polls > 1:
+                still.append((digest, slot, num_polls - 1))
+            elif file.num_failures > 0:
+                file.num_failures -= 1
+                ended.append(LoadResult(digest, slot, 0, 0, 0.5, "the file is damaged"))
+            else:
+                self._loaded[slot] = digest
+                ended.append(LoadResult(digest, slot, file.num_bytes, 8, 0.5))
+        self._loading = still
+        return ended
+
+    def drop(self, digest: str, slot: int) -> None:
+        """Free a slot."""
+        if self._loaded.pop(slot, None) != digest:
+            raise PlanViolation(f"{digest} is dropped from slot {slot}, where it is not")
+
+    def release_request(self, request_id: str) -> None:
+        """Count the goodbye."""
+        self.released[request_id] += 1
+
+    def zero_blocks(self, block_ids: list[int]) -> None:
+        """Clear blocks."""
+        for block_id in block_ids:
+            self._cells[block_id] = [None] * self._block_size
+
+    @property
+    def num_bytes_loaded(self) -> int:
+        """Bytes of all loaded adapters."""
+        return sum(self._files[digest].num_bytes for digest in self._loaded.values())
+
+    @property
+    def loaded(self) -> set[str]:
+        """Digests in memory."""
+        return set(self._loaded.values())
+
+    def _check_writers(self, plan: StepPlan) -> None:
+        writers: Counter[int] = Counter()
+        for row in plan.rows:
+            stop = row.start + len(row.token_ids)
+            first, last = row.start // self._block_size, (stop - 1) // self._block_size
+            if last >= len(row.block_table):
+                raise PlanViolation(f"{row.request_id} writes behind its block table")
+            writers.update(row.block_table[first : last + 1])
+        for row in plan.rows:
+            for index, block_id in enumerate(row.block_table):
+                mine = row.start // self._block_size <= index <= (row.start + len(row.token_ids) - 1) // self._block_size
+                if writers[block_id] > mine:
+                    raise PlanViolation(f"block {block_id} of {row.request_id} is written by another row of the step")
+
+    def _run(self, row: Row, plan: StepPlan) -> RowResult:
+        if not row.token_ids:
+            raise PlanViolation(f"{row.request_id} runs no token")
+        self.num_rows += 1
+        digest = None if row.adapter_slot is None else plan.slot_digests[row.adapter_slot]
+        adapter, salt = adapter_number(digest), self.salts.get(row.request_id, "")
+        chain = self._read(row, adapter, salt)
+        begin = len(chain)
+        poisoned_from = self.poisoned_from.get(row.request_id)
+        is_finite = True
+        for offset, token_id in enumerate(row.token_ids):
+            position = begin + offset
+            chain.append(kv_of(chain[-1] if chain else kv_seed(adapter), token_id, adapter))
+            is_finite = is_finite and (poisoned_from is None or position < poisoned_from)
+            block_id = row.block_table[position // self._block_size]
+            self._cells[block_id][position % self._block_size] = Cell(chain[-1], adapter, salt, is_finite)
+        if not is_finite:
+            return RowResult(row.request_id, None, is_finite=False)
+        return self._result(row, chain, begin)
+
+    def _read(self, row: Row, adapter: int, salt: str) -> list[int]:
+        """Read the K/V before the row's first token, through its block table."""
+        cells = [cell for block_id in row.block_table for cell in self._cells[block_id]]
+        if any(cell is not None and not cell.is_finite for cell in cells):
+            raise PlanViolation(f"{row.request_id} holds a block that a non-finite row wrote")
+        chain = []
+        for position, cell in enumerate(cells[: row.start]):
+            if cell is None:
+                raise PlanViolation(f"{row.request_id} reads position {position}, which nobody wrote")
+            if cell.adapter != adapter or cell.salt != salt:
+                raise PlanViolation(f"{row.request_id} reads another adapter's or tenant's K/V at {position}")
+            chain.append(cell.kv)
+        return chain
+
+    def _result(self, row: Row, chain: list[int], begin: int) -> RowResult:
+        token_id, hidden, logprobs = None, None, None
+        if row.sample is not None:
+            params, output_index = row.sample.params, len(row.sample.output_ids)
+            allows_eos = output_index >= params.min_tokens
+            token_id = sample_token(chain, params.seed, output_index, allows_eos=allows_eos)
+        if row.embed is not None:
+            states = [hidden_of(kv) for kv in (chain[begin:] if row.embed == "mean" else chain[-1:])]
+            hidden = [sum(column) for column in zip(*states, strict=True)]
+        if row.num_prompt_logprobs is not None and row.prompt_targets is not None:
+            logprobs = [logprob_of(chain[begin + i], target) for i, target in enumerate(row.prompt_targets)]
+        chosen = None
+        if token_id is not None and row.sample is not None and row.sample.params.num_logprobs is not None:
+            chosen = TokenLogprobs(token_id, -1.0, [], [])
+        return RowResult(row.request_id, token_id, chosen, logprobs, hidden)
