@@ -61,6 +61,14 @@ class InvalidApiKey(InvalidRequest):
     default_code = "invalid_api_key"
 
 
+class AdapterForbidden(ServeError):
+    """403 `adapter_forbidden`: this caller, or this server's operator, does not allow it."""
+
+    http_status = 403
+    type = "permission_error"
+    default_code = "adapter_forbidden"
+
+
 class ModelNotFound(InvalidRequest):
     """404 `model_not_found`: neither the base nor an adapter has this name."""
 

@@ -4,6 +4,7 @@ Owns the caps as the bytes arrive; the wire below (`http_guard`) owns time, the 
 however a body states its length, no more than the cap reaches the application, and one byte more is answered 413.
 """
 
+import contextlib
 import re
 
 from starlette.requests import ClientDisconnect
@@ -54,11 +55,9 @@ class _CappedRequest:
 
     async def serve(self, app: ASGIApp, scope: Scope) -> None:
         """Run the application; answer 413 if its body was too large and no answer had begun."""
-        try:
+        # a client that left needs no answer, unless it was we who cut its body
+        with contextlib.suppress(ClientDisconnect):
             await app(scope, self._receive_counted, self._send_unless_refused)
-        except ClientDisconnect:
-            # nobody is left to answer, unless it was we who cut the body
-            pass
         if self._is_refused and not self._has_started:
             await _refuse(_too_large(self._cap), scope, self._receive, self._send)
 

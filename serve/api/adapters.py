@@ -1,0 +1,149 @@
+"""The routes of `/v1/adapters`: upload, list, inspect, alias, warm up, delete.
+
+Owns the JSON shape of an adapter; the store decides, the engine holds. Invariant: 201 is answered only after the
+version is durable, and nothing here blocks the event loop on the disk.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from adapters_store.store import AdapterVersion
+from serve.api.engine_gateway import EngineGateway
+from serve.api.errors import error_responses
+from serve.api.json_body import read_model
+from serve.api.multipart import read_boundary
+from serve.api.schemas_adapters import AliasRequest
+from serve.api.state import ApiState, api_state
+from serve.api.uploads import receive_upload
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=error_responses())
+
+Json = dict[str, object]
+
+_UPLOAD_BODY: Json = {
+    "required": True,
+    "content": {
+        "multipart/form-data": {
+            "schema": {
+                "type": "object",
+                "required": ["name", "files"],
+                "properties": {
+                    "name": {"type": "string"},
+                    "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
+                },
+            }
+        }
+    },
+}
+
+
+@router.post("", status_code=201, openapi_extra={"requestBody": _UPLOAD_BODY})
+async def upload_adapter(request: Request) -> JSONResponse:
+    """Publish a PEFT adapter as the next version of `name`: field `name`, one part `files` per file."""
+    state = api_state(request)
+    boundary = read_boundary(request.headers.get("content-type", ""))
+    version = await receive_upload(
+        state.store, state.config.served_model_name, boundary, request.stream(), state.uploads
+    )
+    return JSONResponse(adapter_card(version), 201)
+
+
+@router.get("")
+async def list_adapters(request: Request) -> Json:
+    """Return the current version of every adapter."""
+    state = api_state(request)
+    versions = await asyncio.to_thread(state.store.list)
+    return _list_of([adapter_card(version) | _held(state.engine, version) for version in versions])
+
+
+@router.get("/{name}")
+async def get_adapter(request: Request, name: str) -> Json:
+    """Return the current version of one adapter."""
+    state = api_state(request)
+    version = await asyncio.to_thread(state.store.get, name)
+    return adapter_card(version) | _held(state.engine, version)
+
+
+@router.delete("/{name}")
+async def delete_adapter(request: Request, name: str) -> Json:
+    """Forget an adapter with all versions and aliases; requests that run on it finish."""
+    await remove_adapter(api_state(request), name)
+    return {"id": name, "object": "adapter", "deleted": True}
+
+
+@router.get("/{name}/versions")
+async def list_versions(request: Request, name: str) -> Json:
+    """Return all versions of one adapter, oldest first."""
+    versions = await asyncio.to_thread(api_state(request).store.versions, name)
+    return _list_of([adapter_card(version) for version in versions])
+
+
+@router.post("/{name}/aliases")
+async def set_alias(request: Request, name: str) -> Json:
+    """Let `name:alias` mean a version, for example `:stable`."""
+    body = await read_model(request, AliasRequest)
+    await asyncio.to_thread(api_state(request).store.set_alias, name, body.alias, body.version)
+    return {"name": name, "alias": body.alias, "version": body.version}
+
+
+@router.get("/{name}/status")
+async def get_status(request: Request, name: str) -> Json:
+    """Say where the adapter's image is: on disk, in host memory or on the device."""
+    state = api_state(request)
+    version = await asyncio.to_thread(state.store.get, name)
+    return _status(state, version)
+
+
+@router.post("/{name}:prefetch", status_code=202)
+async def prefetch_adapter(request: Request, name: str) -> Json:
+    """Bring the adapter's image into memory ahead of its first request; answers before it is there."""
+    state = api_state(request)
+    version = await asyncio.to_thread(state.store.get, name)
+    state.engine.load_adapter(version.digest)
+    return _status(state, version)
+
+
+async def remove_adapter(state: ApiState, name: str) -> None:
+    """Delete an adapter from the store and let the engine forget its images; raises AdapterNotFound."""
+    versions = await asyncio.to_thread(state.store.versions, name)
+    await asyncio.to_thread(state.store.delete, name)
+    for digest in {version.digest for version in versions}:
+        state.engine.unload_adapter(digest)
+
+
+def adapter_card(version: AdapterVersion) -> Json:
+    """Return the JSON of one version, as an upload answers it."""
+    return {
+        "object": "adapter",
+        "name": version.name,
+        "version": version.version,
+        "digest": f"sha256:{version.digest}",
+        "family": version.family,
+        "rank": version.rank,
+        "bytes": version.num_bytes,
+        "dtype": version.dtype,
+        "created": version.created,
+        "base": version.base,
+        "report": asdict(version.report),
+    }
+
+
+def _status(state: ApiState, version: AdapterVersion) -> Json:
+    identity: Json = {"name": version.name, "version": version.version, "digest": f"sha256:{version.digest}"}
+    return identity | _held(state.engine, version)
+
+
+def _held(engine: EngineGateway, version: AdapterVersion) -> Json:
+    held = () if engine.stats is None else engine.stats.adapters
+    for adapter in held:
+        if adapter.digest == version.digest:
+            return {"tier": adapter.tier, "pins": adapter.num_pins}
+    return {"tier": "disk", "pins": 0}
+
+
+def _list_of(data: Sequence[Json]) -> Json:
+    return {"object": "list", "data": list(data)}

@@ -1,0 +1,42 @@
+"""What probes and scrapers read: alive, ready, metrics.
+
+Owns the answers only; the heartbeat is the engine client's, the numbers are the metrics'. Invariant: nothing here waits
+for the engine, so a probe is answered in time however busy it is.
+"""
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serve.api.errors import error_responses
+from serve.api.state import api_state
+from serve.errors import EngineLoading, NotFound, Unavailable
+
+router = APIRouter(tags=["health"], responses=error_responses())
+
+_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@router.get("/livez")
+async def livez(request: Request) -> dict[str, str]:
+    """200 while the engine's heartbeat is fresh, or it still has time to start."""
+    if not api_state(request).engine.is_live:
+        raise Unavailable("the engine does not answer; it is being restarted", retry_after_s=5)
+    return {"status": "ok"}
+
+
+@router.get("/readyz")
+@router.get("/health")
+async def readyz(request: Request) -> dict[str, str]:
+    """200 while requests are accepted and make progress."""
+    if not api_state(request).engine.is_ready:
+        raise EngineLoading("the engine is not ready to take requests", retry_after_s=2)
+    return {"status": "ok"}
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    """Prometheus text, rendered from the last heartbeat."""
+    state = api_state(request)
+    if state.metrics is None:
+        raise NotFound("this server was built without metrics")
+    return Response(state.metrics.render(), media_type=_METRICS_TYPE)
