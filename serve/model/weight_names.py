@@ -50,18 +50,9 @@ class WeightNames:
         Raises:
             StartError: tensors are missing, unexpected, or of another shape than the config says.
         """
-        present = checkpoint.tensors
-        prefix = next((p for p in _PREFIXES if f"{p}norm.weight" in present), _PREFIXES[0])
-        head = next((name for name in _LM_HEADS if name in present), None)
-        embedding = f"{prefix}embed_tokens.weight"
-        names = cls(spec, prefix, embedding, head or _LM_HEADS[0])
-        if spec.dims.tie_word_embeddings and head is None:
-            names = cls(spec, prefix, embedding, None)
-        elif spec.dims.tie_word_embeddings and embedding not in present:
-            # some writers keep the head of a tied pair
-            names = cls(spec, prefix, names.lm_head or embedding, None)
-        elif spec.dims.tie_word_embeddings and checkpoint.are_equal(names.lm_head or embedding, embedding):
-            names = cls(spec, prefix, embedding, None)
+        prefix = next((p for p in _PREFIXES if f"{p}norm.weight" in checkpoint.tensors), _PREFIXES[0])
+        embedding, lm_head = _tables(checkpoint, f"{prefix}embed_tokens.weight", is_tied=spec.dims.tie_word_embeddings)
+        names = cls(spec, prefix, embedding, lm_head)
         names._check(checkpoint)
         return names
 
@@ -143,6 +134,19 @@ class WeightNames:
             return True
         is_multimodal = self.spec.architecture.endswith("ForConditionalGeneration")
         return is_multimodal and name.removeprefix("model.").startswith(_IGNORED_PARTS)
+
+
+def _tables(checkpoint: Checkpoint, embedding: str, *, is_tied: bool) -> tuple[str, str | None]:
+    """Name the token table and the head; None: the table is the head."""
+    head = next((name for name in _LM_HEADS if name in checkpoint.tensors), None)
+    if not is_tied:
+        return embedding, head or _LM_HEADS[0]
+    if head is None:
+        return embedding, None
+    if embedding not in checkpoint.tensors:
+        # some writers keep the other one of a tied pair
+        return head, None
+    return embedding, None if checkpoint.are_equal(head, embedding) else head
 
 
 def _kinds(missing: list[str], unexpected: list[str]) -> list[tuple[str, list[str]]]:

@@ -30,10 +30,9 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int | 
 class PagedRun:
     """One cache and the growing sequences in it."""
 
-    def __init__(self, decoder: Decoder, adapters: AdapterDelta | None = None) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         num_blocks = _BLOCKS_PER_SEQUENCE * _MAX_SEQUENCES
         self._decoder = decoder
-        self._adapters = adapters
         self._kv = KvCache.build(decoder.spec, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
         for cache in (*self._kv.k, *self._kv.v):
             cache.fill_(float("nan"))
@@ -41,7 +40,7 @@ class PagedRun:
         self._tables = [list(range(num_blocks - 1 - i, -1, -_MAX_SEQUENCES)) for i in range(_MAX_SEQUENCES)]
         self._lengths = [0] * _MAX_SEQUENCES
 
-    def step(self, tokens: dict[int, list[int]]) -> dict[int, Tensor]:
+    def step(self, tokens: dict[int, list[int]], adapters: AdapterDelta | None = None) -> dict[int, Tensor]:
         """Run the next tokens of some sequences in one step; logits [n, V] of each."""
         indices = list(tokens)
         lengths = [len(tokens[i]) for i in indices]
@@ -49,10 +48,10 @@ class PagedRun:
             [self._lengths[i] for i in indices], lengths, [self._tables[i] for i in indices], BLOCK_SIZE
         )
         ids = torch.tensor([token for i in indices for token in tokens[i]])
-        hidden = self._decoder.hidden(ids, plan, self._kv, self._adapters)
+        hidden = self._decoder.hidden(ids, plan, self._kv, adapters)
         for i in indices:
             self._lengths[i] += len(tokens[i])
-        return dict(zip(indices, self._decoder.logits(hidden).split(lengths), strict=True))
+        return dict(zip(indices, torch.split(self._decoder.logits(hidden), lengths), strict=True))
 
     def run(self, sequence: int, chunks: list[list[int]]) -> Tensor:
         """Run one sequence chunk by chunk; logits [T, V]."""

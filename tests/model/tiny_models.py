@@ -138,9 +138,9 @@ TINY_MODELS = (
     _causal(
         "granite",
         "Granite",
-        embedding_multiplier=12.0,
-        attention_multiplier=0.1,
-        residual_multiplier=0.22,
+        embedding_multiplier=2.0,
+        attention_multiplier=0.3,
+        residual_multiplier=0.6,
         logits_scaling=3.0,
         tie_word_embeddings=True,
     ),
@@ -173,8 +173,8 @@ def build_gemma3_multimodal() -> torch.nn.Module:
         text_config={**text, **_GEMMA, "rope_parameters": _GEMMA3_ROPES},
         vision_config=vision,
         mm_tokens_per_image=1,
-        attn_implementation="eager",
     )
+    config._attn_implementation = "eager"
     torch.manual_seed(7)
     model: torch.nn.Module = transformers.Gemma3ForConditionalGeneration(config)
     randomize(model)
