@@ -7,8 +7,8 @@ whole and durable or not at all, and `open_image` hands out only bytes that matc
 import hashlib
 import mmap
 import os
+import re
 import stat
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from adapters_store.errors import AdapterCorrupt, StoreError
 from adapters_store.file_system import FileSystem
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from adapters_store.safetensors_header import TensorSlot
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,49 +51,40 @@ class OpenAdapter:
 
 
 class Blobs:
-    """The objects of one store. Callers serialise `publish`, `remove` and `remove_except` by the store's lock."""
+    """The objects of one store. Callers serialise `publish` and `remove` by the store's lock."""
 
     def __init__(self, root: Path, files: FileSystem) -> None:
         self.root = root
         self._files = files
 
+    def make_durable(self, staged: Path) -> None:
+        """Flush a staged folder to the disk; slow, so before the store's lock is taken."""
+        for name in (IMAGE_NAME, MANIFEST_NAME):
+            self._files.sync_file(staged / name)
+        self._files.sync_dir(staged)
+
     def publish(self, staged: Path, digest: str) -> None:
-        """Move a staged folder to its place; returns when its bytes and its name are durable.
+        """Move a durable staged folder to its place; returns when its name is durable too.
 
         An intact object of the same digest is kept; a damaged one is healed file by file.
         """
         target = self.root / digest
-        if target.is_dir() and self._is_intact(digest):
-            return
-        for name in (IMAGE_NAME, MANIFEST_NAME):
-            self._files.sync_file(staged / name)
-        self._files.sync_dir(staged)
-        if target.is_dir():
+        if not target.is_dir():
+            self._files.rename(staged, target)
+        elif not self._is_intact(digest):
             for name in (IMAGE_NAME, MANIFEST_NAME):
                 self._files.rename(staged / name, target / name)
             self._files.sync_dir(target)
-        else:
-            self._files.rename(staged, target)
+        # also for a kept object: whoever renamed it may have died before this
         self._files.sync_dir(self.root)
 
     def digests(self) -> set[str]:
         """Return the digests of all objects on disk."""
         return {entry.name for entry in os.scandir(self.root)}
 
-    def touch(self, digest: str) -> None:
-        """Restart the object's grace time; see `remove_except`."""
-        if (self.root / digest).exists():
-            os.utime(self.root / digest)
-
-    def remove_except(self, live: set[str], *, grace_s: float) -> list[str]:
-        """Remove every object that is not in `live` and was not touched for `grace_s` seconds; return their digests."""
-        removed = []
-        for digest in sorted(self.digests() - live):
-            path = self.root / digest
-            if grace_s <= 0 or time.time() - path.stat().st_mtime >= grace_s:
-                self._files.remove_tree(path)
-                removed.append(digest)
-        return removed
+    def remove(self, digest: str) -> None:
+        """Remove one object; images that are open keep their bytes."""
+        self._files.remove_tree(self.root / digest)
 
     def _is_intact(self, digest: str) -> bool:
         try:
@@ -109,6 +102,8 @@ def open_image(objects: Path, digest: str) -> OpenAdapter:
     """
     folder = objects / digest
     try:
+        if not _DIGEST.match(digest):
+            raise ValueError("not a digest")
         raw = _read_small(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES)
         if hashlib.sha256(raw).hexdigest() != digest:
             raise AdapterCorrupt(f"the manifest of adapter {digest[:12]} does not match its digest; upload it again")

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters_store.base import BaseDims
-from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, NonFiniteValues
+from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, NonFiniteValues, UnsupportedAdapter
 from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES, is_finite, is_zero
-from adapters_store.manifest import IMAGE_NAME, Manifest, Module
+from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Module, parse_manifest
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 ALIGNMENT = 128
@@ -86,11 +86,27 @@ def read_layout(file: BinaryIO, file_bytes: int, manifest: Manifest) -> tuple[tu
     return header.tensors, header.data_start
 
 
+def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int) -> Manifest:
+    """Read what a converter wrote with our own parsers, trusting none of it, and return its manifest.
+
+    Raises:
+        AdapterRefused: it must not be published. OSError: a file is missing or unreadable.
+    """
+    with (folder / MANIFEST_NAME).open("rb") as file:
+        manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
+    if manifest.base != base or manifest.dtype != dtype:
+        raise CorruptUpload("the converter wrote an adapter for another base or dtype")
+    if manifest.rank > max_rank:
+        raise UnsupportedAdapter(f"the adapter has rank {manifest.rank}; this server accepts up to {max_rank}")
+    check_file(folder / IMAGE_NAME, manifest)
+    return manifest
+
+
 def check_file(path: Path, manifest: Manifest) -> None:
     """Read a fresh canonical file once and check all of it: size, header, hash, padding, values, effect.
 
     Raises:
-        CorruptUpload, NonFiniteValues, AdapterWithoutEffect: the file must not be published.
+        CorruptUpload, NonFiniteValues, UnsupportedAdapter, AdapterWithoutEffect: the file must not be published.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     with os.fdopen(descriptor, "rb") as file:

@@ -91,12 +91,12 @@ class Registry(Protocol):
         """Point `name:alias` to an existing version."""
         ...
 
-    def delete(self, name: str) -> list[str]:
-        """Forget a name with its versions and aliases; return their digests. Empty when there was no such name."""
+    def delete(self, name: str, *, now: int) -> None:
+        """Forget a name with its versions and aliases; their digests count as retired from `now` on."""
         ...
 
-    def digests(self) -> set[str]:
-        """Return every digest that some version points to."""
+    def digests(self, *, retired_since: int) -> set[str]:
+        """Return every digest that some version points to, or that was retired at or after that time."""
         ...
 
     def close(self) -> None:

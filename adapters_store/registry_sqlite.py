@@ -29,6 +29,7 @@ CREATE TABLE IF NOT EXISTS aliases (
     name TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, alias)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS numbers (folded TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS retired (digest TEXT PRIMARY KEY, since INTEGER NOT NULL) WITHOUT ROWID;
 """
 # another process holds the write lock for one small transaction at most
 _BUSY_TIMEOUT_S = 30.0
@@ -96,18 +97,19 @@ class SqliteRegistry:
                 raise NameTaken(f"an adapter is already called '{name}:{alias}'; choose another alias", param="alias")
             db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (name, alias, version))
 
-    def delete(self, name: str) -> list[str]:
-        """Forget a name with its versions and aliases; return their digests."""
+    def delete(self, name: str, *, now: int) -> None:
+        """Forget a name with its versions and aliases; their digests count as retired from `now` on."""
         with self._transaction() as db:
-            rows = db.execute("SELECT DISTINCT digest FROM versions WHERE name = ?", (name,)).fetchall()
+            db.execute("INSERT OR REPLACE INTO retired SELECT digest, ? FROM versions WHERE name = ?", (now, name))
             for table in ("names", "versions", "aliases"):
                 db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
-        return [row[0] for row in rows]
 
-    def digests(self) -> set[str]:
-        """Return every digest that some version points to."""
-        with self._reading() as db:
-            return {row[0] for row in db.execute("SELECT DISTINCT digest FROM versions")}
+    def digests(self, *, retired_since: int) -> set[str]:
+        """Return every digest that some version points to, or that was retired at or after that time."""
+        query = "SELECT digest FROM versions UNION SELECT digest FROM retired WHERE since >= ?"
+        with self._transaction() as db:
+            db.execute("DELETE FROM retired WHERE since < ?", (retired_since,))
+            return {row[0] for row in db.execute(query, (retired_since,))}
 
     def close(self) -> None:
         """Give back the connection."""

@@ -12,24 +12,22 @@ from pathlib import Path
 
 from adapters_store.base import BaseDims
 from adapters_store.blobs import Blobs, LowrankEntry, OpenAdapter, open_image
-from adapters_store.canonical import check_file
+from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.converter import convert_in_child
 from adapters_store.errors import (
     AdapterNotFound,
-    CorruptUpload,
     NameTaken,
     StoreError,
-    UnsupportedAdapter,
     storage_errors,
 )
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import StoreLock, lock_folder
-from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Report, parse_manifest
+from adapters_store.manifest import Manifest, Report
 from adapters_store.names import check_alias, check_name
 from adapters_store.registry import AdapterRef, AdapterVersion, BaseFacts, NewVersion, Registry, find_version
 from adapters_store.registry_sqlite import SqliteRegistry
-from adapters_store.upload import PART_NAMES, Upload, open_part_file
+from adapters_store.upload import PART_NAMES, Upload, open_part_file, refuse_foreign_parts
 
 __all__ = ["AdapterRef", "AdapterStore", "AdapterVersion", "LowrankEntry", "OpenAdapter", "Report", "Upload"]
 
@@ -127,6 +125,14 @@ class AdapterStore:
         """Give back the registry's connection; open images stay valid."""
         self._registry.close()
 
+    def check_name(self, name: str) -> None:
+        """Raise InvalidName or NameTaken if an upload of `name` would be refused; cheap, so before its bytes come."""
+        check_name(name, self._served_name)
+        self._registry.check_free(name)
+        current = self._registry.current(name)
+        if current is not None and not self._is_ours(current):
+            raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
+
     def stage(self) -> Upload:
         """Begin an upload; use it as a context manager."""
         with self._lock.held():
@@ -141,8 +147,9 @@ class AdapterStore:
         Raises:
             StoreError: as `Upload.commit`.
         """
-        check_name(name, self._served_name)
+        self.check_name(name)
         with self.stage() as upload:
+            refuse_foreign_parts(folder)
             for filename in PART_NAMES:
                 with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
                     while chunk := file.read(_COPY_CHUNK_BYTES):
@@ -188,8 +195,7 @@ class AdapterStore:
         """
         self.get(name)
         with self._lock.held():
-            for digest in self._registry.delete(name):
-                self._blobs.touch(digest)
+            self._registry.delete(name, now=int(self._clock()))
 
     def verify(self, name: str) -> None:
         """Hash every byte of every version of `name` again; raises AdapterCorrupt, AdapterNotFound."""
@@ -203,12 +209,16 @@ class AdapterStore:
             raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions")
         return image
 
-    def sweep(self, *, grace_s: float = 0.0) -> None:
-        """Remove staging folders whose owner died, and objects that no version has pointed to for `grace_s`."""
+    def sweep(self) -> None:
+        """Remove staging folders whose owner died, and objects that no version points to.
+
+        Deleted adapters' objects stay for an hour: requests that were accepted under their digest may still load them.
+        """
         with self._lock.held(), storage_errors():
             for folder in list(self._staging.iterdir()):
                 self._sweep_staging(folder)
-            self._blobs.remove_except(self._registry.digests(), grace_s=grace_s)
+            for digest in sorted(self._blobs.digests() - self._live()):
+                self._blobs.remove(digest)
 
     def _sweep_staging(self, folder: Path) -> None:
         try:
@@ -227,43 +237,34 @@ class AdapterStore:
             os.close(lock)
 
     def _commit(self, upload: Upload, name: str) -> AdapterVersion:
-        check_name(name, self._served_name)
-        self._check_owner(name)
+        self.check_name(name)
         self._convert(upload.source, upload.object, self._options)
         with storage_errors():
-            manifest = self._validate(upload.object)
+            manifest = check_adapter(upload.object, self._options.base, self._options.dtype, self._options.max_rank)
         new = self._new_version(name, manifest)
-        self.sweep(grace_s=_GRACE_S)
+        self.sweep()
+        with storage_errors():
+            self._blobs.make_durable(upload.object)
         with self._lock.held():
             with storage_errors():
                 self._blobs.publish(upload.object, new.digest)
             try:
-                self._check_owner(name)
+                self.check_name(name)
                 return self._registry.publish(new)
             except BaseException:
                 self._abandon(new.digest)
                 raise
 
-    def _validate(self, folder: Path) -> Manifest:
-        """Read what the converter wrote with our own parser, trusting none of it."""
-        with (folder / MANIFEST_NAME).open("rb") as file:
-            manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
-        if manifest.base != self._options.base or manifest.dtype != self._options.dtype:
-            raise CorruptUpload("the converter wrote an adapter for another base or dtype")
-        if manifest.rank > self._options.max_rank:
-            raise UnsupportedAdapter(
-                f"the adapter has rank {manifest.rank}; this server accepts up to {self._options.max_rank} (--max-rank)"
-            )
-        check_file(folder / IMAGE_NAME, manifest)
-        return manifest
-
     def _abandon(self, digest: str) -> None:
         """Remove an object that got no pointer; if the disk fails here too, the next sweep does it."""
         try:
-            if digest not in self._registry.digests():
-                self._files.remove_tree(self._blobs.root / digest)
+            if digest not in self._live():
+                self._blobs.remove(digest)
         except (OSError, StoreError):
             return
+
+    def _live(self) -> set[str]:
+        return self._registry.digests(retired_since=int(self._clock() - _GRACE_S))
 
     def _new_version(self, name: str, manifest: Manifest) -> NewVersion:
         return NewVersion(
@@ -277,12 +278,6 @@ class AdapterStore:
             report=manifest.report(),
             dtype=manifest.dtype,
         )
-
-    def _check_owner(self, name: str) -> None:
-        self._registry.check_free(name)
-        current = self._registry.current(name)
-        if current is not None and not self._is_ours(current):
-            raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
 
     def _find(self, model: str) -> AdapterVersion | None:
         found = find_version(self._registry, model)

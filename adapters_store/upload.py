@@ -13,7 +13,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from adapters_store.errors import CorruptUpload, UnsupportedFormat, UploadTooLarge, storage_errors
+from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UnsupportedFormat, UploadTooLarge, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import lock_folder
 from adapters_store.registry import AdapterVersion
@@ -86,8 +86,12 @@ class Upload:
         with storage_errors():
             files.make_dir(self.folder)
             self._lock = lock_folder(self.folder)
-            for path in (self.source, self.object):
-                files.make_dir(path)
+            try:
+                for path in (self.source, self.object):
+                    files.make_dir(path)
+            except OSError:
+                self.close()
+                raise
 
     @property
     def source(self) -> Path:
@@ -189,3 +193,11 @@ def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
         file.close()
         raise CorruptUpload(f"{filename} is not a regular file with one name", param="files")
     return file
+
+
+def refuse_foreign_parts(folder: Path) -> None:
+    """Refuse a folder with a file that changes the model in a way that is not served; other files are not read."""
+    if (folder / "new_embeddings.safetensors").exists():
+        raise UnsupportedAdapter(
+            "the folder holds new_embeddings.safetensors; a changed vocabulary is not served yet", param="files"
+        )

@@ -27,7 +27,7 @@ _MAX_PATTERN_KEYS = 16384
 
 @dataclass(frozen=True, slots=True)
 class LoraConfig:
-    """How PEFT would act. `targets` is None for "all-linear"; `layers` is None for all layers."""
+    """How PEFT would act. `targets` is None for all linear layers; `layers` is None for all decoder layers."""
 
     rank: int
     alpha: float
@@ -45,10 +45,10 @@ class LoraConfig:
         """Return whether PEFT puts a LoRA on the module at `path`."""
         if any(names_module(name, path) for name in self.excluded):
             return False
-        if self.targets is not None and path in self.targets:
+        if self.targets is None or path in self.targets:
             # PEFT filters by layer only where a target matched as a suffix
             return True
-        found = self.targets is None or any(names_module(name, path) for name in self.targets)
+        found = any(names_module(name, path) for name in self.targets)
         return found and (self.layers is None or layer in self.layers)
 
     def rank_of(self, path: str) -> int:
@@ -159,7 +159,7 @@ def _pattern(config: dict[str, Json], field: str) -> dict[str, Json]:
 
 
 def _targets(value: Json, model_type: str) -> tuple[str, ...] | None:
-    if value == "all-linear":
+    if isinstance(value, str) and value.lower() == "all-linear":
         return None
     if value is None and model_type in _TYPES_WITH_DEFAULT:
         return _DEFAULT_TARGETS
@@ -189,6 +189,10 @@ def _layers(config: dict[str, Json]) -> frozenset[int] | None:
         )
     if value is None or value == []:
         return None
+    if isinstance(config.get("target_modules"), str):
+        raise UnsupportedAdapter(
+            "layers_to_transform needs target_modules to be a list of module names", param="layers_to_transform"
+        )
     numbers = value if isinstance(value, list) else [value]
     layers = [n for n in numbers if isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 16]
     if len(layers) != len(numbers):
