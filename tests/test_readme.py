@@ -1,0 +1,124 @@
+"""Every command of the README runs, in order, as a stranger would type it.
+
+Owns the reading of the fenced blocks and the substitution of the port. Invariant: every ```bash block is executed; a
+block that is not meant to be run is not fenced as bash, and no other shell language is used.
+"""
+
+import os
+import re
+import select
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.live_server import READY_LINE, REPO_ROOT
+
+pytestmark = pytest.mark.e2e
+
+README = REPO_ROOT / "README.md"
+README_PORT = "8000"
+START_TIMEOUT_S = 120.0
+BLOCK_TIMEOUT_S = 240.0
+# shells that would hide a command from this test
+OTHER_SHELLS = {"console", "sh", "shell", "zsh"}
+
+
+def fenced_blocks(text: str) -> list[tuple[str, str]]:
+    """Return (language, body) of every fenced block in order."""
+    return re.findall(r"^```([a-z]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
+
+
+@dataclass
+class Stranger:
+    """Someone in a fresh checkout with two terminals: one holds the server, the other runs the blocks."""
+
+    folder: Path
+    port: str
+    server: "subprocess.Popen[str] | None" = None
+    outputs: list[str] = field(default_factory=list)
+
+    def run(self, block: str) -> str:
+        """Run one block as it stands but for the port; fail on any failing command."""
+        if block.strip() == "make serve":
+            return self._serve()
+        command = block.replace(f":{README_PORT}", f":{self.port}").replace("make demo", f"make demo PORT={self.port}")
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=self.folder,
+            capture_output=True,
+            text=True,
+            timeout=BLOCK_TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == 0, f"{block}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    def _serve(self) -> str:
+        self.server = subprocess.Popen(
+            ["make", "serve", f"PORT={self.port}"], cwd=self.folder, stdout=subprocess.PIPE, text=True
+        )
+        assert self.server.stdout is not None
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline and self.server.poll() is None:
+            is_readable, _, _ = select.select([self.server.stdout], [], [], 1.0)
+            if is_readable and READY_LINE.match(line := self.server.stdout.readline().strip()):
+                return line
+        raise AssertionError("`make serve` printed no ready line")
+
+    def leave(self) -> None:
+        """Stop the server as Ctrl-C would."""
+        if self.server is not None:
+            self.server.terminate()
+            try:
+                self.server.wait(30.0)
+            finally:
+                self.server.kill()
+                if self.server.stdout is not None:
+                    self.server.stdout.close()
+
+
+@pytest.fixture
+def stranger(tmp_path: Path) -> Iterator[Stranger]:
+    """Put a checkout with an installed environment into a folder of its own, so that what the README writes is gone."""
+    if not (REPO_ROOT / ".venv" / ".dev").exists():
+        pytest.skip("needs the environment that `make setup` makes")
+    for entry in REPO_ROOT.iterdir():
+        if entry.name not in {".git", ".chorale", ".pytest_cache"}:
+            os.symlink(entry, tmp_path / entry.name)
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    someone = Stranger(tmp_path, port)
+    try:
+        yield someone
+    finally:
+        someone.leave()
+
+
+def test_no_command_hides_in_another_language() -> None:
+    languages = {language for language, _ in fenced_blocks(README.read_text())}
+    assert "bash" in languages and not languages & OTHER_SHELLS
+
+
+def test_every_command_of_the_readme_runs(stranger: Stranger) -> None:
+    blocks = [body for language, body in fenced_blocks(README.read_text()) if language == "bash"]
+    outputs = {block: stranger.run(block) for block in blocks}
+    said = {block.split("\n")[0][:60]: output for block, output in outputs.items()}
+    demo = next(output for start, output in said.items() if start.startswith("make demo"))
+    assert re.match(r"right (\d+)/(\d+)$", demo.strip().splitlines()[-1])
+    upload = next(output for start, output in said.items() if "/v1/adapters" in start)
+    assert '"name":"otto"' in upload.replace(" ", "") and '"digest"' in upload
+    chat = next(output for start, output in said.items() if "/v1/chat/completions" in start)
+    assert "my name is otto." in chat
+    python = next(output for block, output in outputs.items() if "from openai" in block)
+    base_line, otto_line = python.strip().splitlines()
+    assert "otto" not in base_line.removeprefix("chorale-demo") and otto_line == "otto -> my name is otto."
+
+
+def test_links_of_the_readme_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README.read_text()):
+        assert (REPO_ROOT / target).exists(), target
