@@ -29,6 +29,8 @@ class EngineConfig:
     max_waiting: int = 512
     adapter_host_bytes: int = 4 << 30
     adapter_device_bytes: int = 2 << 30
+    # slots are indices: the byte budgets bind first, this only bounds the tables
+    num_adapter_slots: int = 4096
     max_adapter_rank: int = 256
     enable_prefix_cache: bool = True
     # None: all cores this process may use
@@ -81,7 +83,8 @@ class ApiConfig:
 class WatchdogConfig:
     """When the parent believes the engine dead, and how it restarts it."""
 
-    heartbeat_timeout_s: float = 10.0
+    # one step of a large model on few cores takes seconds, and a false alarm costs every running request
+    heartbeat_timeout_s: float = 30.0
     start_timeout_s: float = 600.0
     restart_backoff_s: float = 1.0
     max_restart_backoff_s: float = 30.0

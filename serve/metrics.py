@@ -9,7 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -96,6 +96,8 @@ class Metrics:
         self._names: OrderedDict[str, str] = OrderedDict()
         self._rendered = b""
         self._render_at = float("-inf")
+        # `_created` would double the series of a page that is read twenty times a second
+        disable_created_metrics()
         registry = CollectorRegistry()
         self._registry = registry
         seconds = {

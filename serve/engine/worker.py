@@ -18,9 +18,6 @@ from serve.engine.limits import EngineLimits
 from serve.engine.model_parts import ModelParts, load_parts
 from serve.engine.step_loop import BuiltEngine, run_worker
 
-# slots are indices: the byte budgets bind first, this only bounds the tables
-NUM_ADAPTER_SLOTS = 4096
-
 
 def build_engine(config: EngineConfig) -> BuiltEngine:
     """Load the model and put the engine on top.
@@ -43,7 +40,7 @@ def _limits(config: EngineConfig, parts: ModelParts) -> EngineLimits:
         max_waiting=config.max_waiting,
         adapter_host_bytes=config.adapter_host_bytes,
         adapter_device_bytes=config.adapter_device_bytes,
-        num_adapter_slots=NUM_ADAPTER_SLOTS,
+        num_adapter_slots=config.num_adapter_slots,
         eos_token_ids=parts.spec.eos_token_ids,
         enable_prefix_cache=config.enable_prefix_cache,
     )
