@@ -117,6 +117,8 @@ def _tensor_samples(path: Path) -> list[tuple[str, str, str, bytes]]:
         if header_bytes > _MAX_HEADER_BYTES:
             raise ValueError(f"{path.name}: safetensors header of {header_bytes} bytes; limit {_MAX_HEADER_BYTES}")
         header = json.loads(file.read(header_bytes))
+        if not isinstance(header, dict):
+            raise ValueError(f"{path.name} is damaged: its safetensors header is no JSON object")
         start = 8 + header_bytes
         samples = []
         for name, entry in header.items():
