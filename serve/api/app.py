@@ -1,0 +1,104 @@
+"""The HTTP application: its state, its layers and its rooms' routers.
+
+Owns the wiring only. Invariant: every route but the probes is behind `require_key`, and every answer passes the request
+context and the body guard.
+"""
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from importlib.metadata import PackageNotFoundError, version
+
+from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi.openapi.docs import get_swagger_ui_html
+from fastapi.responses import HTMLResponse
+
+from adapters_store.store import AdapterStore
+from serve.api import adapters, chat, compat_vllm, completions, embeddings, health, models, tokenize
+from serve.api.auth import require_key
+from serve.api.body import BodyGuard
+from serve.api.chat_encoder import ChatEncoder
+from serve.api.engine_gateway import EngineGateway
+from serve.api.errors import error_responses, install_errors
+from serve.api.request_context import RequestContext
+from serve.api.state import ApiState
+from serve.api.structured import GrammarGate
+from serve.api.tokenizer import TextTokenizer
+from serve.api.tool_families import detect_family
+from serve.config import ApiConfig
+from serve.metrics import Metrics
+
+_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, compat_vllm, health)
+
+
+def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None = None) -> FastAPI:
+    """Build the application over an engine and a store, both of which the caller starts and closes.
+
+    Raises:
+        StartError: the model's tokenizer or chat template cannot be used.
+    """
+    state = _build_state(config, engine, store, metrics)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
+        yield
+        await state.grammar_gate.close()
+
+    app = FastAPI(
+        title="Chorale",
+        version=state.version,
+        lifespan=lifespan,
+        openapi_url=None,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        dependencies=[Depends(require_key)],
+    )
+    app.state.api = state
+    install_errors(app)
+    for room in _ROOMS:
+        app.include_router(room.router)
+    app.include_router(_build_docs(app))
+    app.add_middleware(BodyGuard, limits=config.limits)
+    app.add_middleware(RequestContext)
+    return app
+
+
+def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None) -> ApiState:
+    tokenizer = TextTokenizer.load(config.model_dir)
+    encoder = ChatEncoder.load(config.model_dir, tokenizer)
+    return ApiState(
+        config=config,
+        engine=engine,
+        store=store,
+        tokenizer=tokenizer,
+        chat=encoder,
+        tool_family=detect_family(encoder.template_source if encoder is not None else None),
+        grammar_gate=GrammarGate(tokenizer.tokenizer.to_str(), tokenizer.vocab_size, config.limits),
+        metrics=metrics,
+        version=_version(),
+        started=int(time.time()),
+    )
+
+
+def _build_docs(app: FastAPI) -> APIRouter:
+    """Return our own document routes: FastAPI's would stand outside the key check."""
+    router = APIRouter(include_in_schema=False, responses=error_responses())
+
+    @router.get("/openapi.json")
+    async def openapi(request: Request) -> dict[str, object]:
+        return app.openapi()
+
+    @router.get("/docs")
+    async def docs(request: Request) -> HTMLResponse:
+        return get_swagger_ui_html(openapi_url="/openapi.json", title="Chorale")
+
+    return router
+
+
+def _version() -> str:
+    try:
+        return version("chorale")
+    # run from a checkout that was never installed
+    except PackageNotFoundError:
+        return "0.0.0"

@@ -1,0 +1,44 @@
+"""Token ids become text as they arrive.
+
+Owns one sequence's decoding state. Invariants: no piece ever ends in half a UTF-8 character, and the joined pieces do
+not depend on how the ids were split. For valid UTF-8 they equal the tokenizer's own decoding; a byte that belongs to
+no character becomes one U+FFFD.
+"""
+
+import codecs
+from collections.abc import Iterable
+
+from serve.api.token_bytes import TokenBytes
+
+
+class Detokenizer:
+    """Decodes one sequence; feed it ids in order, then `finish`."""
+
+    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool, at_text_start: bool) -> None:
+        """Start a sequence.
+
+        Args:
+            at_text_start: only control tokens come before it, so a sentencepiece word's leading space is no text.
+        """
+        self._token_bytes = token_bytes
+        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset()
+        self._strip_next = at_text_start and token_bytes.strips_leading_space
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, token_ids: Iterable[int]) -> str:
+        """Return the text that is certain by now."""
+        return self._strip(self._decoder.decode(b"".join(self.bytes_of(token_id) for token_id in token_ids)))
+
+    def finish(self) -> str:
+        """Return what is left of an unfinished character."""
+        return self._strip(self._decoder.decode(b"", final=True))
+
+    def bytes_of(self, token_id: int) -> bytes:
+        """Return the bytes that this token adds to the text."""
+        return b"" if token_id in self._skipped else self._token_bytes[token_id]
+
+    def _strip(self, text: str) -> str:
+        if self._strip_next and text:
+            self._strip_next = False
+            return text.removeprefix(" ")
+        return text

@@ -1,0 +1,87 @@
+"""POST /v1/embeddings: pooled hidden states of the base, with or without an adapter.
+
+Owns the answer's two encodings; pooling is the engine's. Invariant: the vectors come in the order of the inputs, and
+one failed input fails the request.
+"""
+
+import asyncio
+import base64
+import struct
+import uuid
+from collections.abc import Sequence
+
+import msgspec
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from serve.api.disconnect import unless_disconnected
+from serve.api.json_body import read_model
+from serve.api.limits import check_num_prompts
+from serve.api.openapi import json_endpoint
+from serve.api.sampling import fit_prompt, output_budget
+from serve.api.schemas_completions import EmbeddingRequest, Prompt
+from serve.api.selection import Target, resolve_target
+from serve.api.state import ApiState, api_state
+from serve.api.tokenizer import TextTokenizer
+from serve.messages import Embed, Ready
+
+router = APIRouter()
+
+
+@router.post("/v1/embeddings", **json_endpoint(EmbeddingRequest))
+async def create_embeddings(request: Request) -> Response:
+    """Embed one or several inputs."""
+    state = api_state(request)
+    body = await read_model(request, EmbeddingRequest)
+    check_num_prompts(len(body.input), state.config.limits, param="input")
+    target = await resolve_target(state, body)
+    state.engine.admit(len(body.input))
+    encoded = await asyncio.to_thread(_encode, state.tokenizer, body.input)
+    prompts = [_fit(token_ids, body.truncate_prompt_tokens, state.ready) for token_ids in encoded]
+    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean"))
+    is_base64 = body.encoding_format == "base64"
+    num_tokens = sum(len(prompt) for prompt in prompts)
+    answer = {
+        "object": "list",
+        "data": [
+            {"object": "embedding", "index": index, "embedding": _base64(vector) if is_base64 else vector}
+            for index, vector in enumerate(vectors)
+        ],
+        "model": target.model,
+        "usage": {"prompt_tokens": num_tokens, "total_tokens": num_tokens},
+    }
+    return Response(msgspec.json.encode(answer), headers=target.headers(), media_type="application/json")
+
+
+async def _embed_all(state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str) -> list[list[float]]:
+    identity = uuid.uuid4().hex
+    commands = [
+        Embed(f"{identity}-{index}", prompt, pooling=pooling, adapter_digest=target.digest)
+        for index, prompt in enumerate(prompts)
+    ]
+    async with asyncio.timeout(state.config.limits.request_timeout_s):
+        return await _gather(state, commands)
+
+
+async def _gather(state: ApiState, commands: Sequence[Embed]) -> list[list[float]]:
+    tasks = [asyncio.ensure_future(state.engine.embed(command)) for command in commands]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _fit(token_ids: list[int], truncate: int | None, ready: Ready) -> list[int]:
+    fitted = fit_prompt(token_ids, truncate, 0, ready, param="input")
+    output_budget(len(fitted), 0, ready, param="input")
+    return fitted
+
+
+def _encode(tokenizer: TextTokenizer, inputs: Sequence[Prompt]) -> list[list[int]]:
+    return [tokenizer.encode(entry) if isinstance(entry, str) else entry for entry in inputs]
+
+
+def _base64(vector: Sequence[float]) -> str:
+    return base64.b64encode(struct.pack(f"<{len(vector)}f", *vector)).decode("ascii")

@@ -1,0 +1,144 @@
+"""A request's choices, generated side by side: one engine sequence per choice, their pieces merged in order of arrival.
+
+Owns the tasks that read the engine and their end. Invariants: whatever way a generation is left (done, stop string,
+error, cancellation), every sequence has ended or was aborted before control returns; a reader that lags slows its own
+sequences only.
+"""
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+import msgspec
+
+from serve.api.engine_gateway import EngineGateway
+from serve.api.output import OutputReader, OutputRules, Piece
+from serve.api.sampling import choice_seed
+from serve.api.selection import Target
+from serve.api.tokenizer import TextTokenizer
+from serve.config import LimitsConfig
+from serve.errors import Unavailable
+from serve.messages import SamplingParams, Submit
+
+KEEP_ALIVE_S = 15.0
+# pieces that wait for a slow client before its sequences are no longer read
+_MAX_UNREAD_PIECES = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """Everything decided about a request before the engine sees it."""
+
+    prompts: Sequence[list[int]]
+    # one per prompt: their output budgets may differ
+    sampling: Sequence[SamplingParams]
+    num_choices: int
+    seed: int | None
+    rules: OutputRules
+    target: Target
+    priority: int
+    cold_start: str
+
+    def submits(self) -> list[Submit]:
+        """Return one submit per choice: prompt by prompt, as OpenAI numbers the choices."""
+        identity = uuid.uuid4().hex
+        return [
+            Submit(
+                request_id=f"{identity}-{position}-{child}",
+                prompt_token_ids=prompt,
+                sampling=msgspec.structs.replace(sampling, seed=choice_seed(self.seed, child)),
+                adapter_digest=self.target.digest,
+                priority=self.priority,
+                group_id=f"{identity}-{position}" if self.num_choices > 1 else "",
+                cold_start=self.cold_start,
+            )
+            for position, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True))
+            for child in range(self.num_choices)
+        ]
+
+
+async def run_generation(
+    engine: EngineGateway, tokenizer: TextTokenizer, generation: Generation, limits: LimitsConfig
+) -> AsyncGenerator[Piece | None, None]:
+    """Yield the pieces of all choices as they come, and None after each `KEEP_ALIVE_S` of silence.
+
+    Raises:
+        ServeError: one choice failed, which ends them all; or the request outlived its time.
+    """
+    queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
+    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digest) else None
+    tasks = [
+        asyncio.create_task(
+            _read_choice(engine, submit, _reader(index, submit, generation, tokenizer), queue, cold_start_s)
+        )
+        for index, submit in enumerate(generation.submits())
+    ]
+    loop = asyncio.get_running_loop()
+    end_s = loop.time() + limits.request_timeout_s
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await _next(queue, min(KEEP_ALIVE_S, end_s - loop.time()))
+            if isinstance(item, Exception):
+                raise item
+            if item is None and loop.time() >= end_s:
+                raise Unavailable(f"the request took longer than {limits.request_timeout_s:g} s; ask for fewer tokens")
+            num_open -= item is not None and item.finish_reason is not None
+            yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _read_choice(
+    engine: EngineGateway,
+    submit: Submit,
+    reader: OutputReader,
+    queue: asyncio.Queue[Piece | Exception],
+    cold_start_s: float | None,
+) -> None:
+    try:
+        async with aclosing(engine.generate(submit)) as events:
+            try:
+                async with asyncio.timeout(cold_start_s):
+                    piece = reader.read(await anext(events))
+            except TimeoutError:
+                raise Unavailable(
+                    f"the adapter was not ready within {cold_start_s:g} s; send the request again",
+                    code="adapter_loading",
+                    retry_after_s=5,
+                ) from None
+            await queue.put(piece)
+            async for event in events:
+                piece = reader.read(event)
+                await queue.put(piece)
+                if piece.finish_reason is not None:
+                    return
+    # the request's wall: the consumer raises it there, once
+    except Exception as error:
+        await queue.put(error)
+
+
+async def _next(queue: asyncio.Queue[Piece | Exception], timeout_s: float) -> Piece | Exception | None:
+    if not queue.empty():
+        return queue.get_nowait()
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await queue.get()
+    except TimeoutError:
+        return None
+
+
+def _reader(index: int, submit: Submit, generation: Generation, tokenizer: TextTokenizer) -> OutputReader:
+    at_text_start = not any(tokenizer.is_text(token_id) for token_id in submit.prompt_token_ids)
+    return OutputReader(index, generation.rules, tokenizer.token_bytes, at_text_start=at_text_start)
+
+
+def _is_cold(engine: EngineGateway, digest: str | None) -> bool:
+    stats = engine.stats
+    if digest is None or stats is None:
+        return False
+    return not any(state.digest == digest and state.tier != "loading" for state in stats.adapters)

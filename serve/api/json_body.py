@@ -1,0 +1,138 @@
+"""Foreign bytes become a checked JSON object, and that object becomes a model, with errors of our own at every step.
+
+Owns the strictness that the stock parser lacks: UTF-8 only, no duplicate keys, no non-finite numbers, no lone
+surrogates, bounded nesting. Invariant: whatever the bytes, the outcome is a value or a `ServeError` of status 400 or
+415.
+"""
+
+import asyncio
+import json
+from typing import NoReturn, TypeVar
+
+from fastapi import Request
+from pydantic import JsonValue, ValidationError
+
+from serve.api.schemas import RequestModel
+from serve.errors import InvalidRequest, InvalidValue, UnsupportedMediaType, UnsupportedParameter
+
+MAX_DEPTH = 100
+# parsing more than this takes milliseconds: not on the event loop
+_THREAD_BYTES = 64 << 10
+_MAX_SHOWN_CHARS = 64
+_SHAPE_ERRORS = ("_type", "_parsing", "missing", "union")
+
+Model = TypeVar("Model", bound=RequestModel)
+
+
+async def read_model(request: Request, model: type[Model]) -> Model:
+    """Read the request's body as `model`.
+
+    Raises:
+        InvalidRequest: the bytes are not the JSON we accept, or a field is wrong (`param` is its dotted path).
+        UnsupportedParameter: a field has a meaning that this server refuses.
+        UnsupportedMediaType: the body is declared as something other than plain JSON.
+    """
+    _check_media_type(request)
+    body = await request.body()
+    if len(body) > _THREAD_BYTES:
+        return await asyncio.to_thread(parse_model, body, model)
+    return parse_model(body, model)
+
+
+def parse_model(body: bytes, model: type[Model]) -> Model:
+    """Return `body` as a validated `model`."""
+    data = parse_object(body)
+    for name in sorted(data.keys() & model.refused_fields):
+        if data[name] not in (None, False):
+            raise UnsupportedParameter(f"{name!r} is not supported by this server; leave it out", param=name)
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        _refuse(error)
+
+
+def parse_object(body: bytes) -> dict[str, JsonValue]:
+    """Return `body` as a JSON object that every later step may trust to be encodable and shallow."""
+    try:
+        text = body.decode("utf-8")
+        data = json.loads(text, object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        if b"\\u" in body:
+            json.dumps(data, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InvalidRequest("the body holds a lone surrogate escape (\\ud800 to \\udfff), which is no text") from None
+    except UnicodeDecodeError as error:
+        raise InvalidRequest(f"the body is not UTF-8: bad byte at offset {error.start}") from None
+    except RecursionError:
+        raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:
+        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
+        raise InvalidRequest(f"the body is not valid JSON: {reason[:200]}") from None
+    if not isinstance(data, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    _check_depth(data)
+    return data
+
+
+def show(value: object) -> str:
+    """Return a foreign value as it may stand in a message: printable, on one line, short."""
+    text = ascii(value) if not isinstance(value, str) else ascii(value[: _MAX_SHOWN_CHARS + 1])
+    return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
+
+
+def _check_media_type(request: Request) -> None:
+    encoding = request.headers.get("content-encoding", "identity").strip().lower()
+    if encoding not in ("", "identity"):
+        raise UnsupportedMediaType(f"content-encoding {show(encoding)} is not read here; send the body uncompressed")
+    declared = request.headers.get("content-type", "application/json").split(";")[0].strip().lower()
+    if declared != "application/json" and not declared.endswith("+json"):
+        raise UnsupportedMediaType(f"content-type {show(declared)} is not read here; send application/json")
+
+
+def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+    data = dict(pairs)
+    if len(data) != len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"key {show(twice)} occurs twice in one object")
+    return data
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"number {text[:32]} is too large")
+    return value
+
+
+def _check_depth(data: JsonValue) -> None:
+    level: list[JsonValue] = [data]
+    for _ in range(MAX_DEPTH):
+        inner: list[JsonValue] = []
+        for value in level:
+            children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+            inner.extend(child for child in children if isinstance(child, dict | list))
+        if not inner:
+            return
+        level = inner
+    raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels")
+
+
+def _refuse(error: ValidationError) -> NoReturn:
+    first = error.errors(include_url=False, include_context=False)[0]
+    # a union's branch name is no part of the client's path
+    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
+    kind = first["type"]
+    reason = first["msg"].removeprefix("Value error, ")
+    if kind == "missing":
+        raise InvalidRequest(f"{path!r} is required", param=path)
+    shape = any(part in kind for part in _SHAPE_ERRORS)
+    message = f"{path or 'body'}: {reason}" if kind == "value_error" else _with_value(path, reason, first["input"])
+    raise (InvalidRequest if shape else InvalidValue)(message, param=path or None)
+
+
+def _with_value(path: str, reason: str, value: object) -> str:
+    return f"{path or 'body'}: {reason[:1].lower()}{reason[1:]}, got {show(value)}"

@@ -1,0 +1,139 @@
+"""GET /v1/models, and GET and DELETE of one: the base and its adapters as cards.
+
+Owns the card's shape and the list's filters. Invariant: `parent` is the base's name for adapters and null for the base
+(routers read exactly `id` and `parent`), and `root` is never a path.
+"""
+
+import asyncio
+from typing import Annotated
+
+from fastapi import APIRouter, Query, Request
+
+from adapters_store.store import AdapterVersion
+from serve.api.errors import error_responses
+from serve.api.selection import resolve_adapter
+from serve.api.state import ApiState, api_state
+from serve.errors import InvalidRequest, InvalidValue
+from serve.messages import AdapterState
+
+Json = dict[str, object]
+
+router = APIRouter(responses=error_responses())
+
+OWNER = "chorale"
+MAX_LIMIT = 10_000
+
+
+@router.get("/v1/models")
+async def list_models(
+    request: Request,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_LIMIT)] = None,
+    after: Annotated[str | None, Query(max_length=256)] = None,
+    parent: Annotated[str | None, Query(max_length=256)] = None,
+    family: Annotated[str | None, Query(max_length=64)] = None,
+    state: Annotated[str | None, Query(max_length=64)] = None,
+) -> Json:
+    """List the base, then its adapters by name."""
+    api = api_state(request)
+    versions = await asyncio.to_thread(api.store.list)
+    resident = _resident(api)
+    cards = [_adapter_card(api, version.name, version, resident) for version in versions]
+    if parent is not None:
+        cards = cards if parent == api.config.served_model_name else []
+    elif family is None and state is None:
+        cards = [_base_card(api), *cards]
+    cards = [card for card in cards if _matches(card, "family", family) and _matches(card, "state", state)]
+    cards = _page_after(cards, after)
+    shown = cards if limit is None else cards[:limit]
+    return {
+        "object": "list",
+        "data": shown,
+        "first_id": shown[0]["id"] if shown else None,
+        "last_id": shown[-1]["id"] if shown else None,
+        "has_more": len(shown) < len(cards),
+    }
+
+
+@router.get("/v1/models/{model_id:path}")
+async def get_model(request: Request, model_id: str) -> Json:
+    """Return one card; versions and aliases are found too."""
+    api = api_state(request)
+    ref = await resolve_adapter(api, model_id)
+    if ref is None:
+        return _base_card(api)
+    versions = await asyncio.to_thread(api.store.versions, ref.name)
+    version = next(version for version in versions if version.version == ref.version)
+    return _adapter_card(api, model_id, version, _resident(api))
+
+
+@router.delete("/v1/models/{model_id:path}")
+async def delete_model(request: Request, model_id: str) -> Json:
+    """Unregister an adapter with all its versions; requests that run on it finish."""
+    api = api_state(request)
+    ref = await resolve_adapter(api, model_id)
+    if ref is None:
+        raise InvalidRequest("the base model cannot be deleted", param="model")
+    if ref.name != model_id:
+        raise InvalidValue(
+            f"a version or alias cannot be deleted alone; delete the adapter {ref.name!r}", param="model"
+        )
+    versions = await asyncio.to_thread(api.store.versions, ref.name)
+    await asyncio.to_thread(api.store.delete, ref.name)
+    kept = {version.digest for version in await asyncio.to_thread(api.store.list)}
+    for digest in {version.digest for version in versions} - kept:
+        api.engine.unload_adapter(digest)
+    return {"id": model_id, "object": "model", "deleted": True}
+
+
+def _base_card(api: ApiState) -> Json:
+    ready = api.engine.ready
+    return {
+        "id": api.config.served_model_name,
+        "object": "model",
+        "created": api.started,
+        "owned_by": OWNER,
+        "root": api.config.served_model_name,
+        "parent": None,
+        "max_model_len": ready.max_model_len if ready is not None else None,
+    }
+
+
+def _adapter_card(api: ApiState, model_id: str, version: AdapterVersion, resident: dict[str, AdapterState]) -> Json:
+    held = resident.get(version.digest)
+    tier = "disk" if held is None or held.tier == "loading" else held.tier
+    adapter_state = "ready" if tier != "disk" else "loading" if held is not None else "stored"
+    return {
+        **_base_card(api),
+        "id": model_id,
+        "created": version.created,
+        "root": f"sha256:{version.digest}",
+        "parent": api.config.served_model_name,
+        "adapter": {
+            "family": version.family,
+            "rank": version.rank,
+            "version": version.version,
+            "digest": f"sha256:{version.digest}",
+            "tier": tier,
+            "bytes": version.num_bytes,
+            "state": adapter_state,
+        },
+    }
+
+
+def _resident(api: ApiState) -> dict[str, AdapterState]:
+    stats = api.engine.stats
+    return {state.digest: state for state in stats.adapters} if stats is not None else {}
+
+
+def _matches(card: Json, key: str, wanted: str | None) -> bool:
+    adapter = card.get("adapter")
+    return wanted is None or (isinstance(adapter, dict) and adapter[key] == wanted)
+
+
+def _page_after(cards: list[Json], after: str | None) -> list[Json]:
+    if after is None:
+        return cards
+    ids = [card["id"] for card in cards]
+    if after not in ids:
+        raise InvalidValue("'after' is not the id of a listed model; use the last_id of the page before", param="after")
+    return cards[ids.index(after) + 1 :]

@@ -1,0 +1,27 @@
+"""What our OpenAPI document says about a route whose body we parse ourselves.
+
+Owns the shared keyword arguments of route declarations. Invariant: every route declares every error status.
+"""
+
+from typing import TypedDict
+
+from serve.api.errors import error_responses
+from serve.api.schemas import RequestModel
+
+Json = dict[str, object]
+
+
+class Declared(TypedDict):
+    """Keyword arguments of FastAPI's route decorators."""
+
+    responses: dict[int | str, dict[str, object]]
+    openapi_extra: dict[str, object]
+    response_model: None
+
+
+def json_endpoint(model: type[RequestModel]) -> Declared:
+    """Declare a route that reads `model` from a JSON body."""
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"responses": error_responses(), "openapi_extra": {"requestBody": body}, "response_model": None}

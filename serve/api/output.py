@@ -1,0 +1,124 @@
+"""One sequence's events become the text, ids and ending that a client sees.
+
+Owns the end of a sequence as text: stop tokens are no text, stop strings end it early, half characters wait.
+Invariant: the pieces of one reader do not depend on how the engine grouped the tokens, and at most one of them has a
+finish reason.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from serve.api.detokenizer import Detokenizer
+from serve.api.schemas import GenerationRequest
+from serve.api.stop_strings import StopStrings
+from serve.api.token_bytes import TokenBytes
+from serve.errors import EngineFailed
+from serve.messages import Finished, FinishReason, Ready, Started, TokenLogprobs, Tokens
+
+
+@dataclass(frozen=True, slots=True)
+class OutputRules:
+    """What of the generated tokens is shown, and what ends it."""
+
+    skip_special_tokens: bool = True
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    # ids that may end the sequence: their text is only shown with `include_stop`
+    stop_token_ids: frozenset[int] = frozenset()
+    min_tokens: int = 0
+    # the client asked for no output at all: the engine's one token stays unseen
+    is_hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one event adds to choice `index`."""
+
+    index: int
+    text: str = ""
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    started: Started | None = None
+    finish_reason: str | None = None
+
+
+class OutputReader:
+    """Reads the events of one choice, in order."""
+
+    def __init__(self, index: int, rules: OutputRules, token_bytes: TokenBytes, *, at_text_start: bool) -> None:
+        self._index = index
+        self._rules = rules
+        self._detokenizer = Detokenizer(
+            token_bytes, skip_special_tokens=rules.skip_special_tokens, at_text_start=at_text_start
+        )
+        self._stop = StopStrings(rules.stop, include_in_output=rules.include_stop)
+        # a possible stop token whose text waits for the next event to say whether it was one
+        self._held_token: int | None = None
+        self._num_tokens = 0
+
+    def read(self, event: Started | Tokens | Finished) -> Piece:
+        """Return what this event adds."""
+        piece = self._read(event)
+        if self._rules.is_hidden:
+            return Piece(self._index, started=piece.started, finish_reason=piece.finish_reason and "length")
+        return piece
+
+    def _read(self, event: Started | Tokens | Finished) -> Piece:
+        if isinstance(event, Started):
+            return Piece(self._index, started=event)
+        if isinstance(event, Finished):
+            return self._finish(event)
+        return self._take(event)
+
+    def _take(self, event: Tokens) -> Piece:
+        text = ""
+        for count, token_id in enumerate(event.token_ids, start=1):
+            text += self._release_held()
+            self._num_tokens += 1
+            if token_id in self._rules.stop_token_ids:
+                self._held_token = token_id
+            else:
+                text += self._show(token_id)
+            if self._stop.has_matched:
+                logprobs = (event.logprobs or ())[:count]
+                return Piece(self._index, text, event.token_ids[:count], logprobs, finish_reason="stop")
+        return Piece(self._index, text, event.token_ids, event.logprobs or ())
+
+    def _finish(self, event: Finished) -> Piece:
+        if event.reason is FinishReason.ABORTED:
+            raise EngineFailed("the engine aborted this request; it may be sent again")
+        is_stop_token = event.stop_token_id is not None and event.stop_token_id == self._held_token
+        text = "" if is_stop_token and not self._rules.include_stop else self._release_held()
+        text += self._stop.feed(self._detokenizer.finish())
+        reason = "stop" if self._stop.has_matched else event.reason.value
+        return Piece(self._index, text + self._stop.finish(), finish_reason=reason)
+
+    def _release_held(self) -> str:
+        token_id, self._held_token = self._held_token, None
+        return "" if token_id is None else self._show(token_id)
+
+    def _show(self, token_id: int) -> str:
+        text = self._detokenizer.feed((token_id,))
+        # text from before `min_tokens` stops nothing
+        return text if self._num_tokens <= self._rules.min_tokens else self._stop.feed(text)
+
+
+def output_rules(
+    request: GenerationRequest, ready: Ready, *, keep_special_tokens: bool = False, is_hidden: bool = False
+) -> OutputRules:
+    """Return the rules that a request's fields ask for.
+
+    Args:
+        keep_special_tokens: show them whatever the request says: another reader comes first.
+    """
+    stop_ids = set(request.stop_token_ids or ())
+    if not request.ignore_eos:
+        stop_ids.update(ready.eos_token_ids)
+    return OutputRules(
+        skip_special_tokens=request.skip_special_tokens is not False and not keep_special_tokens,
+        stop=tuple(request.stop or ()),
+        include_stop=bool(request.include_stop_str_in_output),
+        stop_token_ids=frozenset(stop_ids),
+        min_tokens=request.min_tokens or 0,
+        is_hidden=is_hidden,
+    )

@@ -1,0 +1,64 @@
+"""The outermost layer of one HTTP request: its id, its processing time, and the wall for unexpected errors.
+
+Owns the two headers that every answer carries. Invariant: an exception that nobody foresaw is logged once with the
+request id and becomes a 500 without details; the client always gets an answer.
+"""
+
+import logging
+import re
+import time
+import uuid
+
+from starlette.requests import Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve.api.errors import error_response
+
+logger = logging.getLogger("chorale.api")
+
+_VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
+
+
+class RequestContext:
+    """ASGI layer around the application; `request_id(request)` reads what it set."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one connection scope."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start_s = time.monotonic()
+        identity = _sent_request_id(scope) or f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = identity
+        has_started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                elapsed_ms = int((time.monotonic() - start_s) * 1000)
+                extra = [(b"x-request-id", identity.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_with_headers)
+        except Exception as error:
+            # a broken stream cannot be answered any more; its own layer has already ended it
+            logger.exception("request %s failed unexpectedly", identity)
+            if not has_started:
+                await error_response(error)(scope, receive, send_with_headers)
+
+
+def request_id(request: Request) -> str:
+    """Return the id under which this request is logged and answered."""
+    return str(request.state.request_id)
+
+
+def _sent_request_id(scope: Scope) -> str | None:
+    sent = [value for name, value in scope["headers"] if name == b"x-request-id"]
+    text = sent[0].decode("latin-1") if len(sent) == 1 else ""
+    return text if _VALID_REQUEST_ID.match(text) else None

@@ -1,0 +1,82 @@
+"""Server-sent events: the frames, and the response that carries them.
+
+Owns framing, the headers that keep proxies from buffering, and the end of a stream. Invariants: a stream that began
+ends with `[DONE]`, after one error frame if something failed; a client that leaves or does not read ends the work
+behind it.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import aclosing
+
+import msgspec
+from fastapi.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from serve.api.disconnect import wait_for_disconnect
+from serve.api.errors import error_body
+from serve.errors import ServeError
+
+logger = logging.getLogger("chorale.api")
+
+KEEP_ALIVE = b": keep-alive\n\n"
+DONE = b"data: [DONE]\n\n"
+
+_HEADERS = {
+    "content-type": "text/event-stream; charset=utf-8",
+    "cache-control": "no-cache",
+    "x-accel-buffering": "no",
+}
+
+
+def data_frame(value: object) -> bytes:
+    """Return one event."""
+    return b"data: " + msgspec.json.encode(value) + b"\n\n"
+
+
+async def with_end(frames: AsyncGenerator[bytes, None], request_id: str) -> AsyncGenerator[bytes, None]:
+    """Yield `frames`, then an error frame if they failed, then `[DONE]`."""
+    async with aclosing(frames):
+        try:
+            async for frame in frames:
+                yield frame
+        # the request's wall: headers are out, so the error becomes the last event
+        except Exception as error:
+            if not isinstance(error, ServeError):
+                logger.exception("request %s failed in mid-stream", request_id)
+            yield data_frame(error_body(error))
+    yield DONE
+
+
+class EventStream(Response):
+    """Sends frames as they come; closes them when the client leaves or reads nothing for `send_timeout_s`."""
+
+    def __init__(
+        self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str], *, send_timeout_s: float
+    ) -> None:
+        super().__init__(headers={**_HEADERS, **headers})
+        # the length is not known, and the empty body's one would be wrong
+        del self.headers["content-length"]
+        self._frames = frames
+        self._send_timeout_s = send_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve the stream."""
+        sending = asyncio.ensure_future(self._send_all(send))
+        gone = asyncio.ensure_future(wait_for_disconnect(receive))
+        try:
+            await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            sending.cancel()
+            gone.cancel()
+            await asyncio.gather(sending, gone, return_exceptions=True)
+
+    async def _send_all(self, send: Send) -> None:
+        async with aclosing(self._frames):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            async for frame in self._frames:
+                # a client that does not read: cancelled here, and uvicorn closes the unfinished answer
+                async with asyncio.timeout(self._send_timeout_s):
+                    await send({"type": "http.response.body", "body": frame, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -1,0 +1,55 @@
+"""What every route of the API works with, built once in `build_app` and passed on by the application object.
+
+Owns nothing but the references. Invariant: immutable after the start; whatever changes lives in the objects named here.
+"""
+
+from dataclasses import dataclass, field
+from typing import cast
+
+from fastapi import Request
+
+from adapters_store.store import AdapterStore
+from serve.api.chat_encoder import ChatEncoder
+from serve.api.engine_gateway import EngineGateway
+from serve.api.structured import GrammarGate
+from serve.api.tokenizer import TextTokenizer
+from serve.api.tool_families import ToolFamily
+from serve.api.uploads import UploadPool
+from serve.config import ApiConfig
+from serve.errors import EngineLoading
+from serve.messages import Ready
+from serve.metrics import Metrics
+
+
+@dataclass(frozen=True, slots=True)
+class ApiState:
+    """The rooms and values that routes use; `started` is the base card's unix time."""
+
+    config: ApiConfig
+    engine: EngineGateway
+    store: AdapterStore
+    tokenizer: TextTokenizer
+    chat: ChatEncoder | None
+    tool_family: ToolFamily
+    grammar_gate: GrammarGate
+    metrics: Metrics | None
+    version: str
+    started: int
+    uploads: UploadPool = field(default_factory=UploadPool)
+
+    @property
+    def ready(self) -> Ready:
+        """Return what the engine learnt at its start.
+
+        Raises:
+            EngineLoading: it has not started yet.
+        """
+        ready = self.engine.ready
+        if ready is None:
+            raise EngineLoading("the engine is starting; send the request again", retry_after_s=2)
+        return ready
+
+
+def api_state(request: Request) -> ApiState:
+    """Return the state of the application that serves this request."""
+    return cast(ApiState, request.app.state.api)
