@@ -127,8 +127,8 @@ class Sequence:
     def forget_progress(self) -> None:
         """Return to the first position, keeping the output: what was gathered over the prompt is gathered again."""
         self.num_computed = 0
-        self.prompt_logprobs.clear()
-        self.hidden_sum.clear()
+        # new lists: the old one may lie in a `Started` that was sent already
+        self.prompt_logprobs, self.hidden_sum = [], []
 
     def finish_reason(self, limits: EngineLimits) -> FinishReason | None:
         """Judge the newest output token: did it end the sequence, and why?"""

@@ -12,8 +12,11 @@ from serve.messages import TokenLogprobs
 from tests.engine.toy_model import adapter_number, hidden_of, kv_of, kv_seed, logprob_of, sample_token
 
 
-class PlanViolation(AssertionError):
-    """The engine asked for something that would give wrong tokens or touch memory it does not own."""
+class PlanViolation(BaseException):
+    """The engine asked for something that would give wrong tokens or touch memory it does not own.
+
+    No `Exception`, so that the engine's wall around a step cannot contain it.
+    """
 
 
 class StepLost(RuntimeError):
@@ -27,7 +30,8 @@ class Cell:
     kv: int
     adapter: int
     salt: str
-    is_finite: bool = True
+    writer: str
+    is_finite: bool
 
 
 @dataclass(slots=True)
@@ -155,7 +159,7 @@ class FakeExecutor:
             chain.append(kv_of(chain[-1] if chain else kv_seed(adapter), token_id, adapter))
             is_finite = is_finite and (poisoned_from is None or position < poisoned_from)
             block_id = row.block_table[position // self._block_size]
-            self._cells[block_id][position % self._block_size] = Cell(chain[-1], adapter, salt, is_finite)
+            self._cells[block_id][position % self._block_size] = Cell(chain[-1], adapter, salt, row.request_id, is_finite)
         if not is_finite:
             return RowResult(row.request_id, None, is_finite=False)
         return self._result(row, chain, begin)
@@ -163,7 +167,8 @@ class FakeExecutor:
     def _read(self, row: Row, adapter: int, salt: str) -> list[int]:
         """Read the K/V before the row's first token, through its block table."""
         cells = [cell for block_id in row.block_table for cell in self._cells[block_id]]
-        if any(cell is not None and not cell.is_finite for cell in cells):
+        # its own ones may be there: a lost step is run again
+        if any(cell is not None and not cell.is_finite and cell.writer != row.request_id for cell in cells):
             raise PlanViolation(f"{row.request_id} holds a block that a non-finite row wrote")
         chain = []
         for position, cell in enumerate(cells[: row.start]):

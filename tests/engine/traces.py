@@ -1,0 +1,242 @@
+"""Random traces over the engine: what a seed stands for, and the checker that holds every answer to the slow simulation.
+
+Owns the generation and the judgement; the tests choose how many. Invariant: a trace depends on its seed alone, so a
+finding is replayed by `run_trace(seed)`.
+"""
+
+import random
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+
+from serve.engine.engine import Engine
+from serve.engine.limits import EngineLimits
+from serve.messages import (
+    Abort,
+    Embed,
+    Embedded,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    LoadAdapter,
+    SamplingParams,
+    Started,
+    Stats,
+    Submit,
+    Tokens,
+    UnloadAdapter,
+)
+from tests.engine.fake_executor import AdapterFile, FakeExecutor
+from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, run_alone
+
+DIGESTS = tuple(f"{number:064x}" for number in range(1, 6))
+# steps without any work left to wait for, far above what a trace of this size can need
+MAX_DRAIN_STEPS = 5000
+
+
+class WrongAnswer(AssertionError):
+    """An answer differs from the slow simulation, or a life did not end in exactly one terminal event."""
+
+
+@dataclass(slots=True)
+class Sent:
+    """One request of a trace and all that came back."""
+
+    command: Submit | Embed
+    was_aborted: bool = False
+    events: list[Event] = field(default_factory=list)
+
+
+class Trace:
+    """One seeded run: random limits, commands, loads, failures and aborts; checked after every step."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = rng = random.Random(seed)
+        block_size = rng.choice((2, 4))
+        self.limits = EngineLimits(
+            num_kv_blocks=rng.choice((4, 6, 8, 10, 14, 20)),
+            block_size=block_size,
+            max_model_len=rng.choice((12, 24, 40)),
+            max_num_seqs=rng.randint(1, 6),
+            max_step_tokens=rng.choice((1, 3, 7, 16)),
+            max_waiting=rng.choice((3, 100)),
+            adapter_host_bytes=10,
+            adapter_device_bytes=rng.choice((4, 6, 10)),
+            num_adapter_slots=rng.randint(1, 3),
+            eos_token_ids=(EOS_ID,),
+            enable_prefix_cache=rng.random() < 0.85,
+        )
+        files = {
+            digest: AdapterFile(rng.choice((1, 2, 4, 5)), rng.randint(1, 6), rng.choice((0, 0, 0, 1)))
+            for digest in DIGESTS
+        }
+        self.executor = FakeExecutor(self.limits.num_kv_blocks, block_size, files)
+        self.now_s = 0.0
+        self.engine = Engine(self.limits, self.executor, lambda: self.now_s)
+        self.sent: dict[str, Sent] = {}
+        self.broken: set[str] = set()
+        stem = [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]
+        self.stems = [stem, stem[:6] + stem[2:16], [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]]
+
+    def run(self) -> Stats:
+        """Play the trace to its end, check everything, and return the engine's last heartbeat."""
+        for _ in range(self.rng.randint(5, 30)):
+            self._command()
+            for _ in range(self.rng.choice((0, 1, 1, 2, 6))):
+                self._step()
+        self.executor.broken_digest = None
+        for _ in range(MAX_DRAIN_STEPS):
+            if not self.engine.has_work():
+                break
+            self._step()
+        else:
+            raise WrongAnswer("the engine does not come to rest")
+        for sent in self.sent.values():
+            self._judge(sent)
+        return self._judge_rest()
+
+    def _step(self) -> None:
+        self.now_s += 0.25
+        for event in self.engine.step():
+            self.sent[event.request_id].events.append(event)  # type: ignore[union-attr]
+        self.engine.check_invariants()
+
+    def _command(self) -> None:
+        kind = self.rng.random()
+        if kind < 0.62:
+            self._submit()
+        elif kind < 0.70:
+            prompt, pooling = self._prompt(), self.rng.choice(("mean", "last"))
+            self._send(Embed(f"r{len(self.sent)}", prompt, pooling, adapter_digest=self._digest()))
+        elif kind < 0.82 and self.sent:
+            sent = self.rng.choice(list(self.sent.values()))
+            sent.was_aborted = True
+            self.engine.handle(Abort(sent.command.request_id))
+        elif kind < 0.87:
+            self.engine.handle(UnloadAdapter(self.rng.choice(DIGESTS)))
+        elif kind < 0.91:
+            self.engine.handle(LoadAdapter(self.rng.choice(DIGESTS)))
+        elif kind < 0.95:
+            self.executor.num_lost_steps = 1
+        elif kind < 0.97:
+            # one adapter failing alone would rightly end the engine, so something else runs beside it
+            digest = self.rng.choice(DIGESTS)
+            self._break(digest)
+        else:
+            self._step()
+
+    def _break(self, digest: str) -> None:
+        params = SamplingParams(max_tokens=3, seed=1, ignore_eos=True)
+        self._send(Submit(f"r{len(self.sent)}", [3], params, priority=-1))
+        self._send(Submit(f"r{len(self.sent)}", [3], params, digest, priority=-1))
+        self.broken.add(digest)
+        self.executor.broken_digest = digest
+        self._step()
+        self.executor.broken_digest = None
+
+    def _submit(self) -> None:
+        rng = self.rng
+        num_siblings = rng.choice((1, 1, 1, 2, 3))
+        group_id = f"g{len(self.sent)}" if num_siblings > 1 else ""
+        prompt, digest, salt = self._prompt(), self._digest(), rng.choice(("", "", "t1"))
+        priority, cold_start = rng.choice((0, 0, 0, 1)), rng.choice(("wait", "wait", "wait", "fail"))
+        wants_prompt_logprobs = rng.random() < 0.15
+        for _ in range(num_siblings):
+            params = SamplingParams(
+                max_tokens=rng.choice((0, 1, 4, 9, 20)) if wants_prompt_logprobs else rng.choice((1, 4, 9, 20)),
+                seed=rng.randrange(100),
+                min_tokens=rng.choice((0, 0, 3)),
+                ignore_eos=rng.random() < 0.3,
+                stop_token_ids=rng.choice(((), (), (5,))),
+                num_logprobs=rng.choice((None, None, 1)),
+                num_prompt_logprobs=0 if wants_prompt_logprobs else None,
+            )
+            request_id = f"r{len(self.sent)}"
+            self.executor.salts[request_id] = salt
+            if rng.random() < 0.05:
+                self.executor.poisoned_from[request_id] = rng.randrange(20)
+            self._send(Submit(request_id, prompt, params, digest, salt, priority, group_id, cold_start))
+
+    def _send(self, command: Submit | Embed) -> None:
+        self.sent[command.request_id] = Sent(command)
+        self.engine.handle(command)
+
+    def _prompt(self) -> list[int]:
+        stem = self.rng.choice(self.stems)
+        tail = [self.rng.randrange(1, VOCAB_SIZE) for _ in range(self.rng.choice((0, 1, 3)))]
+        return stem[: self.rng.randint(1, len(stem))] + tail
+
+    def _digest(self) -> str | None:
+        return None if self.rng.random() < 0.3 else self.rng.choice(DIGESTS)
+
+    def _judge(self, sent: Sent) -> None:
+        request_id, events = sent.command.request_id, sent.events
+        kinds = "".join(_LETTERS[type(event)] for event in events)
+        if re.fullmatch("ST*[FX]|SE|[FX]", kinds) is None:
+            raise WrongAnswer(f"{request_id}: the order of events is {kinds}")
+        expected = run_alone(sent.command, self.limits)
+        token_ids = [token_id for event in events if isinstance(event, Tokens) for token_id in event.token_ids]
+        if token_ids != expected.token_ids[: len(token_ids)]:
+            raise WrongAnswer(f"{request_id}: got {token_ids}, alone it gives {expected.token_ids}")
+        if isinstance(events[0], Started) and events[0].prompt_logprobs != expected.prompt_logprobs:
+            raise WrongAnswer(f"{request_id}: prompt logprobs differ")
+        end = events[-1]
+        if isinstance(end, Embedded) and end.vector != expected.vector:
+            raise WrongAnswer(f"{request_id}: got {end.vector}, alone it gives {expected.vector}")
+        if isinstance(end, Failed):
+            self._judge_failure(sent, end)
+        if isinstance(end, Finished) and end.reason is FinishReason.ABORTED:
+            if not sent.was_aborted:
+                raise WrongAnswer(f"{request_id} was aborted by nobody")
+        elif isinstance(end, Finished) and (
+            token_ids != expected.token_ids
+            or (end.reason, end.stop_token_id) != (expected.reason, expected.stop_token_id)
+        ):
+            raise WrongAnswer(f"{request_id}: {end} after {token_ids}, alone {expected}")
+
+    def _judge_failure(self, sent: Sent, end: Failed) -> None:
+        command, num_prompt = sent.command, len(sent.command.prompt_token_ids)
+        takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
+        is_allowed = {
+            "context_length_exceeded": num_prompt >= self.limits.max_sequence_tokens,
+            "queue_full": self.limits.max_waiting <= 3,
+            "adapter_load_failed": command.adapter_digest is not None,
+            "adapter_not_loaded": takes_no_wait and command.adapter_digest is not None,
+            "engine_error": command.request_id in self.executor.poisoned_from or command.adapter_digest in self.broken,
+        }
+        if not is_allowed.get(end.code, False):
+            raise WrongAnswer(f"{command.request_id} failed for no reason: {end}")
+
+    def _judge_rest(self) -> Stats:
+        stats = self.engine.stats()
+        if stats.num_running or stats.num_waiting or stats.num_kv_blocks_in_use or stats.num_adapter_pins:
+            raise WrongAnswer(f"the engine rests and still holds something: {stats}")
+        if self.executor.num_bytes_loaded > self.limits.adapter_bytes:
+            raise WrongAnswer("more adapter bytes are loaded than the budget allows")
+        if {state.digest for state in stats.adapters} != self.executor.loaded:
+            raise WrongAnswer("the engine and the device disagree on what is loaded")
+        refusals = ("context_length_exceeded", "queue_full", "adapter_not_loaded", "invalid_value")
+        accepted = Counter(
+            request_id
+            for request_id, sent in self.sent.items()
+            if not (isinstance(sent.events[-1], Failed) and sent.events[-1].code in refusals)
+        )
+        # a refusal for a known too large adapter and a failed load share one code
+        doubtful = {r for r, sent in self.sent.items() if getattr(sent.events[-1], "code", "") == "adapter_load_failed"}
+        released = self.executor.released
+        if {r: n for r, n in released.items() if r not in doubtful} != {r: 1 for r in accepted if r not in doubtful}:
+            raise WrongAnswer("a request was released not at all, or more than once")
+        return stats
+
+
+_LETTERS: dict[type, str] = {Started: "S", Tokens: "T", Finished: "F", Failed: "X", Embedded: "E"}
+
+
+def run_trace(seed: int) -> Stats:
+    """Run and check one trace.
+
+    Raises:
+        AssertionError: the engine, its books or an answer is wrong.
+    """
+    return Trace(seed).run()
