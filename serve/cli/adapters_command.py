@@ -1,0 +1,113 @@
+"""`chorale adapters add|list|show|rm|verify`, on a store's folder or against a running server.
+
+Owns the choice between the two and what is printed. Invariant: a command that failed prints one line on stderr and ends
+with status 1.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from serve.cli import adapters_offline
+from serve.cli.adapter_rows import AdapterRow, show_rows
+from serve.cli.adapters_remote import RemoteAdapters
+from serve.cli.operator_errors import one_line_errors
+from serve.cli.options import Dtype, DtypeOption
+from serve.errors import StartError
+
+adapters_app = typer.Typer(
+    name="adapters", help="Add, list, show, remove and verify adapters.", no_args_is_help=True, rich_markup_mode=None
+)
+
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Folder = Annotated[Path, typer.Argument(help="PEFT folder: adapter_config.json and adapter_model.safetensors.")]
+Store = Annotated[Path | None, typer.Option("--store", envvar="CHORALE_STORE", help="Folder of the store.")]
+Url = Annotated[str | None, typer.Option("--url", help="Address of a running server, instead of --store.")]
+ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="CHORALE_API_KEY", help="Key for --url.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base model of the adapter; needed for the first adapter of a store.")
+]
+
+
+@adapters_app.command()
+def add(
+    name: Name,
+    folder: Folder,
+    store: Store = None,
+    url: Url = None,
+    base: Base = None,
+    dtype: DtypeOption = Dtype.AUTO,
+    api_key: ApiKey = None,
+    as_json: Json = False,
+) -> None:
+    """Convert, check and publish an adapter as the next version of NAME."""
+    with one_line_errors(exit_status=1):
+        with _place(store, url, api_key) as place:
+            if isinstance(place, RemoteAdapters):
+                row = place.add(name, folder)
+            else:
+                row = adapters_offline.add(place, name, folder, base=base, dtype=dtype)
+        show_rows([row], as_json=as_json)
+
+
+@adapters_app.command("list")
+def list_adapters(store: Store = None, url: Url = None, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Show the current version of every adapter."""
+    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+        rows = place.rows() if isinstance(place, RemoteAdapters) else adapters_offline.rows(place)
+        show_rows(rows, as_json=as_json)
+
+
+@adapters_app.command()
+def show(name: Name, store: Store = None, url: Url = None, api_key: ApiKey = None, as_json: Json = False) -> None:
+    """Show one adapter: all versions (offline) and what its last upload did."""
+    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+        rows = place.versions(name) if isinstance(place, RemoteAdapters) else adapters_offline.versions(place, name)
+        show_rows(rows, as_json=as_json)
+        if not as_json:
+            _show_report(rows[-1])
+
+
+@adapters_app.command()
+def rm(name: Name, store: Store = None, url: Url = None, api_key: ApiKey = None) -> None:
+    """Delete an adapter with all its versions."""
+    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+        if isinstance(place, RemoteAdapters):
+            place.remove(name)
+        else:
+            adapters_offline.remove(place, name)
+        typer.echo(f"removed {name}")
+
+
+@adapters_app.command()
+def verify(
+    name: Annotated[str | None, typer.Argument(help="One adapter; default: all.")] = None, store: Store = None
+) -> None:
+    """Read every byte again and compare it with its hash."""
+    with one_line_errors(exit_status=1), _place(store, None, None) as place:
+        assert isinstance(place, Path), "without a URL the place is a folder"
+        names = [name] if name is not None else [row["name"] for row in adapters_offline.rows(place)]
+        for each in names:
+            adapters_offline.verify(place, each)
+            typer.echo(f"intact {each}")
+
+
+@contextmanager
+def _place(store: Path | None, url: str | None, api_key: str | None) -> Iterator[Path | RemoteAdapters]:
+    """Yield the server or the folder that the flags name; --url wins over a store named by the environment."""
+    if url is not None:
+        with closing(RemoteAdapters(url, api_key)) as remote:
+            yield remote
+    elif store is not None:
+        yield store
+    else:
+        raise StartError("say where: --store DIR for a store's folder, or --url http://HOST:PORT for a running server")
+
+
+def _show_report(row: AdapterRow) -> None:
+    for title, modules in row["report"].items():
+        typer.echo(f"{title}: {', '.join(modules) if modules else 'none'}")

@@ -1,0 +1,121 @@
+"""The adapter commands on a store's folder, with no server: the same door (`AdapterStore`) that the server uses.
+
+Owns how the base is found: given by the operator for the first adapter, afterwards read from the adapters that are
+there. Invariant: nothing is created in a folder that is no store, except by `add`.
+"""
+
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+
+from adapters_store.base import BaseDims
+from adapters_store.errors import AdapterNotFound
+from adapters_store.registry import AdapterVersion
+from adapters_store.registry_sqlite import SqliteRegistry
+from adapters_store.store import AdapterStore
+from serve.cli.adapter_rows import AdapterRow
+from serve.errors import StartError
+from serve.model.download import resolve_model_dir
+from serve.model.spec import read_spec
+
+_REGISTRY = "registry.sqlite"
+
+
+def add(root: Path, name: str, folder: Path, *, base: str | None, dtype: str) -> AdapterRow:
+    """Publish a PEFT folder as the next version of `name`.
+
+    Args:
+        base: the base model's folder or id; None takes the base of the adapters that the store already holds.
+        dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
+    Raises:
+        StartError: the base is not known. StoreError: the adapter is refused.
+    """
+    if not folder.is_dir():
+        raise StartError(f"{folder}: no such folder; an adapter is a PEFT folder with adapter_config.json")
+    dims, own_dtype = _known_base(root) if base is None else _read_base(base)
+    image_dtype = own_dtype if dtype == "auto" else dtype
+    with closing(AdapterStore.open(root, dims, image_dtype=image_dtype)) as store:
+        return row_of(store.put_dir(name, folder, trusted=True))
+
+
+def rows(root: Path) -> list[AdapterRow]:
+    """Return the current version of every adapter in the store, of all bases."""
+    with _registry(root) as registry:
+        return [row_of(version) for version in registry.all_current()]
+
+
+def versions(root: Path, name: str) -> list[AdapterRow]:
+    """Return all versions of one adapter, oldest first; raises AdapterNotFound."""
+    with _store_of(root, name) as store:
+        return [row_of(version) for version in store.versions(name)]
+
+
+def remove(root: Path, name: str) -> None:
+    """Forget an adapter with all its versions; raises AdapterNotFound."""
+    with _store_of(root, name) as store:
+        store.delete(name)
+
+
+def verify(root: Path, name: str) -> None:
+    """Hash every byte of every version again; raises AdapterCorrupt, AdapterNotFound."""
+    with _store_of(root, name) as store:
+        store.verify(name)
+
+
+def row_of(version: AdapterVersion) -> AdapterRow:
+    """Return a version under the API's field names."""
+    report = version.report
+    return AdapterRow(
+        name=version.name,
+        version=version.version,
+        digest=version.digest,
+        family=version.family,
+        rank=version.rank,
+        bytes=version.num_bytes,
+        created=version.created,
+        dtype=version.dtype,
+        base=version.base,
+        report={"applied": [*report.applied], "ignored": [*report.ignored], "missing": [*report.missing]},
+    )
+
+
+def _read_base(base: str) -> tuple[BaseDims, str]:
+    spec = read_spec(resolve_model_dir(base))
+    return spec.dims, spec.dtype
+
+
+def _known_base(root: Path) -> tuple[BaseDims, str]:
+    known = {}
+    if (root / _REGISTRY).is_file():
+        with _registry(root) as registry:
+            known = {_dims_of(version): version.dtype for version in registry.all_current()}
+    if len(known) != 1:
+        raise StartError(
+            f"the store in {root} holds adapters of {len(known)} bases; say which one this is for: --base MODEL_DIR"
+        )
+    return next(iter(known.items()))
+
+
+def _dims_of(version: AdapterVersion) -> BaseDims:
+    return BaseDims(**version.base)  # type: ignore[arg-type]  # the registry wrote `BaseDims.to_dict()`
+
+
+@contextmanager
+def _store_of(root: Path, name: str) -> Iterator[AdapterStore]:
+    """Open the store as the server of this adapter's base sees it."""
+    with _registry(root) as registry:
+        version = registry.current(name)
+    if version is None:
+        raise AdapterNotFound(
+            f"there is no adapter {ascii(name)[:140]} in this store; `chorale adapters list` shows all"
+        )
+    with closing(AdapterStore.open(root, _dims_of(version), image_dtype=version.dtype)) as store:
+        yield store
+
+
+@contextmanager
+def _registry(root: Path) -> Iterator[SqliteRegistry]:
+    if not (root / _REGISTRY).is_file():
+        raise StartError(f"{root} is not an adapter store; `chorale adapters add` or `chorale serve` makes one")
+    with closing(SqliteRegistry(root / _REGISTRY)) as registry:
+        yield registry

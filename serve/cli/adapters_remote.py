@@ -1,0 +1,77 @@
+"""The adapter commands against a running server, over its HTTP interface.
+
+Owns the requests and the reading of their errors. Invariant: an upload is streamed from its files, not held in memory.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import BinaryIO, cast
+from urllib.parse import quote
+
+import httpx
+
+from serve.cli.adapter_rows import AdapterRow
+from serve.errors import StartError
+
+PART_NAMES = ("adapter_config.json", "adapter_model.safetensors")
+
+Part = tuple[str, tuple[str, BinaryIO, str]]
+
+# conversion of a large adapter takes a while; connecting does not
+_TIMEOUT = httpx.Timeout(300.0, connect=10.0)
+
+
+class RemoteAdapters:
+    """The adapters of one server."""
+
+    def __init__(self, url: str, api_key: str | None) -> None:
+        headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
+        self._client = httpx.Client(base_url=url.rstrip("/"), headers=headers, timeout=_TIMEOUT)
+
+    def close(self) -> None:
+        """Give back the connections."""
+        self._client.close()
+
+    def add(self, name: str, folder: Path) -> AdapterRow:
+        """Upload a PEFT folder; raises StartError with the server's own line if it is refused."""
+        with _open_parts(folder) as files:
+            answer = self._checked(self._client.post("/v1/adapters", data={"name": name}, files=files))
+        return cast(AdapterRow, answer)
+
+    def rows(self) -> list[AdapterRow]:
+        """Return the current version of every adapter."""
+        return cast(list[AdapterRow], self._checked(self._client.get("/v1/adapters"))["data"])
+
+    def versions(self, name: str) -> list[AdapterRow]:
+        """Return one adapter's current version, as the server shows it."""
+        return [cast(AdapterRow, self._checked(self._client.get(f"/v1/adapters/{quote(name, safe='')}")))]
+
+    def remove(self, name: str) -> None:
+        """Delete an adapter."""
+        self._checked(self._client.delete(f"/v1/adapters/{quote(name, safe='')}"))
+
+    def _checked(self, response: httpx.Response) -> dict[str, object]:
+        try:
+            body = response.json()
+        except ValueError:
+            body = None
+        if response.is_success and isinstance(body, dict):
+            return body
+        error = body.get("error") if isinstance(body, dict) else None
+        message = error.get("message") if isinstance(error, dict) else "the answer is not one of a Chorale server"
+        raise StartError(f"{response.request.method} {response.request.url}: {response.status_code}: {message}")
+
+
+@contextmanager
+def _open_parts(folder: Path) -> Iterator[list[Part]]:
+    """Yield the multipart fields of a PEFT folder's files."""
+    with ExitStack() as stack:
+        parts: list[Part] = []
+        for filename in PART_NAMES:
+            try:
+                file = stack.enter_context((folder / filename).open("rb"))
+            except OSError as error:
+                raise StartError(f"{folder / filename}: {error.strerror}") from error
+            parts.append(("files", (filename, file, "application/octet-stream")))
+        yield parts

@@ -1,0 +1,37 @@
+"""The `chorale` command: `serve`, `adapters ...`, `version`.
+
+Owns the assembly of the commands only. Invariant: importing it starts nothing.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from serve.cli.adapters_command import adapters_app
+from serve.cli.serve_command import serve
+
+app = typer.Typer(
+    name="chorale",
+    help="One frozen base model, many adapters, different adapters in the same batch.",
+    no_args_is_help=True,
+    add_completion=False,
+    # plain help and plain tracebacks: both end up in logs
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command()(serve)
+app.add_typer(adapters_app)
+
+
+@app.command("version")
+def show_version() -> None:
+    """Print the version."""
+    typer.echo(f"chorale {installed_version()}")
+
+
+def installed_version() -> str:
+    """Return the installed distribution's version, or "unknown" in a checkout that is not installed."""
+    try:
+        return version("chorale")
+    except PackageNotFoundError:
+        return "unknown"

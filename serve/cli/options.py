@@ -1,0 +1,132 @@
+"""The flags of `chorale serve`, each with its environment variable, and the file that may hold the same keys.
+
+Owns spelling and help only; the defaults are those of `serve.config`. Invariant: file < environment < flags, and a key
+of the file that is no flag is an error.
+"""
+
+import tomllib
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """What the model computes in; `auto` is the checkpoint's own dtype."""
+
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
+class LogLevel(StrEnum):
+    """How much goes to stderr."""
+
+    DEBUG = "debug"
+    INFO = "info"
+    WARNING = "warning"
+    ERROR = "error"
+
+
+def read_config_file(context: typer.Context, path: Path | None) -> Path | None:
+    """Make the file's keys the defaults of this command's flags.
+
+    Raises:
+        typer.BadParameter: not TOML, or a key that is no flag.
+    """
+    if path is None:
+        return None
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise typer.BadParameter(f"{path}: {error}") from error
+    values = {key.replace("-", "_"): value for key, value in values.items()}
+    known = {parameter.name for parameter in context.command.params} - {"config_file"}
+    for key in values:
+        if key not in known:
+            raise typer.BadParameter(f"{path}: unknown key '{key}'; known: {', '.join(sorted(filter(None, known)))}")
+    context.default_map = values
+    return path
+
+
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", callback=read_config_file, is_eager=True, help="TOML file with these flags as keys."),
+]
+Model = Annotated[str, typer.Option(envvar="CHORALE_MODEL", help="Folder of the base model, or a Hugging Face id.")]
+Store = Annotated[Path, typer.Option(envvar="CHORALE_STORE", help="Folder of the adapter store; created if absent.")]
+ServedModelName = Annotated[
+    str | None, typer.Option(envvar="CHORALE_SERVED_MODEL_NAME", help="The base's name; default: the folder's name.")
+]
+Host = Annotated[str, typer.Option(envvar="CHORALE_HOST", help="Address to listen on.")]
+Port = Annotated[int, typer.Option(envvar="CHORALE_PORT", min=0, max=65535, help="Port; 0 takes a free one.")]
+DeviceOption = Annotated[Device, typer.Option("--device", envvar="CHORALE_DEVICE", help="Where the model runs.")]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", envvar="CHORALE_DTYPE", help="What the model computes in; auto: the checkpoint's.")
+]
+MaxModelLen = Annotated[
+    int | None, typer.Option(envvar="CHORALE_MAX_MODEL_LEN", min=1, help="Prompt plus output; default: the model's.")
+]
+KvBlocks = Annotated[
+    int | None, typer.Option(envvar="CHORALE_KV_BLOCKS", min=1, help="KV blocks; default: sized from free memory.")
+]
+MaxNumSeqs = Annotated[int, typer.Option(envvar="CHORALE_MAX_NUM_SEQS", min=1, help="Sequences running at once.")]
+MaxStepTokens = Annotated[int, typer.Option(envvar="CHORALE_MAX_STEP_TOKENS", min=1, help="Token budget of one step.")]
+AdapterHostBytes = Annotated[
+    int, typer.Option(envvar="CHORALE_ADAPTER_HOST_BYTES", min=0, help="Bytes of adapters held in host memory.")
+]
+AdapterDeviceBytes = Annotated[
+    int, typer.Option(envvar="CHORALE_ADAPTER_DEVICE_BYTES", min=0, help="Bytes of adapters held on the device.")
+]
+MaxRank = Annotated[int, typer.Option(envvar="CHORALE_MAX_RANK", min=1, help="Largest rank an adapter may have.")]
+NumThreads = Annotated[
+    int | None,
+    typer.Option(envvar="CHORALE_NUM_THREADS", min=1, help="Threads of the CPU kernels; default: all cores."),
+]
+PrefixCache = Annotated[bool, typer.Option(envvar="CHORALE_PREFIX_CACHE", help="Reuse KV blocks of equal prefixes.")]
+ApiKeys = Annotated[
+    list[str] | None,
+    typer.Option("--api-key", envvar="CHORALE_API_KEY", help="A key that clients may use; repeatable."),
+]
+LoraRoots = Annotated[
+    list[Path] | None,
+    typer.Option("--lora-root", envvar="CHORALE_LORA_ROOT", help="Folder that lora_path may lie under; repeatable."),
+]
+MaxInFlight = Annotated[
+    int, typer.Option(envvar="CHORALE_MAX_IN_FLIGHT", min=1, help="Sequences let in before clients get 429.")
+]
+MaxUploadBytes = Annotated[int, typer.Option(envvar="CHORALE_MAX_UPLOAD_BYTES", min=1, help="Largest adapter upload.")]
+RequestTimeoutS = Annotated[
+    float, typer.Option(envvar="CHORALE_REQUEST_TIMEOUT_S", min=0.1, help="Seconds a request may take in all.")
+]
+HeartbeatTimeoutS = Annotated[
+    float,
+    typer.Option(
+        envvar="CHORALE_HEARTBEAT_TIMEOUT_S", min=1.0, help="A silent engine is replaced after so many seconds."
+    ),
+]
+StartTimeoutS = Annotated[
+    float, typer.Option(envvar="CHORALE_START_TIMEOUT_S", min=1.0, help="Seconds the model may take to load.")
+]
+Preload = Annotated[
+    Path | None,
+    typer.Option(
+        envvar="CHORALE_PRELOAD", help="Folder of PEFT folders; names the store lacks are published at start."
+    ),
+]
+GraceS = Annotated[
+    float, typer.Option(envvar="CHORALE_GRACE_S", min=0.0, help="Seconds that running requests get after SIGTERM.")
+]
+LogLevelOption = Annotated[
+    LogLevel, typer.Option("--log-level", envvar="CHORALE_LOG_LEVEL", help="How much goes to stderr.")
+]

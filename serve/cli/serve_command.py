@@ -1,0 +1,89 @@
+"""`chorale serve`: flags, environment and file merged once into a `ServeConfig`, then the server.
+
+Owns the merge and what the start must know of the base before the engine has loaded it (its folder, dtype, the store).
+Invariant: every start that cannot work ends with one line on stderr and status 2.
+"""
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from serve.cli import options
+from serve.cli.operator_errors import one_line_errors
+from serve.cli.server import run_server
+from serve.config import ApiConfig, EngineConfig, LimitsConfig, ServeConfig, WatchdogConfig
+from serve.model.download import resolve_model_dir
+
+logger = logging.getLogger(__name__)
+
+# the dataclasses own the defaults; the flags only show them
+_API = ApiConfig(model_dir=Path(), store_dir=Path(), served_model_name="")
+_ENGINE = EngineConfig(model_dir=Path(), store_dir=Path())
+_LIMITS = LimitsConfig()
+_WATCHDOG = WatchdogConfig()
+
+
+def serve(
+    model: options.Model,
+    store: options.Store,
+    config_file: options.ConfigFile = None,
+    served_model_name: options.ServedModelName = None,
+    host: options.Host = _API.host,
+    port: options.Port = _API.port,
+    device: options.DeviceOption = options.Device.AUTO,
+    dtype: options.DtypeOption = options.Dtype.AUTO,
+    max_model_len: options.MaxModelLen = None,
+    kv_blocks: options.KvBlocks = None,
+    max_num_seqs: options.MaxNumSeqs = _ENGINE.max_num_seqs,
+    max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
+    adapter_host_bytes: options.AdapterHostBytes = _ENGINE.adapter_host_bytes,
+    adapter_device_bytes: options.AdapterDeviceBytes = _ENGINE.adapter_device_bytes,
+    max_rank: options.MaxRank = _ENGINE.max_adapter_rank,
+    num_threads: options.NumThreads = None,
+    prefix_cache: options.PrefixCache = _ENGINE.enable_prefix_cache,
+    api_key: options.ApiKeys = None,
+    lora_root: options.LoraRoots = None,
+    max_in_flight: options.MaxInFlight = _LIMITS.max_in_flight,
+    max_upload_bytes: options.MaxUploadBytes = _LIMITS.max_upload_bytes,
+    request_timeout_s: options.RequestTimeoutS = _LIMITS.request_timeout_s,
+    heartbeat_timeout_s: options.HeartbeatTimeoutS = _WATCHDOG.heartbeat_timeout_s,
+    start_timeout_s: options.StartTimeoutS = _WATCHDOG.start_timeout_s,
+    preload: options.Preload = None,
+    grace_s: options.GraceS = 30.0,
+    log_level: options.LogLevelOption = options.LogLevel.INFO,
+) -> None:
+    """Serve a base model and the adapters of a store over HTTP."""
+    start_logging(log_level)
+    with one_line_errors(exit_status=2):
+        model_dir = resolve_model_dir(model)
+        limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
+        limits = replace(limits, request_timeout_s=request_timeout_s)
+        name = served_model_name or served_name(model, model_dir)
+        api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
+        api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
+        engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device, dtype=dtype)
+        engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
+        engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)
+        engine = replace(engine, adapter_host_bytes=adapter_host_bytes, adapter_device_bytes=adapter_device_bytes)
+        engine = replace(engine, max_adapter_rank=max_rank, enable_prefix_cache=prefix_cache)
+        watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
+        config = ServeConfig(api, engine, watchdog)
+        # the one place where the merged configuration is shown; keys are secrets
+        logger.info("%s", replace(config, api=replace(api, api_keys=("***",) * len(api.api_keys))))
+        run_server(config, preload=preload, grace_s=grace_s)
+
+
+def served_name(model: str, model_dir: Path) -> str:
+    """Return the base's default name: the folder's, or the Hugging Face id it was downloaded by."""
+    return model_dir.resolve().name if Path(model).expanduser().is_dir() else model
+
+
+def start_logging(level: str) -> None:
+    """Send every log line to stderr: stdout carries the ready line alone."""
+    logging.basicConfig(
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s api %(levelname)s %(name)s: %(message)s", force=True
+    )
+    # one line per start and stop of its own; ours say more
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    logging.getLogger("httpx").setLevel(logging.WARNING)

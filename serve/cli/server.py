@@ -1,0 +1,173 @@
+"""The running server: wires store, engine, API and HTTP together, says when it is ready, drains and stops.
+
+Owns the order of start and stop and the signals; decides nothing about requests. Invariants: stdout carries the ready
+line and nothing else; whatever way the server ends, the engine process and the socket are gone before `run_server`
+returns; a first SIGINT or SIGTERM drains, a second one ends at once.
+"""
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+
+import uvicorn
+import uvloop
+
+from adapters_store.store import AdapterStore
+from serve.api.app import build_app
+from serve.api.engine_client import EngineClient
+from serve.api.http_guard import guarded_protocol
+from serve.config import ServeConfig
+from serve.errors import StartError
+from serve.metrics import Metrics
+from serve.model.spec import read_spec
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+# responses whose last bytes are still on their way when the last stream has ended
+_FLUSH_S = 5
+
+
+def run_server(config: ServeConfig, *, preload: Path | None, grace_s: float) -> None:
+    """Serve until a signal; returns after a clean end.
+
+    Args:
+        preload: folder of PEFT folders; those whose name the store lacks are published before the ready line.
+        grace_s: how long running requests may take to end after the first signal.
+    Raises:
+        StartError, StoreError: the server cannot start; the message is for the operator.
+    """
+    spec = read_spec(config.engine.model_dir)
+    store = AdapterStore.open(
+        config.api.store_dir,
+        spec.dims,
+        served_name=config.api.served_model_name,
+        max_rank=config.engine.max_adapter_rank,
+        max_upload_bytes=config.api.limits.max_upload_bytes,
+        image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
+    )
+    with contextlib.closing(store), bound_socket(config.api.host, config.api.port) as listener:
+        uvloop.run(Server(config, store, listener).run(preload, grace_s))
+
+
+class Server:
+    """One life of the API process."""
+
+    def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket) -> None:
+        self._store = store
+        self._listener = listener
+        self._host = config.api.host
+        metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)
+        self._engine = EngineClient(config.engine, config.api.limits, config.watchdog, metrics)
+        app = build_app(config.api, self._engine, store, metrics)
+        self._http = SilentServer(
+            uvicorn.Config(
+                app,
+                http=guarded_protocol(config.api.limits),
+                lifespan="on",
+                log_config=None,
+                access_log=False,
+                server_header=False,
+                proxy_headers=False,
+                backlog=_BACKLOG,
+                timeout_graceful_shutdown=_FLUSH_S,
+            )
+        )
+
+    async def run(self, preload: Path | None, grace_s: float) -> None:
+        """Start, serve, drain, stop."""
+        first, second = asyncio.Event(), asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, lambda: second.set() if first.is_set() else first.set())
+        self._engine.start()
+        http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
+        http.add_done_callback(lambda _: first.set())
+        try:
+            if await _finished_before(self._prepare(preload), first):
+                self._say_ready()
+                await first.wait()
+                logger.info("draining: running requests get %g s; a second signal ends at once", grace_s)
+                await _finished_before(self._engine.drain(grace_s), second)
+        finally:
+            # a client that does not read must not keep the process
+            self._http.force_exit = second.is_set()
+            self._http.should_exit = True
+            await self._engine.close()
+            await http
+
+    async def _prepare(self, preload: Path | None) -> None:
+        if preload is not None:
+            await asyncio.to_thread(publish_missing, self._store, preload)
+        await self._engine.wait_ready()
+
+    def _say_ready(self) -> None:
+        host = f"[{self._host}]" if ":" in self._host else self._host
+        print(f"chorale ready http://{host}:{self._listener.getsockname()[1]}", flush=True)
+
+
+class SilentServer(uvicorn.Server):
+    """Uvicorn without its own signal handlers: `Server.run` has them."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave the signals alone."""
+        yield
+
+
+@contextlib.contextmanager
+def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
+    """Yield a bound TCP socket; port 0 takes a free one.
+
+    Raises:
+        StartError: the address cannot be bound.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listener = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise StartError(f"--host {host}: {error.strerror}") from error
+    with listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind(address)
+            listener.listen(_BACKLOG)
+        except OSError as error:
+            raise StartError(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port") from error
+        yield listener
+
+
+def publish_missing(store: AdapterStore, folder: Path) -> None:
+    """Publish every PEFT folder in `folder` whose name the store does not have yet.
+
+    Raises:
+        StartError: no such folder. StoreError: one of them is refused.
+    """
+    if not folder.is_dir():
+        raise StartError(f"--preload {folder}: no such folder")
+    present = {version.name for version in store.list()}
+    for adapter in sorted(path.parent for path in folder.glob("*/adapter_config.json")):
+        if adapter.name not in present:
+            version = store.put_dir(adapter.name, adapter, trusted=True)
+            logger.info("published adapter '%s' version %d", version.name, version.version)
+
+
+async def _finished_before(work: Coroutine[object, object, object], event: asyncio.Event) -> bool:
+    """Run the work until it ends or the event happens; return whether it ended. Its exception is raised."""
+    task = asyncio.ensure_future(work)
+    stop = asyncio.create_task(event.wait())
+    try:
+        await asyncio.wait({task, stop}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            task.result()
+        return task.done()
+    finally:
+        for pending in (task, stop):
+            pending.cancel()
+        await asyncio.gather(task, stop, return_exceptions=True)
