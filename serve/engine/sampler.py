@@ -16,6 +16,8 @@ from serve.messages import SamplingParams, TokenLogprobs
 
 # candidates that usually hold top_p's mass; only rows where they do not are sorted whole
 _TOP_P_CANDIDATES = 512
+# one chunk sum per 512 tokens: 297 sums for a vocabulary of 152 k
+_CHUNK = 512
 _MASK_64 = (1 << 64) - 1
 
 # bit mask over the vocabulary (little-endian bits of int32 words) of the tokens a row may take
@@ -36,27 +38,43 @@ def sample(
     """Sample one token per row.
 
     Args:
-        logits: [S, V] fp32; changed in place.
+        logits: [S, V] fp32, bf16 or fp16; left as it was. Rows that ask for more than the argmax are read in fp32.
         specs: one per row. eos_token_ids: ends that `min_tokens` forbids for a while.
         bit_mask: the grammar's mask of a row, or None when the row is free.
     """
-    finite = torch.isfinite(logits.sum(dim=1)).tolist()
-    raw = {
-        i: _logprobs(logits[i]) for i, spec in enumerate(specs) if spec.params.num_logprobs is not None and finite[i]
-    }
-    for i, spec in enumerate(specs):
-        if finite[i]:
-            _constrain(logits[i], spec, eos_token_ids, bit_mask(i))
-    tokens = logits.argmax(dim=1).tolist()
-    for i, spec in enumerate(specs):
-        if finite[i] and spec.params.temperature > 0.0:
-            tokens[i] = _draw(logits[i], spec.params, len(spec.output_ids))
+    best, tokens = logits.max(dim=1)
+    finite = torch.isfinite(best).tolist()
+    greedy = tokens.tolist()
     return [
-        Sampled(token, top_logprobs(raw[i], token, specs[i].params.num_logprobs or 0) if i in raw else None)
-        if finite[i]
-        else Sampled(None, None)
-        for i, token in enumerate(tokens)
+        _sample_row(logits[i], greedy[i], spec, eos_token_ids, bit_mask(i)) if finite[i] else Sampled(None, None)
+        for i, spec in enumerate(specs)
     ]
+
+
+def _sample_row(
+    logits: Tensor, greedy: int, spec: SampleSpec, eos_token_ids: Sequence[int], mask: BitMask | None
+) -> Sampled:
+    params = spec.params
+    is_free = mask is None and not _is_constrained(spec)
+    if is_free and params.temperature == 0.0 and params.num_logprobs is None:
+        return Sampled(greedy, None)
+    row = logits.to(torch.float32, copy=True)
+    logprobs = None if params.num_logprobs is None else torch.log_softmax(row, dim=-1)
+    if not is_free:
+        _constrain(row, spec, eos_token_ids, mask)
+    token = int(row.argmax()) if params.temperature == 0.0 else _draw(row, params, len(spec.output_ids))
+    return Sampled(token, None if logprobs is None else top_logprobs(logprobs, token, params.num_logprobs or 0))
+
+
+def _is_constrained(spec: SampleSpec) -> bool:
+    params = spec.params
+    return bool(
+        params.logit_bias
+        or params.repetition_penalty != 1.0
+        or params.presence_penalty
+        or params.frequency_penalty
+        or len(spec.output_ids) < params.min_tokens
+    )
 
 
 def top_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprobs:
@@ -82,10 +100,6 @@ def uniform(seed: int, index: int) -> float:
     return (value >> 11) / (1 << 53)
 
 
-def _logprobs(logits: Tensor) -> Tensor:
-    return torch.log_softmax(logits, dim=-1)
-
-
 def _constrain(logits: Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], mask: BitMask | None) -> None:
     params = spec.params
     if params.repetition_penalty != 1.0:
@@ -99,7 +113,8 @@ def _constrain(logits: Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], m
         logits[torch.from_numpy(ids)] -= fall
     for token, bias in params.logit_bias:
         logits[token] += bias
-    if len(spec.output_ids) < params.min_tokens:
+    # a finished grammar allows only ends: it wins over min_tokens, or no token would be left
+    if mask is None and len(spec.output_ids) < params.min_tokens:
         logits[list({*eos_token_ids, *params.stop_token_ids})] = float("-inf")
     if mask is not None:
         allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: logits.shape[0]]
@@ -119,13 +134,24 @@ def _draw(logits: Tensor, params: SamplingParams, index: int) -> int:
     if params.top_p < 1.0:
         scaled, order = _top_p(scaled, params.top_p)
         candidates = order if candidates is None else candidates[order]
-    weights = scaled.double().exp()
-    cumulative = weights.cumsum(0)
-    target = uniform(params.seed, index) * float(cumulative[-1])
-    position = int(torch.searchsorted(cumulative, target, right=True))
-    # rounding may put the target on the last sum; step back to a token that has weight
-    position = min(position, int(torch.nonzero(weights)[-1]))
+    position = _inverse_cdf(scaled.exp_(), uniform(params.seed, index))
     return position if candidates is None else int(candidates[position])
+
+
+def _inverse_cdf(weights: Tensor, draw: float) -> int:
+    """Return the index where the running sum of `weights` [V] passes `draw` times the total; sums in fp64.
+
+    Two levels, chunk sums first: one pass over the vocabulary instead of a running sum of all of it.
+    """
+    padded = torch.nn.functional.pad(weights, (0, -weights.shape[0] % _CHUNK)).view(-1, _CHUNK)
+    chunk_sums = padded.sum(dim=1, dtype=torch.float64).cumsum(0)
+    target = draw * float(chunk_sums[-1])
+    chunk = min(int(torch.searchsorted(chunk_sums, target, right=True)), chunk_sums.shape[0] - 1)
+    before = float(chunk_sums[chunk - 1]) if chunk else 0.0
+    inside = padded[chunk].double().cumsum(0)
+    offset = min(int(torch.searchsorted(inside, target - before, right=True)), _CHUNK - 1)
+    # rounding may land on a token without weight: step back to the last one that has some
+    return int(torch.nonzero(weights[: chunk * _CHUNK + offset + 1])[-1])
 
 
 def _top_p(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
