@@ -1,4 +1,4 @@
-"""An executor without torch: it keeps K/V by block, adapters by slot, and refuses every plan that a real one would spoil.
+"""An executor without torch: keeps K/V by block, adapters by slot, and refuses plans that a real one would spoil.
 
 Owns the model of device memory in tests. Invariant: a row reads only what its block table names, and each read is
 checked: written before, by the same adapter and salt, in a block that no non-finite row left behind.
@@ -140,7 +140,9 @@ class FakeExecutor:
             writers.update(row.block_table[first : last + 1])
         for row in plan.rows:
             for index, block_id in enumerate(row.block_table):
-                mine = row.start // self._block_size <= index <= (row.start + len(row.token_ids) - 1) // self._block_size
+                mine = (
+                    row.start // self._block_size <= index <= (row.start + len(row.token_ids) - 1) // self._block_size
+                )
                 if writers[block_id] > mine:
                     raise PlanViolation(f"block {block_id} of {row.request_id} is written by another row of the step")
 
@@ -159,7 +161,9 @@ class FakeExecutor:
             chain.append(kv_of(chain[-1] if chain else kv_seed(adapter), token_id, adapter))
             is_finite = is_finite and (poisoned_from is None or position < poisoned_from)
             block_id = row.block_table[position // self._block_size]
-            self._cells[block_id][position % self._block_size] = Cell(chain[-1], adapter, salt, row.request_id, is_finite)
+            self._cells[block_id][position % self._block_size] = Cell(
+                chain[-1], adapter, salt, row.request_id, is_finite
+            )
         if not is_finite:
             return RowResult(row.request_id, None, is_finite=False)
         return self._result(row, chain, begin)

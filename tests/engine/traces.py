@@ -1,4 +1,4 @@
-"""Random traces over the engine: what a seed stands for, and the checker that holds every answer to the slow simulation.
+"""Random traces over the engine: what a seed stands for, and the checker that holds answers to the slow simulation.
 
 Owns the generation and the judgement; the tests choose how many. Invariant: a trace depends on its seed alone, so a
 finding is replayed by `run_trace(seed)`.
