@@ -113,7 +113,7 @@ def _write(
             format="peft/LORA",
             files=hashes,
             config=config.recorded,
-            ignored=config.ignored,
+            ignored=config.ignored + config.unused_patterns(part.source.path for part in parts.values()),
             max_abs_error=measure_error(path, slots, sources, FILE_DTYPES[dtype]),
         ),
     )

@@ -5,6 +5,7 @@ Invariant: a returned `LoraConfig` says completely how the tensors act; nothing 
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from adapters_store.convert.peft_keys import check_keys
@@ -54,6 +55,18 @@ class LoraConfig:
     def rank_of(self, path: str) -> int:
         """Return the module's rank: of the first pattern key that matches, else the common one."""
         return next((rank for key, rank in self.rank_pattern if key.matches(path)), self.rank)
+
+    def unused_patterns(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the pattern keys that decide nothing for these modules, as `rank_pattern[key]`."""
+        paths = list(paths)
+        unused = []
+        for field, keys in (
+            ("rank_pattern", [key for key, _ in self.rank_pattern]),
+            ("alpha_pattern", [key for key, _ in self.alpha_pattern]),
+        ):
+            deciding = {next((key.key for key in keys if key.matches(path)), None) for path in paths}
+            unused += [f"{field}[{key.key}]" for key in keys if key.key not in deciding]
+        return tuple(unused)
 
     def scaling_of(self, path: str) -> float:
         """Return what PEFT multiplies B A with."""

@@ -22,6 +22,7 @@ class PatternKey:
     An unescaped dot stands for any character, `\.` for a dot; a leading `^` demands the whole path.
     """
 
+    key: str
     text: str
     wildcards: tuple[bool, ...]
     is_anchored: bool
@@ -51,6 +52,7 @@ def parse_pattern_key(key: str, field: str) -> PatternKey:
     # an escaped dot is marked with a character that no name holds
     marked = body.replace("\\.", "/")
     return PatternKey(
+        key=key,
         text=marked.replace("/", "."),
         wildcards=tuple(character == "." for character in marked),
         is_anchored=key.startswith("^"),
