@@ -1,30 +1,76 @@
 """Token masks of constrained sequences, by llguidance on numpy. No torch here.
 
 Owns one matcher per constrained sequence; the sampler applies the bits. Invariant: a token that `mask` allowed is
-accepted by `accept`, and once the grammar is complete only end tokens are allowed.
+accepted by `accept`, and once a grammar is complete only end tokens are allowed.
 """
 
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import llguidance
 import numpy as np
+from llguidance.numpy import fill_next_token_bitmask
 from numpy.typing import NDArray
 
+from serve.engine.grammar_source import limits, source
 from serve.messages import Grammar
+
+BitMask = NDArray[np.int32]
+
+# compiled grammars are kept for the next request that sends the same one
+_MAX_COMPILED = 64
+
+_log = logging.getLogger("chorale.grammar")
 
 
 class GrammarMasks:
-    """The matchers of all running constrained sequences."""
+    """The matchers of all running constrained sequences. One thread."""
 
-    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: list[int]) -> None:
-        self._vocab_size = vocab_size
+    def __init__(self, tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Read the tokenizer; about one second for 150,000 tokens."""
+        self._eos = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
+        for token_id in eos_token_ids:
+            self._eos.view(np.uint32)[token_id // 32] |= np.uint32(1 << (token_id % 32))
+        self._tokenizer = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
+        self._matchers: dict[str, llguidance.LLMatcher] = {}
 
     def start(self, request_id: str, grammar: Grammar) -> None:
-        """Compile and hold a matcher for a sequence."""
+        """Hold a matcher for a sequence; the API has checked that the grammar compiles."""
+        key = (grammar.kind, grammar.text)
+        compiled = self._compiled.get(key)
+        if compiled is None:
+            compiled = llguidance.LLMatcher(self._tokenizer, source(grammar), log_level=0, limits=limits())
+            self._compiled[key] = compiled
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        self._matchers[request_id] = compiled.deep_copy()
 
-    def mask(self, request_id: str) -> NDArray[np.int32]:
-        """Return the allowed next tokens as bits: token t is bit t % 32 of word t // 32."""
-        return np.full((self._vocab_size + 31) // 32, -1, dtype=np.int32)
+    def mask(self, request_id: str) -> BitMask:
+        """Return the allowed next tokens as bits: token t is bit t % 32 of word t // 32. Never empty."""
+        matcher = self._matchers[request_id]
+        bits = np.zeros((1, self._eos.shape[0]), dtype=np.int32)
+        if not matcher.is_error() and not matcher.is_stopped():
+            fill_next_token_bitmask(matcher, bits)
+        if matcher.is_error():
+            # a cost limit was hit in mid-text: ending is all that is left, and the batch must not suffer
+            _log.error("the grammar of request %s failed: %s", request_id, matcher.get_error()[:200])
+            return self._eos.copy()
+        if self._is_dead_end(matcher, bits[0]):
+            _log.error("request %s: this tokenizer has no token for what its grammar demands next", request_id)
+            return self._eos.copy()
+        return bits[0] if bits.any() else self._eos.copy()
+
+    def _is_dead_end(self, matcher: llguidance.LLMatcher, bits: BitMask) -> bool:
+        """Say whether the mask is llguidance's answer to an empty one: token 0 alone, which it then refuses."""
+        return bool(bits[0] == 1 and not bits[1:].any()) and matcher.validate_tokens([0]) == 0
 
     def accept(self, request_id: str, token_id: int) -> None:
         """Advance by a sampled token."""
+        self._matchers[request_id].consume_token(token_id)
 
     def release(self, request_id: str) -> None:
         """Forget a sequence; unknown ids are ignored."""
+        self._matchers.pop(request_id, None)
