@@ -1,7 +1,7 @@
 """An engine without an engine: it writes what the test tells it to, and remembers what it was asked.
 
-Owns the script of answers. Invariant: as the real client, every generator ends with `Finished` or an error, and one that
-is closed early is recorded as aborted.
+Owns the script of answers. Invariant: as the real client, every generator ends with `Finished` or an error, and one
+that is closed early is recorded as aborted.
 """
 
 import asyncio

@@ -13,11 +13,15 @@ def digest_of(name: str, version: int) -> str:
     return f"{name}-{version}-".encode().hex().ljust(64, "0")[:64]
 
 
+# inside the class, `list` is a method
+Versions = list[AdapterVersion]
+
+
 class FakeStore:
     """What the API needs of `AdapterStore`."""
 
     def __init__(self) -> None:
-        self._versions: dict[str, list[AdapterVersion]] = {}
+        self._versions: dict[str, Versions] = {}
         self.aliases: dict[str, int] = {}
         self.num_resolves = 0
 
@@ -49,11 +53,11 @@ class FakeStore:
         versions.append(version)
         return version
 
-    def list(self) -> "list[AdapterVersion]":
+    def list(self) -> Versions:
         """Return current versions by name."""
         return [self._versions[name][-1] for name in sorted(self._versions)]
 
-    def versions(self, name: str) -> "list[AdapterVersion]":
+    def versions(self, name: str) -> Versions:
         """Return all versions of a name."""
         return self._versions[name]
 
