@@ -43,6 +43,6 @@ def show_rows(rows: Sequence[AdapterRow], *, as_json: bool) -> None:
             str(row["rank"]),
             f"{row['bytes']:,}",
             str(row["base"].get("model_type", "")),
-            row["digest"][:12],
+            row["digest"].removeprefix("sha256:")[:12],
         )
     Console(width=None if typer.get_text_stream("stdout").isatty() else 160).print(table)

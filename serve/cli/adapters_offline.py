@@ -68,7 +68,7 @@ def row_of(version: AdapterVersion) -> AdapterRow:
     return AdapterRow(
         name=version.name,
         version=version.version,
-        digest=version.digest,
+        digest=f"sha256:{version.digest}",
         family=version.family,
         rank=version.rank,
         bytes=version.num_bytes,

@@ -82,7 +82,7 @@ def served_name(model: str, model_dir: Path) -> str:
 def start_logging(level: str) -> None:
     """Send every log line to stderr: stdout carries the ready line alone."""
     logging.basicConfig(
-        level=level.upper(), stream=sys.stderr, format="%(asctime)s api %(levelname)s %(name)s: %(message)s", force=True
+        level=level.upper(), stream=sys.stderr, format="%(asctime)s api %(levelname)s %(name)s: %(message)s"
     )
     # one line per start and stop of its own; ours say more
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)

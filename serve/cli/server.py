@@ -21,6 +21,7 @@ from serve.api.app import build_app
 from serve.api.engine_client import EngineClient
 from serve.api.http_guard import guarded_protocol
 from serve.config import ServeConfig
+from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
 from serve.metrics import Metrics
 from serve.model.spec import read_spec
@@ -32,12 +33,15 @@ _BACKLOG = 1024
 _FLUSH_S = 5
 
 
-def run_server(config: ServeConfig, *, preload: Path | None, grace_s: float) -> None:
+def run_server(
+    config: ServeConfig, *, preload: Path | None, grace_s: float, worker_module: str = WORKER_MODULE
+) -> None:
     """Serve until a signal; returns after a clean end.
 
     Args:
         preload: folder of PEFT folders; those whose name the store lacks are published before the ready line.
         grace_s: how long running requests may take to end after the first signal.
+        worker_module: what the engine process runs; tests pass a fake.
     Raises:
         StartError, StoreError: the server cannot start; the message is for the operator.
     """
@@ -51,18 +55,20 @@ def run_server(config: ServeConfig, *, preload: Path | None, grace_s: float) -> 
         image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
     )
     with contextlib.closing(store), bound_socket(config.api.host, config.api.port) as listener:
-        uvloop.run(Server(config, store, listener).run(preload, grace_s))
+        uvloop.run(Server(config, store, listener, worker_module).run(preload, grace_s))
 
 
 class Server:
     """One life of the API process."""
 
-    def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket) -> None:
+    def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket, worker_module: str) -> None:
         self._store = store
         self._listener = listener
         self._host = config.api.host
         metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)
-        self._engine = EngineClient(config.engine, config.api.limits, config.watchdog, metrics)
+        self._engine = EngineClient(
+            config.engine, config.api.limits, config.watchdog, metrics, worker_module=worker_module
+        )
         app = build_app(config.api, self._engine, store, metrics)
         self._http = SilentServer(
             uvicorn.Config(

@@ -60,6 +60,7 @@ class EngineSupervisor:
         self._start_error: str | None = None
         self._ready: Ready | None = None
         self._backoff_s = 0.0
+        self._is_stopping = False
 
     @property
     def ready(self) -> Ready | None:
@@ -105,6 +106,7 @@ class EngineSupervisor:
         """End the engine, politely first, and start no other; idempotent."""
         if self._task is None:
             return
+        self._is_stopping = True
         if self._process is not None and self._watchdog.state is EngineState.SERVING:
             await self._process.shut_down()
         self._task.cancel()
@@ -120,6 +122,8 @@ class EngineSupervisor:
                 self._first.set_exception(StartError(cause))
                 # whoever waits gets it; nobody waiting is no reason for a warning
                 self._first.exception()
+                return
+            if self._is_stopping:
                 return
             logger.error("the engine is gone: %s; it is started again in %.1f s", cause, self._backoff_s)
             await asyncio.sleep(self._backoff_s)

@@ -1,0 +1,107 @@
+"""`chorale adapters` on a store's folder, with no server running."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from serve.cli.app import app
+from tests.tiny_model import write_tiny_adapter, write_tiny_model
+
+
+def run(*arguments: str | Path) -> Result:
+    """Run `chorale adapters ARGUMENTS` in this process."""
+    return CliRunner().invoke(app, ["adapters", *map(str, arguments)])
+
+
+def run_json(*arguments: str | Path) -> list[dict[str, object]]:
+    """Run a command with --json and return what it printed."""
+    result = run(*arguments, "--json")
+    assert result.exit_code == 0, result.stderr
+    rows = json.loads(result.stdout)
+    assert isinstance(rows, list)
+    return rows
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the base's folder."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def voice(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a PEFT folder for the base."""
+    return write_tiny_adapter(tmp_path_factory.mktemp("adapters"), "voice", rank=4, seed=1).folder
+
+
+def test_an_adapter_is_added_shown_verified_and_removed(store_dir: Path, base: Path, voice: Path) -> None:
+    (added,) = run_json("add", "voice", voice, "--store", store_dir, "--base", base)
+    assert (added["name"], added["version"], added["rank"], added["dtype"]) == ("voice", 1, 4, "float32")
+    # the store knows its base by now
+    (again,) = run_json("add", "voice", voice, "--store", store_dir)
+    assert (again["version"], again["digest"]) == (2, added["digest"])
+    assert run_json("list", "--store", store_dir) == [again]
+    assert run_json("show", "voice", "--store", store_dir) == [added, again]
+    assert run("verify", "--store", store_dir).stdout == "intact voice\n"
+    assert run("rm", "voice", "--store", store_dir).stdout == "removed voice\n"
+    assert run_json("list", "--store", store_dir) == []
+
+
+def test_the_table_for_people_names_every_adapter(store_dir: Path, base: Path, voice: Path) -> None:
+    run_json("add", "voice", voice, "--store", store_dir, "--base", base)
+    shown = run("show", "voice", "--store", store_dir).stdout
+    assert "voice" in shown and "applied: layers.0.self_attn.q_proj" in shown
+    assert "voice" in run("list", "--store", store_dir).stdout
+
+
+def test_verify_finds_a_flipped_bit(store_dir: Path, base: Path, voice: Path) -> None:
+    run_json("add", "voice", voice, "--store", store_dir, "--base", base)
+    (image,) = (store_dir / "objects").glob("*/adapter.safetensors")
+    data = bytearray(image.read_bytes())
+    data[-1] ^= 1
+    image.write_bytes(data)
+    result = run("verify", "voice", "--store", store_dir)
+    assert_refused(result, "upload it again")
+
+
+def test_the_first_adapter_of_a_store_needs_its_base(store_dir: Path, voice: Path) -> None:
+    assert_refused(run("add", "voice", voice, "--store", store_dir), "--base MODEL_DIR")
+    assert not store_dir.exists()
+
+
+def test_a_folder_that_is_no_adapter_is_refused(store_dir: Path, base: Path, tmp_path: Path) -> None:
+    assert_refused(run("add", "x", tmp_path / "missing", "--store", store_dir, "--base", base), "no such folder")
+    (tmp_path / "empty").mkdir()
+    assert_refused(run("add", "x", tmp_path / "empty", "--store", store_dir, "--base", base), "adapter_config.json")
+
+
+@pytest.mark.parametrize("command", [("list",), ("show", "x"), ("rm", "x"), ("verify", "x")])
+def test_a_folder_that_is_no_store_is_left_alone(tmp_path: Path, command: tuple[str, ...]) -> None:
+    assert_refused(run(*command, "--store", tmp_path), "is not an adapter store")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_name_is_refused_by_name(store_dir: Path, base: Path, voice: Path) -> None:
+    run_json("add", "voice", voice, "--store", store_dir, "--base", base)
+    for command in ("show", "rm", "verify"):
+        assert_refused(run(command, "voiec", "--store", store_dir), "voiec")
+
+
+def test_a_command_that_is_told_no_place_says_which_flags_name_one() -> None:
+    assert_refused(run("list"), "--store DIR", "--url")
+
+
+def test_a_server_that_is_not_there_is_one_line() -> None:
+    assert_refused(run("list", "--url", "http://127.0.0.1:9"), "ConnectError")
+
+
+def assert_refused(result: Result, *words: str) -> None:
+    """Fail unless the command ended with status 1 and one line that says all the words."""
+    assert result.exit_code == 1, result.output
+    assert result.stdout == ""
+    (line,) = result.stderr.strip().splitlines()
+    assert line.startswith("chorale: ")
+    for word in words:
+        assert word in line

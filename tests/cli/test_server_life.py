@@ -1,0 +1,191 @@
+"""The server process from its ready line to its end, over the fake engine: drain, hurry, lost engines and orphans."""
+
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from tests.live_server import REPO_ROOT, server_environment
+from tests.process.fake_engine import STEP_S
+from tests.tiny_model import write_tiny_model
+
+StartFake = Callable[..., "FakeServer"]
+
+
+class FakeServer:
+    """A running fake server and its address."""
+
+    def __init__(self, model_dir: Path, store_dir: Path, grace_s: float) -> None:
+        command = [sys.executable, "-m", "tests.cli.fake_server", str(model_dir), str(store_dir), str(grace_s)]
+        self.process = subprocess.Popen(
+            command,
+            cwd=REPO_ROOT,
+            env=server_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        self.ready_line = self.process.stdout.readline()
+        self.url = self.ready_line.removeprefix("chorale ready ").strip()
+
+    def stream(self, num_tokens: int) -> Iterator[dict[str, object]]:
+        """Yield the chunks of one streamed completion of so many tokens."""
+        body = {"model": "fake", "prompt": [0, 1, 2], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        with (
+            httpx.Client(trust_env=False, timeout=30.0) as client,
+            client.stream("POST", f"{self.url}/v1/completions", json=body) as response,
+        ):
+            assert response.status_code == 200, response.read()
+            for line in response.iter_lines():
+                if line.startswith("data: {"):
+                    yield json.loads(line.removeprefix("data: "))
+
+    def get(self, path: str) -> httpx.Response:
+        """Send one GET on a connection of its own."""
+        return httpx.get(f"{self.url}{path}", timeout=5.0, trust_env=False)
+
+    def end(self) -> tuple[int, str, str]:
+        """Wait for the end and return status, the rest of stdout, and stderr."""
+        out, err = self.process.communicate(timeout=20.0)
+        return self.process.returncode, out, err
+
+
+@pytest.fixture
+def start_fake(tmp_path: Path) -> Iterator[StartFake]:
+    """Hand out a function that starts fake servers; all are ended with the test."""
+    servers: list[FakeServer] = []
+
+    def start(*, grace_s: float = 20.0) -> FakeServer:
+        model_dir = write_tiny_model(tmp_path / f"model{len(servers)}")
+        servers.append(FakeServer(model_dir, tmp_path / "store", grace_s))
+        return servers[-1]
+
+    try:
+        yield start
+    finally:
+        for server in servers:
+            server.process.kill()
+            server.process.communicate()
+
+
+class Reader(threading.Thread):
+    """Reads one stream to its end, in the background."""
+
+    def __init__(self, server: FakeServer, num_tokens: int) -> None:
+        super().__init__()
+        self._server = server
+        self._num_tokens = num_tokens
+        self.chunks: list[dict[str, object]] = []
+        self.has_begun = threading.Event()
+
+    def run(self) -> None:
+        try:
+            for chunk in self._server.stream(self._num_tokens):
+                self.chunks.append(chunk)
+                self.has_begun.set()
+        except httpx.TransportError:
+            # a server in a hurry closes the connection
+            pass
+        finally:
+            self.has_begun.set()
+
+    @property
+    def finish_reasons(self) -> list[object]:
+        """The reasons of the chunks that have one."""
+        choices = [chunk["choices"] for chunk in self.chunks if "choices" in chunk]
+        return [
+            choice[0]["finish_reason"]
+            for choice in choices
+            if isinstance(choice, list) and choice and choice[0]["finish_reason"]
+        ]
+
+
+def begin_stream(server: FakeServer, num_tokens: int) -> Reader:
+    """Start a reader and return once its first chunk is there."""
+    reader = Reader(server, num_tokens)
+    reader.start()
+    assert reader.has_begun.wait(10.0)
+    return reader
+
+
+def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_0(start_fake: StartFake) -> None:
+    server = start_fake()
+    assert server.ready_line.startswith("chorale ready http://127.0.0.1:")
+    assert server.get("/readyz").status_code == 200
+    # about two seconds of work: enough to look at the server while it drains
+    reader = begin_stream(server, round(2.0 / STEP_S))
+    server.process.send_signal(signal.SIGTERM)
+    assert wait_for_status(server, "/readyz", 503)
+    refused = httpx.post(
+        f"{server.url}/v1/completions", json={"model": "fake", "prompt": [0], "max_tokens": 1}, trust_env=False
+    )
+    assert refused.status_code == 503
+    assert refused.json()["error"]["code"] == "draining"
+    assert int(refused.headers["retry-after"]) > 0
+    reader.join(30.0)
+    assert reader.finish_reasons == ["length"]
+    status, out, err = server.end()
+    assert (status, out, err) == (0, "", "")
+
+
+def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake: StartFake) -> None:
+    server = start_fake(grace_s=0.3)
+    reader = begin_stream(server, 1_000)
+    server.process.send_signal(signal.SIGINT)
+    status, _, _ = server.end()
+    reader.join(10.0)
+    assert status == 0
+    assert reader.finish_reasons == []
+    error = reader.chunks[-1]["error"]
+    assert isinstance(error, dict) and error["code"] == "draining"
+
+
+def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> None:
+    server = start_fake(grace_s=600.0)
+    reader = begin_stream(server, 4_000)
+    server.process.send_signal(signal.SIGTERM)
+    assert wait_for_status(server, "/readyz", 503)
+    engines = psutil.Process(server.process.pid).children(recursive=True)
+    sent_at = time.monotonic()
+    server.process.send_signal(signal.SIGTERM)
+    status, out, _ = server.end()
+    assert time.monotonic() - sent_at < 5.0
+    reader.join(10.0)
+    assert (status, out) == (0, "")
+    assert engines and not any(engine.is_running() for engine in engines)
+
+
+def test_a_killed_engine_shows_in_the_probes_until_the_next_one_is_ready(start_fake: StartFake) -> None:
+    server = start_fake()
+    (engine,) = psutil.Process(server.process.pid).children(recursive=True)
+    engine.kill()
+    assert wait_for_status(server, "/readyz", 503)
+    assert server.get("/livez").status_code == 200
+    assert wait_for_status(server, "/readyz", 200)
+    assert sum(1 for _ in server.stream(5)) >= 2
+    assert "chorale_engine_restarts_total 1.0" in server.get("/metrics").text
+
+
+def test_a_killed_server_leaves_no_engine_behind(start_fake: StartFake) -> None:
+    server = start_fake()
+    (engine,) = psutil.Process(server.process.pid).children(recursive=True)
+    server.process.kill()
+    engine.wait(10.0)
+
+
+def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = 10.0) -> bool:
+    """Say whether GET `path` answers `status` in time."""
+    end_at = time.monotonic() + timeout_s
+    while time.monotonic() < end_at:
+        if server.get(path).status_code == status:
+            return True
+    return False

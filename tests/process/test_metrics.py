@@ -1,0 +1,157 @@
+"""The metrics page: the promised names, rest at zero, counters that never fall, labels that stay few."""
+
+from dataclasses import dataclass
+
+import msgspec
+from prometheus_client.parser import text_string_to_metric_families
+
+from serve.messages import AdapterState, Finished, FinishReason, Started, Stats, Tokens
+from serve.metrics import MAX_ADAPTER_SERIES, MAX_LABEL_BYTES, Metrics
+
+REST = ("chorale_kv_blocks_in_use", "chorale_requests_running", "chorale_requests_waiting", "chorale_adapter_pins")
+ALIASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
+
+
+@dataclass(slots=True)
+class FakeClock:
+    """Time that moves when told."""
+
+    now: float = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def stats(**fields: object) -> Stats:
+    """Return a heartbeat of an idle engine, but for the given fields."""
+    idle = Stats(
+        step_index=0,
+        num_running=0,
+        num_waiting=0,
+        num_kv_blocks=100,
+        num_kv_blocks_in_use=0,
+        block_size=16,
+        num_adapter_pins=0,
+        adapters=[],
+        num_preemptions_total=0,
+        num_prompt_tokens_total=0,
+        num_generated_tokens_total=0,
+        num_prefix_hit_tokens_total=0,
+        num_adapter_loads_total=0,
+        num_adapter_evictions_total=0,
+        num_steps_total=0,
+        adapter_load_s=[],
+    )
+    return msgspec.structs.replace(idle, **fields)
+
+
+def series(metrics: Metrics) -> dict[str, float]:
+    """Parse the page as a scraper does and return value by name and labels."""
+    found = {}
+    for family in text_string_to_metric_families(metrics.render().decode()):
+        for sample in family.samples:
+            labels = ",".join(f"{name}={value}" for name, value in sample.labels.items())
+            found[f"{sample.name}{{{labels}}}" if labels else sample.name] = sample.value
+    return found
+
+
+def test_the_promised_gauges_are_there_and_zero_before_the_engine_has_spoken() -> None:
+    page = series(Metrics())
+    assert [page[name] for name in (*REST, *ALIASES)] == [0.0] * 7
+
+
+def test_the_gauges_say_what_the_last_heartbeat_said_and_are_zero_once_the_engine_is_lost() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    metrics.observe_stats(stats(num_running=3, num_waiting=2, num_kv_blocks_in_use=25, num_adapter_pins=1))
+    page = series(metrics)
+    assert [page[name] for name in REST] == [25.0, 3.0, 2.0, 1.0]
+    assert page["vllm:kv_cache_usage_perc"] == 0.25
+    assert page["vllm:cache_config_info{block_size=16,num_gpu_blocks=100}"] == 1.0
+    metrics.engine_lost()
+    clock.now += 1.0
+    page = series(metrics)
+    assert [page[name] for name in REST] == [0.0] * 4
+    assert page["chorale_engine_restarts_total"] == 1.0
+
+
+def test_counters_never_fall_when_the_engine_starts_again() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    for total in (10, 25):
+        metrics.observe_stats(stats(num_generated_tokens_total=total))
+    metrics.engine_lost()
+    metrics.observe_stats(stats(num_generated_tokens_total=4))
+    # a restart that nobody told of
+    metrics.observe_stats(stats(num_generated_tokens_total=1))
+    assert series(metrics)["chorale_generation_tokens_total"] == 30.0
+
+
+def test_a_request_is_measured_from_its_opening_to_its_end() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    metrics.name_adapter("d" * 64, "fr-legal")
+    meter = metrics.open_request("d" * 64)
+    clock.now = 2.0
+    meter.saw(Started("r", 0, 0.5, 0.0))
+    meter.saw(Tokens("r", [1]))
+    clock.now = 3.0
+    meter.saw(Tokens("r", [2]))
+    clock.now = 3.5
+    meter.saw(Tokens("r", [3]))
+    meter.saw(Finished("r", FinishReason.STOP))
+    meter.close("abort")
+    page = series(metrics)
+    assert page["chorale_time_to_first_token_seconds_sum"] == 2.0
+    assert page["chorale_request_queue_time_seconds_sum"] == 0.5
+    assert page["chorale_request_prefill_time_seconds_sum"] == 1.5
+    assert page["chorale_inter_token_latency_seconds_sum"] == 1.5
+    assert page["chorale_time_per_output_token_seconds_sum"] == 0.75
+    assert page["chorale_e2e_request_latency_seconds_sum"] == 3.5
+    assert page["chorale_requests_finished_total{reason=stop}"] == 1.0
+    assert "chorale_requests_finished_total{reason=abort}" not in page
+    assert page["chorale_adapter_tokens_total{adapter=fr-legal}"] == 3.0
+
+
+def test_ten_thousand_adapters_leave_two_hundred_series_and_lose_no_count() -> None:
+    metrics = Metrics()
+    for i in range(10_000):
+        metrics.open_request(f"{i:064d}"[::-1]).close("stop")
+    counts = {name: value for name, value in series(metrics).items() if name.startswith("chorale_adapter_requests")}
+    assert len(counts) == MAX_ADAPTER_SERIES + 1
+    assert sum(counts.values()) == 10_000
+
+
+def test_the_lora_series_is_one_hottest_first_and_its_label_is_capped() -> None:
+    metrics = Metrics(max_adapters=64, unix_clock=lambda: 1234.5)
+    digests = [f"{i:04d}" * 16 for i in range(2_000)]
+    for i, digest in enumerate(digests):
+        metrics.name_adapter(digest, f"adapter-{i}")
+    held = [AdapterState(digest, "device", i, 100, 8) for i, digest in enumerate(digests)]
+    metrics.observe_stats(stats(adapters=[*held, AdapterState("e" * 64, "loading", 0, 100, 8)]))
+    (info,) = [
+        sample
+        for family in text_string_to_metric_families(metrics.render().decode())
+        for sample in family.samples
+        if sample.name == "vllm:lora_requests_info"
+    ]
+    assert info.value == 1234.5
+    assert int(info.labels["max_lora"]) == 64
+    names = info.labels["running_lora_adapters"].split(",")
+    assert names[:2] == ["adapter-1999", "adapter-1998"]
+    assert len(info.labels["running_lora_adapters"].encode()) <= MAX_LABEL_BYTES
+    assert info.labels["waiting_lora_adapters"] == "e" * 12
+
+
+def test_the_page_is_rendered_at_most_ten_times_a_second() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    first = metrics.render()
+    metrics.observe_stats(stats(num_running=5))
+    assert metrics.render() is first
+    clock.now += 0.1
+    assert b"chorale_requests_running 5.0" in metrics.render()
+
+
+def test_aliases_can_be_switched_off() -> None:
+    assert "vllm:" not in Metrics(compat_vllm=False).render().decode()
