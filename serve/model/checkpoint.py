@@ -38,7 +38,7 @@ class Checkpoint:
 
     @classmethod
     def open(cls, model_dir: Path) -> "Checkpoint":
-        """Read the headers of the folder's safetensors files: those the index names, else all.
+        """Read the headers of `model.safetensors`, else of the shards the index names, else of all safetensors files.
 
         Raises:
             StartError: there are none, one is missing or damaged, or a tensor lies in two files.
@@ -78,7 +78,10 @@ class Checkpoint:
 
 
 def _shards(model_dir: Path) -> list[Path]:
-    index = model_dir / _INDEX_NAME
+    whole, index = model_dir / "model.safetensors", model_dir / _INDEX_NAME
+    if whole.is_file():
+        # the order transformers looks in; other files beside it are other layouts of the same weights
+        return [whole]
     if index.is_file():
         try:
             names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())

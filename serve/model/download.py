@@ -21,7 +21,7 @@ from serve.errors import StartError
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _FETCHED = ["*.json", "*.safetensors", "*.model", "*.jinja", "*.txt"]
 # copies of the weights in other layouts that some repositories carry
-_SKIPPED = ["original/*", "onnx/*", "*/*.safetensors"]
+_SKIPPED = ["consolidated*", "original/*", "onnx/*", "*/*.safetensors"]
 
 
 def resolve_model_dir(model: str) -> Path:

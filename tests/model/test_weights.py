@@ -102,7 +102,15 @@ def test_a_missing_shard_and_a_foreign_path_in_the_index_are_refused(model: torc
 def test_a_tensor_in_two_files_is_refused(model: torch.nn.Module, tmp_path: Path) -> None:
     folder = save(model, tmp_path)
     save_file({"model.norm.weight": torch.ones(64)}, folder / "z.safetensors")
-    assert "model.norm.weight lies in model.safetensors and in z.safetensors" in refusal(folder)
+    (folder / "model.safetensors").rename(folder / "a.safetensors")
+    assert "model.norm.weight lies in a.safetensors and in z.safetensors" in refusal(folder)
+
+
+def test_another_layout_beside_the_one_file_is_not_read(model: torch.nn.Module, tmp_path: Path) -> None:
+    folder = save(model, tmp_path)
+    expected = logits(folder)
+    save_file({"norm.weight": torch.ones(64)}, folder / "consolidated.safetensors")
+    assert torch.equal(logits(folder), expected)
 
 
 def test_old_rotary_buffers_are_tolerated(model: torch.nn.Module, tmp_path: Path) -> None:
