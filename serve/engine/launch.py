@@ -7,7 +7,6 @@ requests. Torch-free. Invariant: when `kill` has returned, the child is reaped a
 import asyncio
 import contextlib
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -69,7 +68,6 @@ class EngineProcess:
                 stdin=PIPE,
                 # stdout carries the ready line and nothing else
                 stdout=_STDERR,
-                env=_child_environment(),
                 # Ctrl-C at a terminal goes to the parent alone, also while the child still imports
                 start_new_session=True,
             )
@@ -189,8 +187,3 @@ def _bind(path: Path) -> socket.socket:
         listener.close()
         raise
     return listener
-
-
-def _child_environment() -> dict[str, str]:
-    # the child must import this very code, also when it runs from a checkout that is not installed
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
