@@ -71,7 +71,7 @@ def load_parts(config: EngineConfig) -> ModelParts:
     max_model_len = _max_model_len(config, spec)
     torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
     cpu = torch.device("cpu")
-    decoder = load_decoder(config.model_dir, spec, dtype, cpu)
+    decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=max_model_len)
     num_blocks = _num_kv_blocks(config, spec, dtype, max_model_len)
     return ModelParts(
         spec=spec,
