@@ -159,6 +159,5 @@ def test_reduced_precision_stays_as_close_to_fp32_as_transformers_does(
 
 
 def test_packed_weights_are_used_where_they_can_be() -> None:
-    assert not can_pack(torch.float32, CPU)
     assert not can_pack(torch.float16, CPU)
     assert not can_pack(torch.bfloat16, torch.device("meta"))
