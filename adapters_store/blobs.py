@@ -8,14 +8,13 @@ import hashlib
 import mmap
 import os
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store.base import BaseDims
 from adapters_store.canonical import read_layout
 from adapters_store.errors import AdapterCorrupt, StoreError
-from adapters_store.file_system import FileSystem
+from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from adapters_store.safetensors_header import TensorSlot
 
@@ -104,7 +103,8 @@ def open_image(objects: Path, digest: str) -> OpenAdapter:
     try:
         if not _DIGEST.match(digest):
             raise ValueError("not a digest")
-        raw = _read_small(folder / MANIFEST_NAME, MAX_MANIFEST_BYTES)
+        with open_regular(folder / MANIFEST_NAME) as file:
+            raw = file.read(MAX_MANIFEST_BYTES + 1)
         if hashlib.sha256(raw).hexdigest() != digest:
             raise AdapterCorrupt(f"the manifest of adapter {digest[:12]} does not match its digest; upload it again")
         manifest = parse_manifest(raw)
@@ -118,11 +118,10 @@ def open_image(objects: Path, digest: str) -> OpenAdapter:
 
 
 def _map_image(path: Path, manifest: Manifest, digest: str) -> OpenAdapter:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        if os.fstat(descriptor).st_size != manifest.file_bytes:
+    with open_regular(path) as file:
+        if os.fstat(file.fileno()).st_size != manifest.file_bytes:
             raise AdapterCorrupt(f"the file of adapter {digest[:12]} has lost or gained bytes; upload it again")
-        mapped = memoryview(mmap.mmap(descriptor, manifest.file_bytes, access=mmap.ACCESS_READ))
+        mapped = memoryview(mmap.mmap(file.fileno(), manifest.file_bytes, access=mmap.ACCESS_READ))
         if hashlib.sha256(mapped).hexdigest() != manifest.file_sha256:
             raise AdapterCorrupt(f"the weights of adapter {digest[:12]} do not match their hash; upload it again")
         slots, data_start = read_layout(file, manifest.file_bytes, manifest)
@@ -150,12 +149,3 @@ def _entries(manifest: Manifest, slots: dict[str, TensorSlot]) -> tuple[LowrankE
         )
         for module in manifest.modules
     )
-
-
-def _read_small(path: Path, max_bytes: int) -> bytes:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        facts = os.fstat(descriptor)
-        if not stat.S_ISREG(facts.st_mode) or facts.st_size > max_bytes:
-            raise ValueError("not a small regular file")
-        return file.read(max_bytes)

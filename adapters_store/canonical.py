@@ -15,6 +15,7 @@ from typing import BinaryIO
 
 from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, NonFiniteValues, UnsupportedAdapter
+from adapters_store.file_system import open_regular
 from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES, is_finite, is_zero
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Module, parse_manifest
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
@@ -92,7 +93,7 @@ def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int) -> Ma
     Raises:
         AdapterRefused: it must not be published. OSError: a file is missing or unreadable.
     """
-    with (folder / MANIFEST_NAME).open("rb") as file:
+    with open_regular(folder / MANIFEST_NAME) as file:
         manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
     if manifest.base != base or manifest.dtype != dtype:
         raise CorruptUpload("the converter wrote an adapter for another base or dtype")
@@ -108,9 +109,8 @@ def check_file(path: Path, manifest: Manifest) -> None:
     Raises:
         CorruptUpload, NonFiniteValues, UnsupportedAdapter, AdapterWithoutEffect: the file must not be published.
     """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    with os.fdopen(descriptor, "rb") as file:
-        file_bytes = os.fstat(descriptor).st_size
+    with open_regular(path) as file:
+        file_bytes = os.fstat(file.fileno()).st_size
         slots, data_start = read_layout(file, file_bytes, manifest)
         file.seek(0)
         digest = hashlib.sha256(file.read(data_start))

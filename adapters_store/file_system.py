@@ -4,8 +4,11 @@ Owns flags and modes (O_EXCL, O_NOFOLLOW, 0600, 0700); decides nothing. Invarian
 link or overwritten in place.
 """
 
+import errno
 import os
+import stat
 from pathlib import Path
+from typing import BinaryIO
 
 
 class FileSystem:
@@ -66,3 +69,19 @@ class FileSystem:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def open_regular(path: Path, *, is_trusted: bool = False) -> BinaryIO:
+    """Open a file for reading, refusing with OSError what is not a regular file.
+
+    Args:
+        is_trusted: also follow links and take files with several names; never for what a stranger put there.
+    """
+    # O_NONBLOCK: opening a FIFO must not wait for its writer
+    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if is_trusted else os.O_NOFOLLOW)
+    descriptor = os.open(path, flags)
+    facts = os.fstat(descriptor)
+    if not stat.S_ISREG(facts.st_mode) or (facts.st_nlink != 1 and not is_trusted):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "not a regular file with one name")
+    return os.fdopen(descriptor, "rb")

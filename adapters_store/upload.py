@@ -6,7 +6,6 @@ died is recognised by its free lock.
 """
 
 import os
-import stat
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import TracebackType
 from typing import BinaryIO, Self
 
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UnsupportedFormat, UploadTooLarge, storage_errors
-from adapters_store.file_system import FileSystem
+from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.locks import lock_folder
 from adapters_store.registry import AdapterVersion
 
@@ -173,11 +172,8 @@ class Upload:
 
 def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
     """Open one file of a folder; raises CorruptUpload or UnsupportedFormat unless it may be read."""
-    path = folder / filename
-    # O_NONBLOCK: opening a FIFO must not wait for its writer
-    flags = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | (0 if trusted else os.O_NOFOLLOW)
     try:
-        descriptor = os.open(path, flags)
+        return open_regular(folder / filename, is_trusted=trusted)
     except OSError as error:
         if filename == PART_NAMES[1] and (folder / "adapter_model.bin").exists():
             raise UnsupportedFormat(
@@ -185,14 +181,8 @@ def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
                 "save the adapter with safe_serialization=True",
                 param="files",
             ) from error
-        reason = "is missing" if isinstance(error, FileNotFoundError) else "cannot be opened, or is a link"
+        reason = "is missing" if isinstance(error, FileNotFoundError) else "is not a regular file with one name"
         raise CorruptUpload(f"{filename} {reason}", param="files") from error
-    file = os.fdopen(descriptor, "rb")
-    facts = os.fstat(descriptor)
-    if not stat.S_ISREG(facts.st_mode) or (facts.st_nlink != 1 and not trusted):
-        file.close()
-        raise CorruptUpload(f"{filename} is not a regular file with one name", param="files")
-    return file
 
 
 def refuse_foreign_parts(folder: Path) -> None:

@@ -7,7 +7,6 @@ B (and the bias) in float32 exactly once, and each value is rounded once to the 
 
 import hashlib
 import os
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +28,7 @@ from adapters_store.convert.peft_tensors import (
 )
 from adapters_store.convert.self_test import SourceModule, measure_error
 from adapters_store.errors import CorruptUpload, NonFiniteValues, UnsupportedAdapter, UnsupportedFormat
-from adapters_store.file_system import FileSystem
+from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest, Module, Source
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, read_header
@@ -58,7 +57,7 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
     """
     raw_config = _read_config_file(source / CONFIG_NAME)
     config = read_config(raw_config, model_type=options.base.model_type)
-    with _open_regular(source / MODEL_NAME) as file:
+    with _open_part(source / MODEL_NAME) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         _refuse_pickle(file)
         header = read_header(file, file_bytes, EXTERNAL_LIMITS, what=MODEL_NAME)
@@ -113,7 +112,7 @@ def _write(
             format="peft/LORA",
             files=hashes,
             config=config.recorded,
-            ignored=config.ignored + config.unused_patterns(part.source.path for part in parts.values()),
+            ignored=config.ignored + config.without_effect(part.source.path for part in parts.values()),
             max_abs_error=measure_error(path, slots, sources, FILE_DTYPES[dtype]),
         ),
     )
@@ -192,20 +191,15 @@ def _folded(values: Float32, kind: str, scaling: float) -> Float32:
 
 
 def _read_config_file(path: Path) -> bytes:
-    with _open_regular(path) as file:
+    with _open_part(path) as file:
         return file.read(MAX_CONFIG_BYTES + 1)
 
 
-def _open_regular(path: Path) -> BinaryIO:
+def _open_part(path: Path) -> BinaryIO:
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        return open_regular(path)
     except FileNotFoundError:
         raise CorruptUpload(f"the file {path.name} is missing", param=path.name) from None
-    file = os.fdopen(descriptor, "rb")
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        file.close()
-        raise CorruptUpload(f"{path.name} is not a regular file", param=path.name)
-    return file
 
 
 def _refuse_pickle(file: BinaryIO) -> None:

@@ -56,10 +56,11 @@ class LoraConfig:
         """Return the module's rank: of the first pattern key that matches, else the common one."""
         return next((rank for key, rank in self.rank_pattern if key.matches(path)), self.rank)
 
-    def unused_patterns(self, paths: Iterable[str]) -> tuple[str, ...]:
-        """Return the pattern keys that decide nothing for these modules, as `rank_pattern[key]`."""
+    def without_effect(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the targets and pattern keys that decide nothing for these modules, as `rank_pattern[key]`."""
         paths = list(paths)
-        unused = []
+        targets = self.targets or ()
+        unused = [f"target_modules[{name}]" for name in targets if not any(names_module(name, path) for path in paths)]
         for field, keys in (
             ("rank_pattern", [key for key, _ in self.rank_pattern]),
             ("alpha_pattern", [key for key, _ in self.alpha_pattern]),

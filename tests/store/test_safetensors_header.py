@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from adapters_store.errors import CorruptUpload
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, Header, read_header
-from tests.store.folders import TINY, lora_tensors, safetensors_bytes
+from tests.store.folders import TINY, Tensors, lora_tensors, safetensors_bytes
 
 GOOD = safetensors_bytes(lora_tensors(TINY, sites=("q_proj", "o_proj")))
 
@@ -28,6 +28,10 @@ def with_header(text: str | bytes, data: bytes = b"\0" * 8) -> bytes:
 
 def entry(**changes: object) -> str:
     return json.dumps({"a.weight": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]} | changes})
+
+
+def and_bytes(begin: int, end: int) -> str:
+    return entry()[:-1] + f', "b": {{"dtype": "U8", "shape": [{end - begin}], "data_offsets": [{begin}, {end}]}}}}'
 
 
 PLANTED: dict[str, bytes] = {
@@ -109,13 +113,13 @@ def test_every_truncation_is_refused() -> None:
 
 def test_a_good_header_lists_its_tensors_in_order() -> None:
     header = parse(GOOD)
-    assert [slot.begin for slot in header.tensors][0] == 0
+    assert header.tensors[0].begin == 0
     assert header.data_start + header.tensors[-1].end == len(GOOD)
     assert {slot.name for slot in header.tensors} == lora_tensors(TINY, sites=("q_proj", "o_proj")).keys()
 
 
 def test_too_many_tensors_are_refused() -> None:
-    tensors = {f"t{i}": ("U8", (1,), b"\0") for i in range(EXTERNAL_LIMITS.max_tensors + 1)}
+    tensors: Tensors = {f"t{i}": ("U8", (1,), b"\0") for i in range(EXTERNAL_LIMITS.max_tensors + 1)}
     with pytest.raises(CorruptUpload, match="4097 tensors"):
         parse(safetensors_bytes(tensors))
 
