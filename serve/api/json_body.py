@@ -7,6 +7,7 @@ surrogates, bounded nesting. Invariant: whatever the bytes, the outcome is a val
 
 import asyncio
 import json
+import reprlib
 from typing import NoReturn, TypeVar
 
 from fastapi import Request
@@ -75,7 +76,8 @@ def parse_object(body: bytes) -> dict[str, JsonValue]:
 
 def show(value: object) -> str:
     """Return a foreign value as it may stand in a message: printable, on one line, short."""
-    text = ascii(value) if not isinstance(value, str) else ascii(value[: _MAX_SHOWN_CHARS + 1])
+    # reprlib looks at a few entries only, however large the value is
+    text = ascii(value[: _MAX_SHOWN_CHARS + 1]) if isinstance(value, str) else ascii(reprlib.repr(value))[1:-1]
     return text if len(text) <= _MAX_SHOWN_CHARS else text[:_MAX_SHOWN_CHARS] + "..."
 
 

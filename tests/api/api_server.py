@@ -57,7 +57,7 @@ class ApiServer:
         """Return OpenAI's own client of this server; close it after use."""
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
 
-    def chat(self, content: str = "Hi", **fields: object) -> httpx.Response:
+    def chat(self, content: object = "Hi", **fields: object) -> httpx.Response:
         """Send one chat."""
         body: Json = {"model": BASE, "messages": [{"role": "user", "content": content}], **fields}
         return self.http.post("/v1/chat/completions", json=body)

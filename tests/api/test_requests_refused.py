@@ -282,15 +282,13 @@ def test_r20_no_refusal_tells_about_the_inside(api: ApiServer) -> None:
     texts = []
     for body in (b"{", b"[]", VALID.encode().replace(b'"Hi"', b"5"), VALID.encode().replace(b"user", b"root")):
         texts.append(post_raw(api, body).text)
-    for fields in (
-        {"n": "x" * 10_000},
-        {"messages": 5},
-        {"stop": {}},
-        {"model": "/etc/passwd/"},
-    ):
+    wrong: list[dict[str, object]] = [{"n": "x" * 10_000}, {"messages": 5}, {"stop": {}}, {"model": "/etc/passwd/"}]
+    for fields in wrong:
         texts.append(api.http.post("/v1/chat/completions", json={"model": BASE, "messages": MESSAGES, **fields}).text)
     for text in texts:
-        assert not any(word in text for word in ("Traceback", "0x7f", "/work", "serve/", "pydantic", ".py")), text
+        assert not any(word in text for word in ("Traceback", "0x7f", "/home", "/tmp", "serve/", "pydantic", ".py")), (
+            text
+        )
 
 
 def test_r21_line_breaks_and_escapes_in_names_are_neutralised(api: ApiServer, caplog: pytest.LogCaptureFixture) -> None:
