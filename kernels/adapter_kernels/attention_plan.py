@@ -13,6 +13,7 @@ from torch import Tensor
 
 # prefill chunks are handled one by one, decodes and other short chunks in one padded call
 _MAX_BATCHED_LENGTH = 1
+_PADDING = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,8 @@ def _decode_group(
     num_sequences: int,
 ) -> DecodeGroup:
     lengths = np.asarray([len(slots[i]) for i in indices], dtype=np.int64)
-    longest = int(lengths.max())
+    # whole vectors of scores: else the last, partial one is summed in an order that depends on the longest neighbour
+    longest = -(-int(lengths.max()) // _PADDING) * _PADDING
     padded = np.empty((len(indices), longest), dtype=np.int64)
     for row, i in enumerate(indices):
         # padding repeats a slot of the sequence itself: never another tenant's, never unwritten memory
