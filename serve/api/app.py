@@ -20,9 +20,9 @@ from serve.api.body import BodyGuard
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
+from serve.api.grammar_gate import GrammarGate
 from serve.api.request_context import RequestContext
 from serve.api.state import ApiState
-from serve.api.structured import GrammarGate
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
 from serve.config import ApiConfig
@@ -43,6 +43,7 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
         yield
         await state.grammar_gate.close()
+        state.uploads.close()
 
     app = FastAPI(
         title="Chorale",
@@ -74,7 +75,7 @@ def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, 
         tokenizer=tokenizer,
         chat=encoder,
         tool_family=detect_family(encoder.template_source if encoder is not None else None),
-        grammar_gate=GrammarGate(tokenizer.tokenizer.to_str(), tokenizer.vocab_size, config.limits),
+        grammar_gate=GrammarGate(tokenizer.tokenizer, config.limits),
         metrics=metrics,
         version=_version(),
         started=int(time.time()),

@@ -11,7 +11,7 @@ from fastapi import Request
 from adapters_store.store import AdapterStore
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
-from serve.api.structured import GrammarGate
+from serve.api.grammar_gate import GrammarGate
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
 from serve.api.uploads import UploadPool

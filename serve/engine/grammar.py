@@ -56,7 +56,8 @@ class GrammarMasks:
             fill_next_token_bitmask(matcher, bits)
         if matcher.is_error():
             # a cost limit was hit in mid-text: ending is all that is left, and the batch must not suffer
-            _log.error("the grammar of request %s failed: %s", request_id, matcher.get_error()[:200])
+            reason = matcher.get_error().splitlines()[0][:100]
+            _log.error("the grammar of request %s failed: %s", request_id, ascii(reason))
             return self._eos.copy()
         if self._is_dead_end(matcher, bits[0]):
             _log.error("request %s: this tokenizer has no token for what its grammar demands next", request_id)

@@ -35,6 +35,6 @@ def limits() -> llguidance.LLParserLimits:
     return llguidance.LLParserLimits(max_lexer_states=50_000, max_grammar_size=200_000, verbose_errors=False)
 
 
-def choice_schema(choices: list[str]) -> str:
+def choice_grammar(choices: list[str]) -> str:
     """Return a Lark grammar that allows exactly these strings."""
-    return "start: " + " | ".join(json.dumps(choice) for choice in choices)
+    return "start: " + " | ".join(json.dumps(choice, ensure_ascii=False) for choice in choices)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from functools import cache
 from pathlib import Path
 
@@ -144,6 +145,34 @@ def test_two_sequences_of_one_grammar_do_not_share_their_place(speaker: Speaker)
     assert list(allowed_ids(speaker.masks.mask("two"))) == list(first)
     for request_id in ("one", "two"):
         speaker.masks.release(request_id)
+
+
+COSTLY = {
+    "product of repetitions": r"(.{0,6000}){0,1000}",
+    "many states": r".*(a|b).{200}(c|d).*e.{500}",
+    "exponential": r"(a|b)*a(a|b){25}",
+    "unicode": r"\p{L}{1,50}[^\p{Lu}]{1,50}",
+}
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_a_costly_grammar_takes_bounded_time_per_token_and_ends_its_sequence_when_it_fails(
+    name: str, shared_data: Path
+) -> None:
+    speaker = _speaker(shared_data / "tokenizers" / "gpt2", 50257, 50256)
+    chooser = np.random.default_rng(0)
+    speaker.masks.start("c", Grammar("regex", COSTLY[name]))
+    worst_s = 0.0
+    for _ in range(60):
+        started_s = time.process_time()
+        allowed = allowed_ids(speaker.masks.mask("c"))
+        worst_s = max(worst_s, time.process_time() - started_s)
+        token = int(allowed[chooser.integers(len(allowed))])
+        speaker.masks.accept("c", token)
+        if token == speaker.eos:
+            break
+    speaker.masks.release("c")
+    assert worst_s < 0.25
 
 
 def test_a_grammar_that_fails_ends_its_sequence_and_harms_no_other(speaker: Speaker) -> None:
