@@ -7,6 +7,7 @@ it stands: at the top, inside a function, under TYPE_CHECKING.
 import ast
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 # package -> folder that holds it, relative to the tree's root
@@ -26,7 +27,13 @@ class Module:
 def parse(root: Path, path: Path, name: str) -> Module:
     """Read one file."""
     source = path.read_text(encoding="utf-8")
-    return Module(name, path.relative_to(root).as_posix(), ast.parse(source), len(source.splitlines()))
+    return Module(name, path.relative_to(root).as_posix(), _parse_source(source), len(source.splitlines()))
+
+
+# every rule reads the whole tree: parse each text once
+@cache
+def _parse_source(source: str) -> ast.Module:
+    return ast.parse(source)
 
 
 def product_modules(root: Path) -> dict[str, Module]:

@@ -80,11 +80,15 @@ def upload(server: LiveServer, adapter: TinyAdapter) -> None:
     assert response.status_code == 201, response.text
 
 
+def upload_all(server: LiveServer, adapters: list[TinyAdapter]) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(upload, [server] * len(adapters), adapters))
+
+
 @pytest.fixture(scope="module")
 def alone(model_dir: Path, adapters: list[TinyAdapter], live_server: StartServer) -> list[list[list[int]]]:
     server = live_server(model_dir, "--dtype", "float32")
-    for adapter in adapters:
-        upload(server, adapter)
+    upload_all(server, adapters)
     return [token_ids(server, request) for request in make_wave()]
 
 
@@ -107,9 +111,7 @@ def test_together_each_gives_what_it_gives_alone(
 ) -> None:
     server = live_server(model_dir, "--dtype", "float32", *SQUEEZES[squeeze])
     late = {adapter.name: adapter for adapter in adapters if adapter.name in LATE_ADAPTERS}
-    for adapter in adapters:
-        if adapter.name not in LATE_ADAPTERS:
-            upload(server, adapter)
+    upload_all(server, [adapter for adapter in adapters if adapter.name not in LATE_ADAPTERS])
     wave = make_wave()
     # requests of late adapters wait for their upload, which happens while the others run
     with ThreadPoolExecutor(NUM_REQUESTS) as pool:
