@@ -80,7 +80,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
     family = _family(config)
     _refuse_other_math(config, family)
     dims = _dims(model_dir)
-    _check_heads(dims)
+    _check(dims)
     max_positions = config.integer("max_position_embeddings", family.max_position_embeddings)
     return ModelSpec(
         architecture=config.architecture,
@@ -137,11 +137,14 @@ def _dims(model_dir: Path) -> BaseDims:
         return read_base_dims(model_dir)
     except KeyError as error:
         raise StartError(f"config.json lacks {error.args[0]}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise StartError(f"the model folder {model_dir.name}/ cannot be read: {error}") from error
 
 
-def _check_heads(dims: BaseDims) -> None:
+def _check(dims: BaseDims) -> None:
+    for name, value in dims.to_dict().items():
+        if isinstance(value, int) and not isinstance(value, bool) and value < 1:
+            raise StartError(f"config.json: {name} is {value}; at least 1 is needed")
     if dims.num_attention_heads % dims.num_key_value_heads:
         raise StartError(
             f"config.json: {dims.num_attention_heads} query heads do not share {dims.num_key_value_heads} "
@@ -164,6 +167,8 @@ def _eos_token_ids(config: HfConfig, model_dir: Path) -> tuple[int, ...]:
 
 def _layers(config: HfConfig, family: Family, num_layers: int) -> tuple[LayerSpec, ...]:
     windows = family.windows(config, num_layers)
+    if any(window is not None and window < 1 for window in windows):
+        raise StartError(f"config.json: sliding_window is {min(w for w in windows if w is not None)}; 1 is the least")
     turns = rotary_layers(config, num_layers)
     return tuple(
         LayerSpec(window=windows[i], rope_index=_rope_index(family, windows[i]) if turns[i] else None)

@@ -74,6 +74,10 @@ def test_a_quantised_checkpoint_is_refused(tmp_path: Path, key: str) -> None:
         ({"max_position_embeddings": "many"}, "max_position_embeddings"),
         ({"eos_token_id": "</s>"}, "eos_token_id"),
         ({"head_dim": 15}, "even number"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+        ({"num_attention_heads": 0}, "cannot be read"),
+        ({"vocab_size": -1}, "vocab_size is -1"),
+        ({"architectures": ["MistralForCausalLM"], "sliding_window": 0}, "sliding_window is 0"),
     ],
 )
 def test_what_the_decoder_does_not_compute_is_refused_by_name(

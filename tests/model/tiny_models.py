@@ -170,7 +170,7 @@ def build_gemma3_multimodal() -> torch.nn.Module:
         "patch_size": 14,
     }
     config = transformers.Gemma3Config(
-        text_config={**text, **_GEMMA, "rope_parameters": _GEMMA3_ROPES},
+        text_config={**text, **_GEMMA, "rope_parameters": _GEMMA3_ROPES, "sliding_window_pattern": 3},
         vision_config=vision,
         mm_tokens_per_image=1,
     )
