@@ -64,6 +64,8 @@ class AdapterTiers:
         self._known_bytes: OrderedDict[str, int] = OrderedDict()
         # digests that the last walk over the waiting line asked for, each with its place
         self._places: dict[str, int] = {}
+        # false once a wish of this walk found no room: what becomes free is for that one first
+        self._has_room = True
         self.num_loads_total = 0
         self.num_evictions_total = 0
 
@@ -104,21 +106,25 @@ class AdapterTiers:
     def begin_walk(self) -> None:
         """Forget the order of wishes before the waiting line is walked anew."""
         self._places = {}
+        self._has_room = True
 
     def want(self, digest: str) -> Residency:
         """Ask for an adapter and start its load where there is room.
 
-        Notes: wishes are ranked by the order of the calls since `begin_walk`; a later wish never evicts an earlier one,
-        so two waiting sequences cannot push out each other's adapter for ever.
+        Notes: wishes are ranked by the order of the calls since `begin_walk`. A later wish never evicts an earlier one,
+        so two waiting sequences cannot push out each other's adapter for ever, and takes no room while an earlier one
+        waits for some, so small adapters cannot starve a large one.
         """
         self._places.setdefault(digest, len(self._places))
         state = self.residency(digest)
         if state is not Residency.ABSENT:
             return state
-        if not self._make_room(digest, self._known_bytes.get(digest, 0), num_slots=1):
+        num_bytes = self._known_bytes.get(digest, 0)
+        self._has_room = self._has_room and self._make_room(digest, num_bytes, num_slots=1)
+        if not self._has_room:
             return Residency.ABSENT
         slot = self._free_slots.pop()
-        self._residents[digest] = _Resident(slot, num_bytes=self._known_bytes.get(digest, 0))
+        self._residents[digest] = _Resident(slot, num_bytes=num_bytes)
         self._loader.start_load(digest, slot)
         return Residency.LOADING
 

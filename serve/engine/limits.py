@@ -32,6 +32,7 @@ class EngineLimits:
             "max_model_len": self.max_model_len,
             "max_num_seqs": self.max_num_seqs,
             "max_step_tokens": self.max_step_tokens,
+            "max_waiting": self.max_waiting,
         }
         for name, count in counts.items():
             if count < 1:
