@@ -97,7 +97,7 @@ class Metrics:
         self._rendered = b""
         self._render_at = float("-inf")
         # `_created` would double the series of a page that is read twenty times a second
-        disable_created_metrics()
+        disable_created_metrics()  # type: ignore[no-untyped-call]
         registry = CollectorRegistry()
         self._registry = registry
         seconds = {
@@ -110,6 +110,8 @@ class Metrics:
             "decode": ("chorale_request_decode_time_seconds", _REQUEST_BUCKETS),
             "adapter_load": ("chorale_adapter_load_seconds", _TTFT_BUCKETS),
         }
+        if compat_vllm:
+            seconds["adapter_load_alias"] = ("vllm:lora_adapter_load_seconds", _TTFT_BUCKETS)
         self.seconds = {
             key: Histogram(name, f"Seconds: {key}.", buckets=buckets, registry=registry)
             for key, (name, buckets) in seconds.items()
@@ -141,7 +143,8 @@ class Metrics:
             # a fall is an engine that was restarted between two heartbeats
             self.totals[field] += value - last if value >= last else value
         for load_s in stats.adapter_load_s:
-            self.seconds["adapter_load"].observe(load_s)
+            for key in {"adapter_load", "adapter_load_alias"} & self.seconds.keys():
+                self.seconds[key].observe(load_s)
         self.stats = stats
 
     def engine_lost(self) -> None:
@@ -274,6 +277,13 @@ class EngineCollector(Collector):
         names = [str(self._metrics.max_adapters), self._joined(on_device), self._joined(loading)]
         info.add_metric(names, self._metrics.unix_clock())
         yield info
+        loaded = GaugeMetricFamily(
+            "vllm:lora_adapter_loaded", "Adapters in memory.", labels=["adapter_name", "level", "pinned", "rank"]
+        )
+        for adapter in [*on_device, *on_host][:MAX_ADAPTER_SERIES]:
+            name, is_pinned = self._metrics.adapter_name(adapter.digest), adapter.num_pins > 0
+            loaded.add_metric([name, adapter.tier, str(is_pinned).lower(), str(adapter.rank)], 1)
+        yield loaded
 
     def _joined(self, adapters: list[AdapterState]) -> str:
         """Return the adapters' names, comma-separated, as many as fit the label's cap."""

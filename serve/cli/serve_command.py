@@ -56,13 +56,14 @@ def serve(
     """Serve a base model and the adapters of a store over HTTP."""
     start_logging(log_level)
     with one_line_errors(exit_status=2):
-        model_dir = resolve_model_dir(model)
+        # the engine process has another working folder
+        model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
         limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
         limits = replace(limits, request_timeout_s=request_timeout_s)
         name = served_model_name or served_name(model, model_dir)
         api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
         api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
-        engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device, dtype=dtype)
+        engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
         engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
         engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)
         engine = replace(engine, adapter_host_bytes=adapter_host_bytes, adapter_device_bytes=adapter_device_bytes)

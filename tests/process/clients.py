@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from pathlib import Path
 
 from serve.api.engine_client import EngineClient
@@ -13,7 +14,11 @@ from serve.metrics import Metrics
 from tests.process.fake_engine import COUNT
 
 FAKE_WORKER = "tests.process.fake_engine"
-QUICK = WatchdogConfig(heartbeat_timeout_s=1.5, start_timeout_s=20.0, restart_backoff_s=0.05, max_restart_backoff_s=0.2)
+QUICK = WatchdogConfig(
+    heartbeat_timeout_s=20.0, start_timeout_s=60.0, restart_backoff_s=0.05, max_restart_backoff_s=0.2
+)
+# for engines that do hang; a false alarm on a loaded machine would only replace them sooner
+HASTY = replace(QUICK, heartbeat_timeout_s=1.5)
 
 
 def build_client(
@@ -48,7 +53,7 @@ async def collect(client: EngineClient, request: Submit) -> list[int]:
     return [token async for event in client.generate(request) if isinstance(event, Tokens) for token in event.token_ids]
 
 
-async def eventually(claim: Callable[[], bool], timeout_s: float = 10.0) -> None:
+async def eventually(claim: Callable[[], bool], timeout_s: float = 30.0) -> None:
     """Return once the claim holds; fail after `timeout_s`."""
     end_at = time.monotonic() + timeout_s
     while not claim():

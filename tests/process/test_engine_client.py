@@ -139,7 +139,7 @@ def test_a_reader_that_stalls_is_aborted_and_told_if_it_comes_back() -> None:
         limits = LimitsConfig(slow_client_timeout_s=0.3)
         async with running_client(limits=limits) as client, open_stream(client, "slow") as stream:
             await anext(stream)
-            await eventually(lambda: is_at_rest(client), timeout_s=5.0)
+            await eventually(lambda: is_at_rest(client))
             with pytest.raises(RequestTimeout, match="read nothing for"):
                 await anext(stream)
 
@@ -182,7 +182,7 @@ def test_draining_ends_what_outlives_its_deadline_with_one_error() -> None:
             await eventually(lambda: client.num_in_flight == 1)
             started_at = time.monotonic()
             await client.drain(0.2)
-            assert time.monotonic() - started_at < 2.0
+            assert time.monotonic() - started_at < 10.0
             with pytest.raises(Unavailable, match="shutting down"):
                 await running
 

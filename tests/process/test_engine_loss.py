@@ -11,7 +11,7 @@ import pytest
 from serve.api.engine_client import EngineClient
 from serve.errors import EngineFailed, EngineLoading, ServeError, StartError
 from serve.messages import Submit, Tokens
-from tests.process.clients import QUICK, build_client, collect, eventually, running_client, submit
+from tests.process.clients import HASTY, QUICK, build_client, collect, eventually, running_client, submit
 from tests.process.fake_engine import CRASH, EXIT, HANG
 
 
@@ -75,13 +75,13 @@ def test_an_engine_that_falls_over_a_request_takes_it_and_its_mates_down_once(be
 
 def test_a_stopped_engine_is_found_by_its_silence_and_replaced() -> None:
     async def scenario() -> None:
-        async with running_client() as client:
+        async with running_client(watchdog=HASTY) as client:
             stream = asyncio.create_task(read_to_the_end(client, submit("r", max_tokens=100_000)))
             await eventually(lambda: _num_running(client) == 1)
             pid = client.engine_pid
             assert pid is not None
             os.kill(pid, signal.SIGSTOP)
-            _, errors = await asyncio.wait_for(stream, QUICK.heartbeat_timeout_s + 3.0)
+            _, errors = await asyncio.wait_for(stream, HASTY.heartbeat_timeout_s + 20.0)
             assert [error.code for error in errors] == ["engine_error"]
             await assert_recovers(client, pid)
 
@@ -90,7 +90,7 @@ def test_a_stopped_engine_is_found_by_its_silence_and_replaced() -> None:
 
 def test_a_step_that_hangs_leaves_its_stacks_and_is_replaced(capfd: pytest.CaptureFixture[str]) -> None:
     async def scenario() -> None:
-        async with running_client() as client:
+        async with running_client(watchdog=HASTY) as client:
             pid = client.engine_pid
             assert pid is not None
             _, errors = await read_to_the_end(client, submit("r", behaviour=HANG))
@@ -103,9 +103,9 @@ def test_a_step_that_hangs_leaves_its_stacks_and_is_replaced(capfd: pytest.Captu
 
 def test_an_idle_engine_is_not_taken_for_a_hung_one() -> None:
     async def scenario() -> None:
-        async with running_client(watchdog=replace(QUICK, heartbeat_timeout_s=1.0)) as client:
+        async with running_client(watchdog=replace(QUICK, heartbeat_timeout_s=2.0)) as client:
             pid = client.engine_pid
-            await asyncio.sleep(2.0)
+            await asyncio.sleep(2.5)
             assert client.engine_pid == pid
             assert client.is_live and client.is_ready
 
