@@ -23,7 +23,7 @@ LATE_ADAPTERS = {f"voice-{i}" for i in range(8, 16)}
 
 SQUEEZES = {
     "chunked prefill": ["--max-step-tokens", "24"],
-    "tiny KV cache": ["--kv-blocks", "32", "--max-step-tokens", "64"],
+    "tiny KV cache": ["--kv-blocks", "24"],
     "few at a time": ["--max-num-seqs", "5"],
 }
 
@@ -54,7 +54,7 @@ def make_wave() -> Wave:
         request: dict[str, object] = {
             "model": "tiny" if i % 17 == 16 else f"voice-{i % 17}",
             "prompt": shared_prefix + tail if i % 3 == 0 else tail,
-            "max_tokens": rng.randrange(8, 33),
+            "max_tokens": rng.randrange(16, 65),
             "ignore_eos": True,
             "return_token_ids": True,
         }
