@@ -1,0 +1,166 @@
+"""The process that gets killed: `python -m tests.store.crash_worker`, driven by lines on stdin.
+
+Each line `ROOT LOG SEED VARIANT` forks a child that uploads, replaces and deletes adapters in ROOT until somebody kills
+it, writing to LOG what it tries and what it was told. Forking a warm process makes a round cost milliseconds.
+"""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from adapters_store.convert.peft import convert_peft
+from adapters_store.errors import AdapterNotFound
+from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.store import AdapterStore
+from adapters_store.upload import Upload
+from tests.store.folders import TINY, lora_config, lora_tensors, safetensors_bytes
+
+NAMES = ["a", "b", "c"]
+CONFIG = json.dumps(lora_config(r=1, target_modules=["k_proj", "o_proj"])).encode()
+# how long a planted bug keeps its window open: about as long as the two syncs that really lie there on a slow disk
+_WINDOW_S = 0.002
+
+
+class PointerBeforeObject(AdapterStore):
+    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+        publish = self._blobs.publish
+        self._blobs.publish = lambda staged, digest: None  # type: ignore[method-assign]
+        version = super()._commit(upload, name)
+        time.sleep(_WINDOW_S)
+        self._blobs.publish = publish  # type: ignore[method-assign]
+        publish(upload.object, version.digest)
+        return version
+
+
+class WritesInPlace(AdapterStore):
+    """The object is copied into its visible folder, after the pointer, as a store without renames would."""
+
+    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+        publish = self._blobs.publish
+        self._blobs.publish = lambda staged, digest: None  # type: ignore[method-assign]
+        version = super()._commit(upload, name)
+        self._blobs.publish = publish  # type: ignore[method-assign]
+        target = self._blobs.root / version.digest
+        target.mkdir()
+        for path in upload.object.iterdir():
+            with (target / path.name).open("wb", buffering=0) as file:
+                for byte in range(0, path.stat().st_size, 256):
+                    file.write(path.read_bytes()[byte : byte + 256])
+                    time.sleep(_WINDOW_S / 20)
+        return version
+
+
+class RemovesBeforeThePointer(AdapterStore):
+    def delete(self, name: str) -> None:
+        for version in self.versions(name):
+            self._files.remove_tree(self._blobs.root / version.digest)
+        time.sleep(_WINDOW_S)
+        super().delete(name)
+
+
+class ReplacesInTwoSteps(AdapterStore):
+    """The old version goes in one transaction, the new one comes in the next."""
+
+    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+        if self._registry.current(name) is not None:
+            self._registry.delete(name, now=0)
+            time.sleep(_WINDOW_S)
+        return super()._commit(upload, name)
+
+
+class SweepsTheLiving(AdapterStore):
+    def _live(self) -> set[str]:
+        return set()
+
+
+class NeverSweeps(AdapterStore):
+    def sweep(self) -> None:
+        return
+
+
+STORES: dict[str, type[AdapterStore]] = {
+    "sound": AdapterStore,
+    "the pointer comes before the object": PointerBeforeObject,
+    "files are written in place": WritesInPlace,
+    "the bytes go before the pointer": RemovesBeforeThePointer,
+    "a replacement takes two transactions": ReplacesInTwoSteps,
+    "the answer comes before the pointer": AdapterStore,
+    "the sweep takes living objects": SweepsTheLiving,
+    "nothing is swept": NeverSweeps,
+}
+
+
+def open_variant(variant: str) -> Callable[..., AdapterStore]:
+    """Return a function that opens a store with the planted bug, or a sound one."""
+
+    def open_it(root: Path, **options: object) -> AdapterStore:
+        opened = STORES[variant].open(root, TINY, image_dtype="float32", convert=convert_peft, **options)  # type: ignore[arg-type]
+        return opened
+
+    return open_it
+
+
+def work(root: Path, log: int, seed: int, variant: str) -> None:
+    """Change the store at random, for ever."""
+    choose = random.Random(seed)
+    store = open_variant(variant)(root)
+    if variant == "the answer comes before the pointer":
+        tell_early(store, log)
+    say(log, "open")
+    while True:
+        seed += 1
+        name = choose.choice(NAMES)
+        if choose.random() < 0.3:
+            say(log, "try", "del", name)
+            with contextlib.suppress(AdapterNotFound):
+                store.delete(name)
+            say(log, "ack", "del", name)
+            continue
+        say(log, "try", "put", name)
+        with store.stage() as upload:
+            with upload.open_part("adapter_config.json") as part:
+                part.write(CONFIG)
+            with upload.open_part("adapter_model.safetensors") as part:
+                part.write(safetensors_bytes(lora_tensors(rank=1, sites=("k_proj", "o_proj"), seed=seed)))
+            version = upload.commit(name)
+        say(log, "ack", "put", name, str(version.version), version.digest)
+
+
+def tell_early(store: AdapterStore, log: int) -> None:
+    """Plant: the client is told before the registry is."""
+    publish = store._registry.publish
+
+    def told_early(new: NewVersion) -> AdapterVersion:
+        numbers = [version.version for version in store._registry.versions(new.name)]
+        say(log, "ack", "put", new.name, str(max(numbers, default=0) + 1), new.digest)
+        time.sleep(_WINDOW_S)
+        return publish(new)
+
+    store._registry.publish = told_early  # type: ignore[method-assign]
+
+
+def say(log: int, *words: str) -> None:
+    """Append one line in one system call: what is in the page cache survives SIGKILL."""
+    os.write(log, (" ".join(words) + "\n").encode())
+
+
+def main() -> None:
+    """Fork one child per line of stdin and print its process id."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    for line in sys.stdin:
+        root, log_path, seed, variant = line.rstrip("\n").split("\t")
+        pid = os.fork()
+        if pid == 0:
+            log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            work(Path(root), log, int(seed), variant)
+        print(pid, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""kill -9 at random points of uploads, replacements and deletions, then reopen and judge.
+
+200 kills of a sound store: nothing torn, nothing acknowledged lost, no orphan. The same campaign against each planted
+bug must convict it; otherwise its silence about the sound store would mean nothing.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from tests.live_server import REPO_ROOT
+from tests.store.checker import Expected, Versions, judge
+from tests.store.crash_worker import NAMES, STORES, open_variant
+
+NUM_KILLS = 200
+# a planted bug must be convicted within this many kills
+MAX_KILLS = 150
+# log lines to wait for: opening, then two per change
+MAX_LINES = 8
+# about as long as one change takes
+MAX_DELAY_S = 0.006
+
+
+@dataclass(frozen=True)
+class Moment:
+    """When to kill: so long after the worker's log has so many lines (0: it may still be opening the store)."""
+
+    num_lines: int
+    delay_s: float
+
+
+class Zygote:
+    """A warm process that forks workers on demand."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.store.crash_worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=REPO_ROOT,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            text=True,
+        )
+
+    def kill_one(self, root: Path, log: Path, seed: int, variant: str, moment: Moment) -> None:
+        """Let a worker run up to the moment and kill it; returns when it is gone."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        log.touch()
+        self._process.stdin.write(f"{root}\t{log}\t{seed}\t{variant}\n")
+        self._process.stdin.flush()
+        pid = int(self._process.stdout.readline())
+        deadline = time.monotonic() + 20
+        while log.read_bytes().count(b"\n") < moment.num_lines:
+            assert _is_alive(pid) and time.monotonic() < deadline, "the worker ended or hangs"
+            time.sleep(0.0003)
+        time.sleep(moment.delay_s)
+        os.kill(pid, signal.SIGKILL)
+        while _is_alive(pid):
+            assert time.monotonic() < deadline, "a killed worker is still there"
+            time.sleep(0.0003)
+
+    def close(self) -> None:
+        """End the zygote; its workers are all dead by then."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.close()
+        self._process.stdout.close()
+        self._process.wait(10)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+@pytest.fixture(scope="module")
+def zygote() -> Iterator[Zygote]:
+    """Return a running zygote."""
+    started = Zygote()
+    yield started
+    started.close()
+
+
+def what_the_client_knows(known: Versions, log: Path) -> Expected:
+    """Follow a worker's log from what was known before it."""
+    expected = Expected({name: dict(versions) for name, versions in known.items()})
+    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
+    for line in lines:
+        assert line.endswith("\n"), "one write of one short line is never torn"
+        match line.split():
+            case ["try", what, name]:
+                expected.unanswered = (what, name)
+            case ["ack", "put", name, version, digest]:
+                expected.acknowledge_put(name, int(version), digest)
+            case ["ack", "del", name]:
+                expected.acknowledge_delete(name)
+    return expected
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a campaign did and found."""
+
+    num_kills: int
+    num_acks: int
+    num_unanswered: int
+    violations: list[str]
+
+
+def campaign(zygote: Zygote, folder: Path, variant: str, max_kills: int) -> Outcome:
+    """Kill workers on one store until something is wrong with it, or `max_kills` times."""
+    choose = random.Random(20260921)
+    root, known = folder / "store", Versions()
+    num_acks = num_unanswered = number = 0
+    violations: list[str] = []
+    while number < max_kills and not violations:
+        log = folder / f"log{number}"
+        moment = Moment(choose.randrange(MAX_LINES), choose.uniform(0, MAX_DELAY_S))
+        zygote.kill_one(root, log, number * 1000, variant, moment)
+        expected = what_the_client_knows(known, log)
+        num_acks += log.read_text().count("ack ")
+        num_unanswered += expected.unanswered is not None
+        verdict = judge(root, expected, NAMES, open_variant(variant))
+        violations = [f"kill {number}: {line}" for line in verdict.violations]
+        known = verdict.found
+        number += 1
+    return Outcome(number, num_acks, num_unanswered, violations)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Iterator[Path]:
+    """Return a folder in memory where there is one: SIGKILL keeps the page cache, so a disk would only cost time."""
+    memory = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else tmp_path) as name:
+        yield Path(name)
+
+
+def test_200_kills_tear_lose_and_orphan_nothing(zygote: Zygote, folder: Path) -> None:
+    outcome = campaign(zygote, folder, "sound", NUM_KILLS)
+    print(outcome)
+    assert outcome.violations == []
+    assert outcome.num_kills == NUM_KILLS
+    # otherwise the kills met nothing worth tearing
+    assert outcome.num_acks > NUM_KILLS // 2 and outcome.num_unanswered > NUM_KILLS // 4
+
+
+@pytest.mark.parametrize("bug", [name for name in STORES if name != "sound"])
+def test_the_campaign_convicts_a_planted_bug(bug: str, zygote: Zygote, folder: Path) -> None:
+    outcome = campaign(zygote, folder, bug, MAX_KILLS)
+    print(outcome)
+    assert outcome.violations, f"{MAX_KILLS} kills did not show that {bug}"
