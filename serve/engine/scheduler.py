@@ -18,8 +18,6 @@ from serve.engine.plan import Executor, LoadResult, RowResult, StepPlan
 from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Event, Failed, Finished, FinishReason, Submit
 
-__all__ = ["EngineLimits", "Scheduler"]
-
 logger = logging.getLogger(__name__)
 
 

@@ -31,8 +31,8 @@ from tests.engine.fake_executor import AdapterFile, FakeExecutor
 from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, run_alone
 
 DIGESTS = tuple(f"{number:064x}" for number in range(1, 6))
-# steps without any work left to wait for, far above what a trace of this size can need
-MAX_DRAIN_STEPS = 5000
+# three times the longest trace seen in 10,000
+MAX_DRAIN_STEPS = 2000
 
 
 class WrongAnswer(AssertionError):

@@ -1,0 +1,95 @@
+"""Every short sequence of commands on a tiny engine: what a small world can show, it shows."""
+
+import itertools
+import logging
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from statistics import median
+
+import pytest
+
+from serve.engine.scheduler import Scheduler
+from serve.messages import Abort, Failed, Finished, SamplingParams, Submit, UnloadAdapter
+from tests.engine.bench import LIMITS, A, B, C, EngineBench
+from tests.engine.fake_executor import AdapterFile
+from tests.engine.toy_model import run_alone
+
+TINY = replace(
+    LIMITS, num_kv_blocks=4, block_size=2, max_model_len=8, max_num_seqs=2, max_step_tokens=3, num_adapter_slots=1
+)
+PROMPT = [1, 2, 3, 4]
+COMMANDS = ("base", "a", "b", "pair", "abort", "unload", "fail", "step")
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
+def _play(commands: tuple[str, ...]) -> None:
+    bench = EngineBench(TINY, {A: AdapterFile(10), B: AdapterFile(10, num_polls=2)})
+    sent = []
+    for number, command in enumerate(commands):
+        if command in ("base", "a", "b"):
+            digest = {"base": None, "a": A, "b": B}[command]
+            sent.append(bench.submit(f"r{number}", PROMPT, digest, max_tokens=4))
+        elif command == "pair":
+            sent += [bench.submit(f"r{number}.{i}", PROMPT, A, max_tokens=2, group_id=f"g{number}") for i in (0, 1)]
+        elif command == "abort" and sent:
+            bench.engine.handle(Abort(sent[0].request_id))
+        elif command == "unload":
+            bench.engine.handle(UnloadAdapter(A))
+        elif command == "fail":
+            bench.files[B].num_failures = 1
+        bench.step()
+    bench.drain(200)
+    for request in sent:
+        ends = [event for event in bench.events[request.request_id] if isinstance(event, Finished | Failed)]
+        assert len(ends) == 1, (commands, ends)
+        expected = run_alone(request, TINY).token_ids
+        output = bench.tokens(request.request_id)
+        assert output == expected[: len(output)], commands
+        was_cut = isinstance(ends[0], Failed) or request is sent[0]
+        assert was_cut or output == expected, commands
+    stats = bench.engine.stats()
+    assert (stats.num_kv_blocks_in_use, stats.num_adapter_pins) == (0, 0), commands
+
+
+def test_every_sequence_of_four_commands_ends_well() -> None:
+    for commands in itertools.product(COMMANDS, repeat=4):
+        _play(commands)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_every_sequence_of_six_commands_ends_well() -> None:
+    for commands in itertools.product(COMMANDS, repeat=6):
+        _play(commands)
+
+
+def test_the_bookkeeping_of_64_decoding_sequences_takes_less_than_2_ms_of_cpu() -> None:
+    limits = replace(
+        LIMITS, num_kv_blocks=6400, block_size=16, max_model_len=2000, max_num_seqs=64, max_step_tokens=512
+    )
+    bench = EngineBench(limits)
+    scheduler = Scheduler(limits, bench.executor, lambda: 0.0)
+    params = SamplingParams(max_tokens=100, seed=1, ignore_eos=True)
+    for index in range(64):
+        scheduler.submit(Submit(f"r{index}", [index % 16] * 40, params, (None, A, B, C)[index % 4]))
+    seconds = []
+    for _ in range(80):
+        for load in bench.executor.poll_loads():
+            scheduler.finish_load(load)
+        begin = time.thread_time()
+        plan = scheduler.schedule()
+        scheduled = time.thread_time()
+        results = bench.executor.execute(plan)
+        executed = time.thread_time()
+        scheduler.finish_step(plan, results)
+        if len(plan.rows) == 64 and all(len(row.token_ids) == 1 for row in plan.rows):
+            seconds.append(time.thread_time() - executed + scheduled - begin)
+    # 0.35 ms on a 2-core machine, 2026-11
+    assert len(seconds) > 50 and median(seconds) < 0.002
