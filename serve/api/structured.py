@@ -50,7 +50,7 @@ def schema_grammar(schema: object, limits: LimitsConfig, param: str, *, lenient:
     """
     if not isinstance(schema, dict):
         raise InvalidRequest(f"{param} must be a JSON schema: an object", param=param)
-    _check_schema(schema, param)
+    check_schema(schema, param)
     # a client's own compiler options would undo ours
     options = {"x-guidance": {"lenient": True}} if lenient else {}
     own = {key: value for key, value in schema.items() if key != "x-guidance"}
@@ -124,7 +124,8 @@ def _bounded(grammar: Grammar, limits: LimitsConfig, param: str) -> Grammar:
     return grammar
 
 
-def _check_schema(schema: object, param: str) -> None:
+def check_schema(schema: object, param: str) -> None:
+    """Refuse a schema that nests too deep or refers out of itself; raises InvalidRequest naming `param`."""
     level = [schema]
     for _ in range(MAX_SCHEMA_DEPTH):
         inner: list[object] = []

@@ -79,9 +79,9 @@ class TextTokenizer:
         return {name: text for name, text in texts.items() if isinstance(text, str)}
 
     def special_ids_by_text(self) -> dict[str, int]:
-        """Return the control tokens: text to id."""
+        """Return the added tokens, text to id: Qwen's `<tool_call>` is a control token without being marked as one."""
         added = self.tokenizer.get_added_tokens_decoder()
-        return {token.content: token_id for token_id, token in added.items() if token.special}
+        return {token.content: token_id for token_id, token in added.items()}
 
 
 def _read_tokenizer(model_dir: Path, config: dict[str, object]) -> Tokenizer:

@@ -32,12 +32,14 @@ class GrammarMasks:
         self._eos = np.zeros((vocab_size + 31) // 32, dtype=np.int32)
         for token_id in eos_token_ids:
             self._eos.view(np.uint32)[token_id // 32] |= np.uint32(1 << (token_id % 32))
-        self._tokenizer = llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+        self._tokenizer = _read_tokenizer(tokenizer_json, vocab_size, eos_token_ids)
         self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
         self._matchers: dict[str, llguidance.LLMatcher] = {}
 
     def start(self, request_id: str, grammar: Grammar) -> None:
         """Hold a matcher for a sequence; the API has checked that the grammar compiles."""
+        if self._tokenizer is None:
+            return
         key = (grammar.kind, grammar.text)
         compiled = self._compiled.get(key)
         if compiled is None:
@@ -50,7 +52,9 @@ class GrammarMasks:
 
     def mask(self, request_id: str) -> BitMask:
         """Return the allowed next tokens as bits: token t is bit t % 32 of word t // 32. Never empty."""
-        matcher = self._matchers[request_id]
+        matcher = self._matchers.get(request_id)
+        if matcher is None:
+            return self._eos.copy()
         bits = np.zeros((1, self._eos.shape[0]), dtype=np.int32)
         if not matcher.is_error() and not matcher.is_stopped():
             fill_next_token_bitmask(matcher, bits)
@@ -60,18 +64,40 @@ class GrammarMasks:
             _log.error("the grammar of request %s failed: %s", request_id, ascii(reason))
             return self._eos.copy()
         if self._is_dead_end(matcher, bits[0]):
-            _log.error("request %s: this tokenizer has no token for what its grammar demands next", request_id)
+            _log.error("request %s: this tokenizer has no text token for what its grammar demands next", request_id)
             return self._eos.copy()
         return bits[0] if bits.any() else self._eos.copy()
 
     def _is_dead_end(self, matcher: llguidance.LLMatcher, bits: BitMask) -> bool:
-        """Say whether the mask is llguidance's answer to an empty one: token 0 alone, which it then refuses."""
-        return bool(bits[0] == 1 and not bits[1:].any()) and matcher.validate_tokens([0]) == 0
+        """Say whether the only token left is one that the matcher will refuse.
+
+        llguidance answers so when no token can spell what comes next (it names token 0), and when forced text spells a
+        control token, which is not text.
+        """
+        words = np.flatnonzero(bits)
+        if len(words) != 1:
+            return False
+        word = int(bits.view(np.uint32)[words[0]])
+        only = int(words[0]) * 32 + word.bit_length() - 1
+        return word.bit_count() == 1 and matcher.validate_tokens([only]) == 0
 
     def accept(self, request_id: str, token_id: int) -> None:
         """Advance by a sampled token."""
-        self._matchers[request_id].consume_token(token_id)
+        matcher = self._matchers.get(request_id)
+        if matcher is not None:
+            matcher.consume_token(token_id)
 
     def release(self, request_id: str) -> None:
         """Forget a sequence; unknown ids are ignored."""
         self._matchers.pop(request_id, None)
+
+
+def _read_tokenizer(
+    tokenizer_json: str, vocab_size: int, eos_token_ids: Sequence[int]
+) -> llguidance.LLTokenizer | None:
+    try:
+        return llguidance.LLTokenizer(tokenizer_json, n_vocab=vocab_size, eos_token=list(eos_token_ids))
+    except ValueError as error:
+        # a decoder that llguidance does not know: everything else can still be served
+        _log.error("structured output is off, constrained answers end at once: %s", ascii(str(error)[:200]))
+        return None

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models
 
 from serve.engine.grammar import BitMask, GrammarMasks
 from serve.messages import Grammar
@@ -196,3 +196,11 @@ def test_a_tokenizer_that_cannot_spell_the_grammar_ends_the_sequence(shared_data
     masks = GrammarMasks(text, 2048, [EOS])
     masks.start("r", Grammar("json_schema", '{"type":"object"}'))
     assert list(allowed_ids(masks.mask("r"))) == [EOS]
+
+
+def test_a_tokenizer_that_llguidance_cannot_read_ends_constrained_sequences_only() -> None:
+    masks = GrammarMasks(Tokenizer(models.BPE(vocab={"a": 0, "b": 1, "e": 2}, merges=[])).to_str(), 3, [EOS])
+    masks.start("r", Grammar("regex", "a"))
+    assert list(allowed_ids(masks.mask("r"))) == [EOS]
+    masks.accept("r", EOS)
+    masks.release("r")
