@@ -168,7 +168,10 @@ class EngineClient:
         stream = self._open(embed)
         try:
             event = await stream.read()
-            assert isinstance(event, Embedded), "an Embed is answered by Embedded alone"
+            # the engine says when the prompt's first part was computed, as for any sequence
+            if isinstance(event, Started):
+                event = await stream.read()
+            assert isinstance(event, Embedded), "an Embed ends with Embedded or an error"
             return event.vector
         finally:
             self._close(embed.request_id, stream)
