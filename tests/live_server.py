@@ -21,6 +21,8 @@ import psutil
 REPO_ROOT = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 90.0
 STOP_TIMEOUT_S = 20.0
+# gauges are fed by heartbeats every 0.5 s, so a single reading of 0 proves nothing
+HEARTBEAT_S = 0.8
 # the outside clients live in an environment of their own, without the server's packages
 SERVER_PYTHON = os.environ.get("CHORALE_PYTHON", sys.executable)
 READY_LINE = re.compile(r"^chorale ready (http://\S+)$")
@@ -64,16 +66,28 @@ class LiveServer:
         return {name: float(value) for name, value in rows}
 
     def wait_for_rest(self, timeout_s: float = 10.0) -> None:
-        """Return once all rest gauges read 0; fail with what they read otherwise."""
+        """Return once all rest gauges have read 0 for longer than a heartbeat; fail with what they read otherwise."""
         deadline = time.monotonic() + timeout_s
+        rest_since = time.monotonic()
         busy: dict[str, float] = {}
         while time.monotonic() < deadline:
             series = self.metrics()
-            busy = {name: series[name] for name in REST_GAUGES if series[name] != 0.0}
-            if not busy:
+            if busy := {name: series[name] for name in REST_GAUGES if series[name] != 0.0}:
+                rest_since = time.monotonic()
+            elif time.monotonic() - rest_since > HEARTBEAT_S:
                 return
             time.sleep(0.05)
         raise AssertionError(f"not at rest after {timeout_s} s: {busy}")
+
+    def wait_for_work(self, timeout_s: float = 10.0) -> dict[str, float]:
+        """Return the rest gauges once none of those that a running adapter request moves is 0."""
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            series = self.metrics()
+            if all(series[name] > 0 for name in REST_GAUGES if name != "chorale_requests_waiting"):
+                return {name: series[name] for name in REST_GAUGES}
+            time.sleep(0.05)
+        raise AssertionError(f"no work to be seen after {timeout_s} s")
 
     def wait_for_status(self, path: str, status: int, timeout_s: float) -> None:
         """Return once GET `path` answers `status`."""

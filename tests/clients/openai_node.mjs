@@ -41,7 +41,7 @@ const called = await client.chat.completions.create({
 seen.tool = called.choices[0].message.tool_calls.map((call) => [call.function.name, JSON.parse(call.function.arguments)]);
 
 const parsed = await client.chat.completions.parse({
-  model: "tiny", messages, max_tokens: 100, seed: 1,
+  model: "tiny", messages, max_tokens: 500, seed: 1,
   response_format: { type: "json_schema", json_schema: { name: "pet", strict: true, schema } },
 });
 seen.pet = JSON.parse(parsed.choices[0].message.content);

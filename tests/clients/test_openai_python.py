@@ -110,7 +110,7 @@ def test_a_streamed_tool_call_adds_up(client: openai.OpenAI) -> None:
 def test_json_schema_parses_into_a_class(client: openai.OpenAI) -> None:
     for seed in range(3):
         answer = client.chat.completions.parse(
-            model="tiny", messages=MESSAGES, response_format=Pet, max_tokens=100, seed=seed
+            model="tiny", messages=MESSAGES, response_format=Pet, max_tokens=500, seed=seed
         )
         pet = answer.choices[0].message.parsed
         assert isinstance(pet, Pet), answer.choices[0].message.content

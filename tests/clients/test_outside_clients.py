@@ -50,7 +50,7 @@ def test_langchain_invokes_streams_and_structures(server: LiveServer) -> None:
     whole = chat.invoke(QUESTION)
     assert whole.usage_metadata["output_tokens"] == 16
     assert "".join(chunk.content for chunk in chat.stream(QUESTION)) == whole.content
-    roomy = chat.model_copy(update={"max_tokens": 100})
+    roomy = chat.model_copy(update={"max_tokens": 500})
     pet = roomy.with_structured_output(Pet, method="json_schema").invoke(QUESTION)
     assert isinstance(pet, Pet)
     called = roomy.with_structured_output(Pet, method="function_calling").invoke(QUESTION)
@@ -66,7 +66,7 @@ def test_instructor_returns_the_class(server: LiveServer, mode: str) -> None:
             model="tiny",
             response_model=Pet,
             max_retries=1,
-            max_tokens=200,
+            max_tokens=500,
             messages=[{"role": "user", "content": QUESTION}],
         )
     assert isinstance(pet, Pet)
