@@ -114,6 +114,6 @@ class TorchExecutor:
         # a few rows at a time: [rows, V] fp32 of a whole chunk would be gigabytes for large vocabularies
         for begin in range(0, len(row.prompt_targets), 32):
             targets = row.prompt_targets[begin : begin + 32]
-            logprobs = self._parts.decoder.logits(hidden[begin : begin + len(targets)]).log_softmax(dim=-1)
+            logprobs = self._parts.decoder.logits(hidden[begin : begin + len(targets)]).float().log_softmax(dim=-1)
             found += [top_logprobs(logprobs[i], target, row.num_prompt_logprobs) for i, target in enumerate(targets)]
         return found

@@ -4,6 +4,7 @@ Owns the start-up decisions that need the model's size; everything it learns goe
 the config. Invariant: a config that cannot work is a `StartError` before the weights are read.
 """
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,8 @@ from serve.model.weights import load_decoder
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # of the memory that is free after loading: the rest is for adapters, activations and the machine's other work
 _KV_MEMORY_SHARE = 0.4
+# a 512 x 512 product of 32 rows takes 40 us on one core, as long as waking a second one may (2026-11)
+_MIN_THREADED_WEIGHTS = 512 * 512
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 
 
@@ -69,7 +72,7 @@ def load_parts(config: EngineConfig) -> ModelParts:
     dtype_name = spec.dtype if config.dtype == "auto" else config.dtype
     dtype = _DTYPES[dtype_name]
     max_model_len = _max_model_len(config, spec)
-    torch.set_num_threads(config.num_threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.num_threads or _num_threads(spec))
     cpu = torch.device("cpu")
     decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=max_model_len)
     num_blocks = _num_kv_blocks(config, spec, dtype, max_model_len)
@@ -85,6 +88,12 @@ def load_parts(config: EngineConfig) -> ModelParts:
         dtype_name=dtype_name,
         grammars=_grammars(config.model_dir, spec),
     )
+
+
+def _num_threads(spec: ModelSpec) -> int:
+    """All cores; one where the layers are so small that handing work over costs more than it saves."""
+    widest = max(math.prod(spec.dims.site_shape(site)) for site in SITES)
+    return 1 if widest < _MIN_THREADED_WEIGHTS else len(os.sched_getaffinity(0))
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

@@ -108,10 +108,14 @@ class Decoder:
             return self._final_norm(x)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden states [S, D] onto the vocabulary: [S, V] fp32, divisor and soft-cap applied."""
+        """Project hidden states [S, D] onto the vocabulary: [S, V], divisor and soft-cap applied.
+
+        In the model's dtype, or fp32 where the family computes on the logits: the sampler reads in fp32 only the rows
+        that need it, for 32 rows of 152 k tokens a cast of all of them is 6 % of a decode step (2 cores, 2026-11).
+        """
         with torch.inference_mode():
-            logits = self._lm_head(hidden).float()
+            logits = self._lm_head(hidden)
             if self.spec.logit_divisor != 1.0:
-                logits = logits / self.spec.logit_divisor
+                logits = logits.float() / self.spec.logit_divisor
             cap = self.spec.logit_soft_cap
-            return logits if cap is None else logits.div(cap).tanh_().mul_(cap)
+            return logits if cap is None else logits.float().div(cap).tanh_().mul_(cap)
