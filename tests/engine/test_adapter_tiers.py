@@ -201,3 +201,14 @@ def test_states_tell_tier_pins_bytes_and_rank() -> None:
     states = {state.digest: state for state in bench.tiers.states()}
     assert (states[A].tier, states[A].num_pins, states[A].num_bytes, states[A].rank) == ("device", 1, 4, 8)
     assert states[B].tier == "loading"
+
+
+def test_sizes_of_adapters_are_remembered_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve.engine.adapter_tiers.MAX_KNOWN_SIZES", 2)
+    bench = Bench(num_slots=1, max_bytes=10)
+    for digest in (A, B, C):
+        bench.tiers.begin_walk()
+        bench.tiers.want(digest)
+        bench.finish(digest, num_bytes=11)
+    assert bench.tiers.refusal(A) is None
+    assert bench.tiers.refusal(B) is not None and bench.tiers.refusal(C) is not None

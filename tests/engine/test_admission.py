@@ -46,6 +46,11 @@ def test_a_prompt_that_can_never_fit_is_refused_and_one_token_less_is_served(
     assert len(bench.tokens("short")) == 1
 
 
+def test_limits_of_zero_are_refused_at_start() -> None:
+    with pytest.raises(ValueError, match="max_num_seqs is 0"):
+        replace(LIMITS, max_num_seqs=0)
+
+
 def test_a_full_line_refuses_with_429() -> None:
     bench = EngineBench(replace(LIMITS, max_waiting=2))
     for name in ("r0", "r1", "r2"):
