@@ -22,6 +22,7 @@ _SHORT_SITES = {site: site.removesuffix("_proj") for site in SITES}
 _MODULE_PATH = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(self_attn|mlp)\.([a-z]+_proj)\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _MAX_DIM = 1 << 31
+_FAMILIES = frozenset({"lora"})
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -204,6 +205,7 @@ def _check_ranges(manifest: Manifest) -> None:
     dims += [base.num_key_value_heads, base.head_dim, base.vocab_size]
     is_sane = (
         all(0 < dim < _MAX_DIM for dim in dims)
+        and manifest.family in _FAMILIES
         and manifest.dtype in FILE_DTYPES
         and manifest.file_bytes > 0
         and _SHA256.match(manifest.file_sha256) is not None

@@ -75,6 +75,8 @@ RULES = (
     _harmless("qalora_group_size", "means nothing without use_qalora", 16),
     _harmless("ensure_weight_tying", "means nothing without modules_to_save"),
     _harmless("runtime_config", "says how PEFT runs it"),
+    _harmless("merge_weights", "PEFT of 2023; says how it was run"),
+    _refused("enable_lora", "LoRA on slices of a fused layer (PEFT of 2023) is not served: save it with a newer PEFT"),
     _refused("use_dora", "DoRA is not served yet: train without use_dora, or merge and extract a plain LoRA"),
     _refused("modules_to_save", "fully trained modules are not served yet: train with LoRA on the linear layers only"),
     _refused("trainable_token_indices", "trained token rows are not served yet: train without them"),
