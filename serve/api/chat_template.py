@@ -55,7 +55,15 @@ class ChatTemplate:
                         f"the rendered chat exceeds {MAX_RENDERED_CHARS} characters; send less", param="messages"
                     )
                 pieces.append(piece)
-        except (TemplateError, SecurityError, TypeError, ValueError, KeyError, AttributeError, LookupError) as error:
+        except (
+            TemplateError,
+            SecurityError,
+            TypeError,
+            ValueError,
+            AttributeError,
+            LookupError,
+            ArithmeticError,
+        ) as error:
             reason = str(error) if isinstance(error, TemplateError) else "a field is missing or of another kind"
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {reason[:200]}", param="messages"

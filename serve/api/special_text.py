@@ -9,11 +9,12 @@ alone or joined to its neighbours by the template, becomes a control token.
 import json
 import re
 import secrets
+from dataclasses import dataclass
 
 from tokenizers import Tokenizer
 
 # Unicode noncharacters: no text uses them, no normaliser touches them
-_MARK_CHAR, _NAME_CHAR = "\ufdd0", "\ufdd1"
+_MARK_CHAR, _NAME_CHAR, _ESCAPE_CHAR = "\ufdd0", "\ufdd1", "\ufdd3"
 # an added token that is not marked special but reads like markup, such as <tool_call> or [INST]
 _MARKUP = re.compile(r"[<\[]\S*\w\S*[>\]]\Z")
 
@@ -24,13 +25,14 @@ class SpecialText:
     def __init__(self, tokenizer: Tokenizer, template_source: str) -> None:
         # unguessable, so that no client can write a mark or a private name itself
         nonce = secrets.token_hex(8)
-        self._mark = f"{_MARK_CHAR}{nonce}{_MARK_CHAR}"
+        marks = _Marks(f"{_MARK_CHAR}{nonce}{_MARK_CHAR}", f"{_ESCAPE_CHAR}{nonce}{_ESCAPE_CHAR}")
+        self._marks = marks
         added = tokenizer.get_added_tokens_decoder()
         special = {token.content for token in added.values() if token.special}
         markup = {token.content for token in added.values() if token.content in template_source}
         markup = {text for text in markup - special if _MARKUP.match(text)}
-        self._everywhere = _Spellings(special, self._mark)
-        self._outside_assistant = _Spellings(special | markup, self._mark)
+        self._everywhere = _Spellings(special, marks)
+        self._outside_assistant = _Spellings(special | markup, marks)
         texts = sorted(special | markup)
         self._private_names = {text: f"{_NAME_CHAR}{nonce}{index:x}{_NAME_CHAR}" for index, text in enumerate(texts)}
         self._tokenizer = _rename(tokenizer, self._private_names)
@@ -56,17 +58,25 @@ class SpecialText:
 
     def plain(self, rendered: str) -> str:
         """Return rendered text without the marks."""
-        return rendered.replace(self._mark, "")
+        return rendered.replace(self._marks.inside, "").replace(self._marks.before, "")
+
+
+@dataclass(frozen=True, slots=True)
+class _Marks:
+    """`inside` breaks a spelling, or stands where one could begin or end; `before` escapes one of one character."""
+
+    inside: str
+    before: str
 
 
 class _Spellings:
     """A set of control strings, and where foreign text comes near one."""
 
-    def __init__(self, texts: set[str], mark: str) -> None:
-        self._mark = mark
+    def __init__(self, texts: set[str], marks: _Marks) -> None:
+        self._marks = marks
         longest_first = sorted(texts, key=len, reverse=True)
         choice = "|".join(re.escape(text) for text in longest_first)
-        self._pattern = re.compile(f"(?:{choice})(?!{mark})") if texts else None
+        self._pattern = re.compile(f"(?<!{marks.before})(?:{choice})") if texts else None
         self._heads = {text[:size] for text in texts for size in range(1, len(text))}
         self._tails = {text[size:] for text in texts for size in range(1, len(text))}
         self._max_part = max((len(text) for text in texts), default=1) - 1
@@ -77,8 +87,13 @@ class _Spellings:
         sizes = range(1, min(self._max_part, len(text)) + 1)
         ends_in_head = any(text[-size:] in self._heads for size in sizes)
         starts_in_tail = any(text[:size] in self._tails for size in sizes)
-        marked = self._pattern.sub(lambda match: match[0][0] + self._mark + match[0][1:], text)
-        return (self._mark if starts_in_tail else "") + marked + (self._mark if ends_in_head else "")
+        marked = self._pattern.sub(self._break, text)
+        inside = self._marks.inside
+        return (inside if starts_in_tail else "") + marked + (inside if ends_in_head else "")
+
+    def _break(self, match: re.Match[str]) -> str:
+        text = match[0]
+        return text[0] + self._marks.inside + text[1:] if len(text) > 1 else self._marks.before + text
 
     def rename(self, rendered: str, names: dict[str, str]) -> str:
         if self._pattern is None:

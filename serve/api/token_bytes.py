@@ -26,9 +26,10 @@ class TokenBytes:
         self._replacements: list[tuple[str, str]] = []
         self._has_byte_tokens = False
         self.strips_leading_space = False
-        self.special_ids = frozenset(
-            token_id for token_id, token in tokenizer.get_added_tokens_decoder().items() if token.special
-        )
+        added = tokenizer.get_added_tokens_decoder()
+        self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
+        # a normalised control token is named with the normaliser's leading mark, which is no text
+        self._control_texts = {token_id: added[token_id].content for token_id in self.special_ids}
         decoder = json.loads(tokenizer.to_str()).get("decoder") or {"type": "none"}
         for step in decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]:
             self._read_step(step)
@@ -37,7 +38,7 @@ class TokenBytes:
         """Return the token's bytes; an id beyond the vocabulary has none."""
         found = self._cache.get(token_id)
         if found is None:
-            token = self._tokenizer.id_to_token(token_id)
+            token = self._control_texts.get(token_id) or self._tokenizer.id_to_token(token_id)
             found = self._cache[token_id] = b"" if token is None else self._bytes_of(token)
         return found
 
