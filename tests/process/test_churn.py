@@ -100,11 +100,12 @@ def test_engines_killed_at_random_under_churn_lose_no_request_silently(num_kills
             for seed in range(num_kills):
                 requests = asyncio.create_task(churn(client, 60, seed))
                 await asyncio.sleep(rng.random() * 0.2)
-                assert client.engine_pid is not None
-                os.kill(client.engine_pid, signal.SIGKILL)
+                pid = client.engine_pid
+                assert pid is not None
+                os.kill(pid, signal.SIGKILL)
                 ends += await requests
                 num_requests += 60
-                await eventually(lambda: client.is_ready)
+                await eventually(lambda: client.is_ready and client.engine_pid != pid)  # noqa: B023  (awaited here)
             assert ends.total() == num_requests
             assert ends["EngineFailed"] > 0
             assert ends["EngineLoading"] > 0
