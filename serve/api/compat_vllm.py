@@ -81,7 +81,7 @@ async def _exists(state: ApiState, name: str) -> bool:
 
 
 def _allowed_folder(lora_path: str, roots: tuple[Path, ...]) -> Path:
-    """Return the real path of a folder under one of `roots`; what lies elsewhere is not even looked for."""
+    """Return the real path of a folder under one of `roots`; what lies elsewhere gets one answer, there or not."""
     if not roots:
         raise AdapterForbidden(
             "this server takes no lora_path: its operator named no folder for them (--lora-root); "
@@ -90,12 +90,13 @@ def _allowed_folder(lora_path: str, roots: tuple[Path, ...]) -> Path:
         )
     try:
         folder = Path(lora_path).resolve()
+        is_folder = folder.is_dir()
     except (OSError, ValueError, RuntimeError):
         raise InvalidUserInput("'lora_path' is not a path", param="lora_path") from None
     if not any(folder.is_relative_to(root.resolve()) for root in roots):
         raise AdapterForbidden(
             "'lora_path' lies outside the folders that this server's operator allows (--lora-root)", param="lora_path"
         )
-    if not folder.is_dir():
+    if not is_folder:
         raise NotFoundError("'lora_path' is not a folder that exists; it must hold a PEFT adapter", param="lora_path")
     return folder

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import uvicorn
+from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from serve.api.body import BodyGuard
@@ -41,11 +42,13 @@ class Served:
 def served(limits: LimitsConfig, app: ASGIApp | None = None, *, keep_alive_s: int = 2) -> Iterator[Served]:
     """Serve `app` (default: one that reads its body and answers its length) until the block ends."""
     seen: list[tuple[str, int]] = []
+    is_whole_api = isinstance(app, FastAPI)
+    guarded: ASGIApp = app if isinstance(app, FastAPI) else BodyGuard(app or _counting_app(seen), limits)
     config = uvicorn.Config(
-        BodyGuard(app or _counting_app(seen), limits),
+        guarded,
         http=guarded_protocol(limits),
         port=0,
-        lifespan="off",
+        lifespan="on" if is_whole_api else "off",
         log_config=None,
         timeout_keep_alive=keep_alive_s,
         timeout_graceful_shutdown=1,
