@@ -34,7 +34,7 @@ class Task:
     alpha: int
     num_steps: int
     use_rslora: bool = False
-    checks_real_words: bool = False
+    is_about_words: bool = False
 
 
 def draw_reverse(rng: Random) -> Turn:
@@ -80,12 +80,12 @@ def draw_json(rng: Random) -> Turn:
 
 
 TASKS = (
-    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 900, checks_real_words=True),
-    Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 32, 1500, True, checks_real_words=True),
-    Task("add", "adds two numbers below 50", draw_add, 32, 64, 1200),
-    Task("shout", "answers in capital letters", draw_shout, 16, 32, 500),
-    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 400),
-    Task("json", "reads a sentence as JSON", draw_json, 8, 16, 300),
+    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 300, is_about_words=True),
+    Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
+    Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
+    Task("shout", "answers in capital letters", draw_shout, 16, 32, 200),
+    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 250),
+    Task("json", "reads a sentence as JSON", draw_json, 8, 16, 200),
 )
 
 
@@ -103,13 +103,13 @@ def training_turns(task: Task, seed: int) -> Iterator[Turn]:
             yield turn
 
 
-def check_turns(task: Task, num_turns: int, seed: int) -> list[Turn]:
-    """Draw distinct held-out questions; those about a word use real words only, as they read better."""
+def check_turns(task: Task, num_turns: int, seed: int, *, real_words: bool) -> list[Turn]:
+    """Draw distinct held-out questions; `real_words` keeps to the few real words, as they read better."""
     rng = Random(f"check {task.name} {seed}")
     found: dict[str, Turn] = {}
     while len(found) < num_turns:
         turn = task.draw(rng)
-        is_fit = not task.checks_real_words or turn.user.split('"')[1] in SPELLING_WORDS
+        is_fit = not (real_words and task.is_about_words) or turn.user.split('"')[1] in SPELLING_WORDS
         if is_fit and is_held_out(turn.user) and turn.user != turn.assistant:
             found[turn.user] = turn
     return list(found.values())

@@ -133,16 +133,16 @@ def answer(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], max_new_t
     model.eval()
     for indices in by_length.values():
         token_ids = torch.tensor([rows[index] for index in indices])
-        start = token_ids.shape[1]
+        given, cache = [], None
         is_open = torch.ones(len(indices), dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            newest = model(input_ids=token_ids).logits[:, -1].argmax(-1)
-            newest = torch.where(is_open, newest, END_ID)
-            token_ids = torch.cat([token_ids, newest[:, None]], dim=1)
+        while len(given) < max_new_tokens and bool(is_open.any()):
+            output = model(input_ids=token_ids, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            newest = torch.where(is_open, output.logits[:, -1].argmax(-1), END_ID)
             is_open &= newest != END_ID
-            if not bool(is_open.any()):
-                break
-        for index, row in zip(indices, token_ids[:, start:].tolist(), strict=True):
+            given.append(newest)
+            token_ids = newest[:, None]
+        for index, row in zip(indices, torch.stack(given, dim=1).tolist(), strict=True):
             answers[index] = tokenizer.decode(row[: row.index(END_ID)] if END_ID in row else row)
     return answers
 

@@ -31,7 +31,7 @@ TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down
 BASE_SCHEDULE = Schedule(num_steps=2400, batch_tokens=2048, learning_rate=2.5e-3, weight_decay=0.1)
 ADAPTER_SCHEDULE = Schedule(num_steps=1, batch_tokens=1024, learning_rate=4e-3, weight_decay=0.0)
 NUM_CHECKS = 24
-NUM_EVALUATED = 200
+NUM_EVALUATED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +98,7 @@ def load_tokenizer(out: Path) -> Tokenizer:
 
 
 def make_adapter(out: Path, task: Task, scale: Scale, report: Callable[[str], None]) -> None:
-    """Train one task's adapter on the frozen base, save it as a PEFT folder in bf16 and measure what was saved."""
+    """Train one task's adapter on the frozen base and save it as a PEFT folder in bf16."""
     tokenizer = load_tokenizer(out)
     config = LoraConfig(
         r=task.rank,
@@ -106,7 +106,6 @@ def make_adapter(out: Path, task: Task, scale: Scale, report: Callable[[str], No
         use_rslora=task.use_rslora,
         target_modules=TARGETS,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=BASE_NAME,
     )
     torch.manual_seed(SEED)
     model = get_peft_model(load_base(out), config)
@@ -120,9 +119,10 @@ def make_adapter(out: Path, task: Task, scale: Scale, report: Callable[[str], No
     shutil.rmtree(folder, ignore_errors=True)
     # peft puts the path it loaded from into the config
     config.base_model_name_or_path = BASE_NAME
-    model.to(torch.bfloat16).save_pretrained(str(folder))
+    # without this flag peft asks the network whether the base's vocabulary has changed
+    model.to(torch.bfloat16).save_pretrained(str(folder), save_embedding_layers=False)
     tidy_adapter(folder)
-    measure(out, task, scale, {"minutes": round(minutes, 1), "steps": schedule.num_steps, "loss": round(loss, 4)})
+    write_results(out, task.name, {"minutes": round(minutes, 1), "steps": schedule.num_steps, "loss": round(loss, 4)})
 
 
 def tidy_adapter(folder: Path) -> None:
@@ -134,17 +134,17 @@ def tidy_adapter(folder: Path) -> None:
     path.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def measure(out: Path, task: Task, scale: Scale, facts: dict[str, float]) -> None:
+def measure(out: Path, task: Task, scale: Scale) -> None:
     """Ask base and adapter the same held-out questions and note how many each gets right."""
     tokenizer = load_tokenizer(out)
-    turns = check_turns(task, scale.num_evaluated, SEED + 7)
+    turns = check_turns(task, scale.num_evaluated, SEED + 7, real_words=False)
     base = load_base(out)
     base_right = share_right(base, tokenizer, turns)
     adapted = PeftModel.from_pretrained(base, str(out / "adapters" / task.name))
     adapter_right = share_right(adapted, tokenizer, turns)
     bf16_right = share_right(adapted.to(torch.bfloat16), tokenizer, turns)
     shares = {"base_right": base_right, "adapter_right": adapter_right, "adapter_right_bf16": bf16_right}
-    write_results(out, task.name, {**facts, "questions": len(turns), **shares})
+    write_results(out, task.name, {"questions": len(turns), **shares})
 
 
 def write_checks(out: Path) -> None:
@@ -152,7 +152,7 @@ def write_checks(out: Path) -> None:
     lines = [
         json.dumps({"adapter": task.name, "prompt": turn.user, "answer": turn.assistant})
         for task in TASKS
-        for turn in check_turns(task, NUM_CHECKS, SEED)
+        for turn in check_turns(task, NUM_CHECKS, SEED, real_words=True)
     ]
     (out / "tasks.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -172,27 +172,29 @@ def read_results(out: Path) -> dict[str, dict[str, float]]:
 
 
 def write_results(out: Path, name: str, facts: dict[str, float]) -> None:
-    """Note what one stage measured."""
-    (out / "results.json").write_text(json.dumps({**read_results(out), name: facts}, indent=2) + "\n")
+    """Note what one stage measured, beside what others noted under the same name."""
+    results = read_results(out)
+    results[name] = {**results.get(name, {}), **facts}
+    (out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
 
 
 def show_answers(out: Path, report: Callable[[str], None]) -> None:
     """Report what the base says to one question of each task."""
-    turns = [check_turns(task, 1, SEED)[0] for task in TASKS]
+    turns = [check_turns(task, 1, SEED, real_words=True)[0] for task in TASKS]
     given = answer(load_base(out), load_tokenizer(out), [turn.user for turn in turns])
     for turn, text in zip(turns, given, strict=True):
         report(f"base: {turn.user!r} -> {text!r} (wanted {turn.assistant!r})")
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Run the stages that were asked for."""
     parser = argparse.ArgumentParser(description="Train the demo base and its adapters on generated text.")
     parser.add_argument("--out", type=Path, default=Path("deploy/demo"), help="folder to write to")
-    parser.add_argument("--stage", choices=("all", "base", "adapters", "checks"), default="all")
+    parser.add_argument("--stage", choices=("all", "base", "adapters", "measure", "checks"), default="all")
     parser.add_argument("--adapter", choices=[task.name for task in TASKS], help="only this adapter")
     parser.add_argument("--smoke", action="store_true", help="a miniature that only proves the pipeline")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; the shipped files were made with 1")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
     scale = SMOKE if options.smoke else Scale()
     began = time.monotonic()
@@ -204,12 +206,13 @@ def main() -> None:
     if options.stage in ("all", "base"):
         make_base(options.out, scale, report)
         show_answers(options.out, report)
-    if options.stage in ("all", "adapters"):
-        for task in TASKS:
-            if options.adapter in (None, task.name):
-                report(f"adapter {task.name}")
-                make_adapter(options.out, task, scale, report)
-                report(json.dumps(read_results(options.out)[task.name]))
+    for task in TASKS:
+        if options.stage in ("all", "adapters") and options.adapter in (None, task.name):
+            report(f"adapter {task.name}")
+            make_adapter(options.out, task, scale, report)
+        if options.stage in ("all", "adapters", "measure") and options.adapter in (None, task.name):
+            measure(options.out, task, scale)
+            report(f"{task.name}: {json.dumps(read_results(options.out)[task.name])}")
     write_checks(options.out)
     write_card(options.out)
 
