@@ -118,7 +118,11 @@ class AdapterStore:
             convert=convert,
             clock=clock,
         )
-        store.sweep()
+        try:
+            store.sweep()
+        except BaseException:
+            store.close()
+            raise
         return store
 
     def close(self) -> None:

@@ -23,8 +23,8 @@ _NUM_ROWS = 4
 _SEED = 20260901
 # three roundings meet in a product of A and B; float32 keeps the promise of 1e-5 with room
 _SLACK = 3.0
-# half the smallest float16: what a value may lose to underflow
-_UNDERFLOW = {"F32": 0.0, "BF16": 0.0, "F16": 2.0**-25}
+# the smallest subnormal: what a value may lose to underflow
+_UNDERFLOW = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
 
 
 @dataclass(frozen=True, slots=True)

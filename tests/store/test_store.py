@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import AdapterCorrupt, AdapterNotFound, InvalidName, NameTaken, StoreError
+from adapters_store.errors import AdapterCorrupt, AdapterNotFound, InvalidName, NameTaken, StorageFailed, StoreError
 from adapters_store.store import AdapterStore, AdapterVersion
 from tests.store.folders import TINY, lora_config, lora_tensors, open_store, write_folder
 
@@ -284,3 +284,17 @@ def test_threads_upload_the_same_name_and_every_version_is_kept(store: AdapterSt
     assert sorted(v.version for v in versions) == list(range(1, 9))
     assert len({v.digest for v in versions}) == 8
     store.verify("a")
+
+
+def test_a_registry_that_is_not_one_is_refused_at_opening(store_dir: Path) -> None:
+    store_dir.mkdir()
+    (store_dir / "registry.sqlite").write_bytes(b"not a database" * 100)
+    with pytest.raises(StorageFailed) as refusal:
+        open_store(store_dir)
+    assert str(store_dir) not in refusal.value.message
+
+
+def test_a_store_where_nothing_can_be_created_is_refused_at_opening(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StorageFailed):
+        open_store(tmp_path / "file" / "store")
