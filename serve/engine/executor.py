@@ -3,7 +3,7 @@
 Decides nothing. Invariant: what a row produces depends on the plan's row, the weights and the sequence's own KV.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -35,6 +35,8 @@ class TorchExecutor:
             row.request_id: self._result(row, hidden[batch.begins[i] : batch.begins[i + 1]], sampled.get(i))
             for i, row in enumerate(batch.rows)
         }
+        # last, since a step that raised is run again: a matcher must not advance twice
+        self._advance_grammars(results.values())
         return [results[row.request_id] for row in plan.rows]
 
     def start_load(self, digest: str, slot: int) -> None:
@@ -74,10 +76,6 @@ class TorchExecutor:
         specs = [spec for i in chosen if (spec := batch.rows[i].sample) is not None]
         masks = [self._mask(batch.rows[i]) for i in chosen]
         outcome = sample(logits, specs, self._parts.spec.eos_token_ids, masks.__getitem__)
-        for i, result in zip(chosen, outcome, strict=True):
-            request_id = batch.rows[i].request_id
-            if result.token_id is not None and request_id in self._constrained and self._parts.grammars is not None:
-                self._parts.grammars.accept(request_id, result.token_id)
         return dict(zip(chosen, outcome, strict=True))
 
     def _mask(self, row: Row) -> BitMask | None:
@@ -88,6 +86,11 @@ class TorchExecutor:
             grammars.start(row.request_id, spec.params.grammar)
             self._constrained.add(row.request_id)
         return grammars.mask(row.request_id)
+
+    def _advance_grammars(self, results: Iterable[RowResult]) -> None:
+        for result in results:
+            if result.token_id is not None and result.request_id in self._constrained and self._parts.grammars:
+                self._parts.grammars.accept(result.request_id, result.token_id)
 
     def _result(self, row: Row, hidden: Tensor, sampled: Sampled | None) -> RowResult:
         prompt_logprobs = self._prompt_logprobs(row, hidden)
