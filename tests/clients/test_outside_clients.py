@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 
 import openai
 import pytest
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from tests.live_server import LiveServer
+from tests.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.clients, pytest.mark.e2e]
 
@@ -25,6 +26,8 @@ QUESTION = "Tell me a story."
 class Pet(BaseModel):
     """An answer that any model can be held to by a grammar."""
 
+    # a random model would go on adding fields where the schema lets it
+    model_config = ConfigDict(extra="forbid")
     kind: Literal["cat", "dog"]
     age: Annotated[int, Field(ge=0, le=99)]
 
@@ -98,13 +101,13 @@ def test_lm_eval_scores_by_local_completions(server: LiveServer, tmp_path: Path)
         "generation_kwargs: {until: ['\\n'], max_gen_toks: 8}\n"
         "metric_list: [{metric: exact_match}]\n"
     )
-    # ids are sent, made by the base's own tokenizer, as lm-eval does by default
+    # as lm-eval does by default: it tokenises with the base's own files and sends ids
+    tokenizer_dir = write_tiny_model(tmp_path / "tiny")
     settings = [
         "model=voice",
         f"base_url={server.url}/v1/completions",
         "num_concurrent=4",
-        "tokenizer_backend=remote",
-        "tokenized_requests=False",
+        f"tokenizer={tokenizer_dir}",
     ]
     command = [sys.executable, "-m", "lm_eval", "run", "--model", "local-completions", "--tasks", "choices,generate"]
     command += ["--include_path", str(tmp_path), "--output_path", str(tmp_path / "out")]
