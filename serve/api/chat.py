@@ -24,6 +24,7 @@ from serve.api.selection import Target, resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.structured import requested_grammar
 from serve.api.tokenizer import TextTokenizer
+from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
 from serve.api.tools import ToolPlan, plan_tools
 from serve.messages import Grammar
@@ -39,7 +40,9 @@ async def create_chat_completion(request: Request) -> Response:
     num_choices = check_limits(body, state.config.limits, num_prompts=1)
     require_template(state.chat)
     tools = _plan_tools(state, body)
-    grammar = tools.grammar or requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
+    form = requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
+    # a forced call is no free text: the form of the text has nothing to say about it
+    grammar = tools.grammar or form
     target = await resolve_target(state, body)
     state.engine.admit(num_choices)
     await state.grammar_gate.check(grammar)
@@ -56,7 +59,7 @@ def _plan_tools(state: ApiState, body: ChatRequest) -> ToolPlan:
         body.tool_choice,
         family=state.tool_family,
         parallel=body.parallel_tool_calls is not False,
-        special_token_ids=state.tokenizer.special_ids_by_text(),
+        special_token_ids=state.control_ids,
     )
 
 
@@ -69,14 +72,15 @@ async def _prepare(
     token_ids = fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready)
     max_tokens = output_budget(len(token_ids), asked, ready)
     logprobs = LogprobCounts(output=(body.top_logprobs or 0) if body.logprobs else None)
-    # a tool call's framing may be made of control tokens: its reader must see them
-    rules = output_rules(body, ready, keep_special_tokens=tools.parser() is not None)
+    # a tool call may open with a control token: its reader must see it
+    opener = FRAMINGS[tools.family].opener if tools.tool_names else ""
+    opener_ids = frozenset(token_id for text, token_id in state.control_ids.items() if text == opener)
     return Generation(
         prompts=[token_ids],
         sampling=[build_sampling(body, ready, max_tokens, logprobs, grammar)],
         num_choices=body.n or 1,
         seed=body.seed,
-        rules=rules,
+        rules=output_rules(body, ready, shown_token_ids=opener_ids),
         target=target,
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",

@@ -62,8 +62,11 @@ class ChatEncoder:
         return self._special_text.encode(self._cut(rendered) if continue_final_message else rendered)
 
     def _protect_message(self, message: Json) -> Json:
-        is_assistant = message.get("role") == "assistant"
-        return {**self._protect_object(message, is_assistant=is_assistant), "role": message.get("role")}
+        role = message.get("role")
+        # OpenAI's newer name; most templates know the older one only
+        if role == "developer" and "developer" not in self.template_source:
+            role = "system"
+        return {**self._protect_object(message, is_assistant=role == "assistant"), "role": role}
 
     def _protect_object(self, value: Json, *, is_assistant: bool) -> Json:
         return {

@@ -53,18 +53,13 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body)
     prompts = [fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready) for token_ids in encoded]
     logprobs = LogprobCounts(output=body.logprobs, prompt=body.logprobs if body.echo else None)
-    rules = output_rules(body, ready, is_hidden=asked == 0)
-    sampling = []
-    for prompt in prompts:
-        max_tokens = output_budget(len(prompt), asked, ready)
-        # a sequence makes at least one token; for max_tokens 0 nobody sees it
-        sampling.append(build_sampling(body, ready, max(max_tokens, 1), logprobs, grammar))
+    budgets = [output_budget(len(prompt), asked, ready) for prompt in prompts]
     return Generation(
         prompts=prompts,
-        sampling=sampling,
+        sampling=[build_sampling(body, ready, budget, logprobs, grammar) for budget in budgets],
         num_choices=body.n or 1,
         seed=body.seed,
-        rules=rules,
+        rules=output_rules(body, ready),
         target=target,
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",

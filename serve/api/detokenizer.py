@@ -14,14 +14,15 @@ from serve.api.token_bytes import TokenBytes
 class Detokenizer:
     """Decodes one sequence; feed it ids in order, then `finish`."""
 
-    def __init__(self, token_bytes: TokenBytes, *, skip_special_tokens: bool, at_text_start: bool) -> None:
+    def __init__(self, token_bytes: TokenBytes, skipped: frozenset[int], *, at_text_start: bool) -> None:
         """Start a sequence.
 
         Args:
+            skipped: ids that add no text, usually the control tokens.
             at_text_start: only control tokens come before it, so a sentencepiece word's leading space is no text.
         """
         self._token_bytes = token_bytes
-        self._skipped = token_bytes.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._strip_next = at_text_start and token_bytes.strips_leading_space
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 

@@ -36,9 +36,8 @@ class CompletionLogprobs:
 
     def __init__(self, tokenizer: TextTokenizer, *, skip_special_tokens: bool, at_text_start: bool) -> None:
         self._tokenizer = tokenizer
-        self._detokenizer = Detokenizer(
-            tokenizer.token_bytes, skip_special_tokens=skip_special_tokens, at_text_start=at_text_start
-        )
+        skipped = tokenizer.token_bytes.special_ids if skip_special_tokens else frozenset()
+        self._detokenizer = Detokenizer(tokenizer.token_bytes, skipped, at_text_start=at_text_start)
         self._offset = 0
 
     def prompt(self, prompt_ids: Sequence[int], entries: Sequence[TokenLogprobs]) -> Json:

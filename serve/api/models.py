@@ -10,6 +10,7 @@ from typing import Annotated
 from fastapi import APIRouter, Query, Request
 
 from adapters_store.store import AdapterVersion
+from serve.api.adapters import remove_adapter
 from serve.api.errors import error_responses
 from serve.api.selection import resolve_adapter
 from serve.api.state import ApiState, api_state
@@ -77,11 +78,7 @@ async def delete_model(request: Request, model_id: str) -> Json:
         raise InvalidValue(
             f"a version or alias cannot be deleted alone; delete the adapter {ref.name!r}", param="model"
         )
-    versions = await asyncio.to_thread(api.store.versions, ref.name)
-    await asyncio.to_thread(api.store.delete, ref.name)
-    kept = {version.digest for version in await asyncio.to_thread(api.store.list)}
-    for digest in {version.digest for version in versions} - kept:
-        api.engine.unload_adapter(digest)
+    await remove_adapter(api, ref.name)
     return {"id": model_id, "object": "model", "deleted": True}
 
 

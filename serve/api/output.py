@@ -23,11 +23,11 @@ class OutputRules:
     skip_special_tokens: bool = True
     stop: tuple[str, ...] = ()
     include_stop: bool = False
-    # ids that may end the sequence: their text is only shown with `include_stop`
+    # control tokens that are shown all the same
+    shown_token_ids: frozenset[int] = frozenset()
+    # ids that may end the sequence: where one does, its text is only shown with `include_stop`
     stop_token_ids: frozenset[int] = frozenset()
     min_tokens: int = 0
-    # the client asked for no output at all: the engine's one token stays unseen
-    is_hidden: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,8 @@ class OutputReader:
     def __init__(self, index: int, rules: OutputRules, token_bytes: TokenBytes, *, at_text_start: bool) -> None:
         self._index = index
         self._rules = rules
-        self._detokenizer = Detokenizer(
-            token_bytes, skip_special_tokens=rules.skip_special_tokens, at_text_start=at_text_start
-        )
+        skipped = token_bytes.special_ids - rules.shown_token_ids if rules.skip_special_tokens else frozenset()
+        self._detokenizer = Detokenizer(token_bytes, skipped, at_text_start=at_text_start)
         self._stop = StopStrings(rules.stop, include_in_output=rules.include_stop)
         # a possible stop token whose text waits for the next event to say whether it was one
         self._held_token: int | None = None
@@ -58,12 +57,6 @@ class OutputReader:
 
     def read(self, event: Started | Tokens | Finished) -> Piece:
         """Return what this event adds."""
-        piece = self._read(event)
-        if self._rules.is_hidden:
-            return Piece(self._index, started=piece.started, finish_reason=piece.finish_reason and "length")
-        return piece
-
-    def _read(self, event: Started | Tokens | Finished) -> Piece:
         if isinstance(event, Started):
             return Piece(self._index, started=event)
         if isinstance(event, Finished):
@@ -104,21 +97,19 @@ class OutputReader:
 
 
 def output_rules(
-    request: GenerationRequest, ready: Ready, *, keep_special_tokens: bool = False, is_hidden: bool = False
+    request: GenerationRequest, ready: Ready, *, shown_token_ids: frozenset[int] = frozenset()
 ) -> OutputRules:
     """Return the rules that a request's fields ask for.
 
     Args:
-        keep_special_tokens: show them whatever the request says: another reader comes first.
+        shown_token_ids: control tokens that another reader of the text must see.
     """
-    stop_ids = set(request.stop_token_ids or ())
-    if not request.ignore_eos:
-        stop_ids.update(ready.eos_token_ids)
     return OutputRules(
-        skip_special_tokens=request.skip_special_tokens is not False and not keep_special_tokens,
+        skip_special_tokens=request.skip_special_tokens is not False,
         stop=tuple(request.stop or ()),
         include_stop=bool(request.include_stop_str_in_output),
-        stop_token_ids=frozenset(stop_ids),
+        shown_token_ids=shown_token_ids,
+        # also with `ignore_eos`: a finished grammar still ends with one
+        stop_token_ids=frozenset({*ready.eos_token_ids, *(request.stop_token_ids or ())}),
         min_tokens=request.min_tokens or 0,
-        is_hidden=is_hidden,
     )

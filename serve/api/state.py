@@ -3,6 +3,7 @@
 Owns nothing but the references. Invariant: immutable after the start; whatever changes lives in the objects named here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -32,6 +33,8 @@ class ApiState:
     chat: ChatEncoder | None
     tool_family: ToolFamily
     grammar_gate: GrammarGate
+    # text of each control token to its id
+    control_ids: Mapping[str, int]
     metrics: Metrics | None
     version: str
     started: int

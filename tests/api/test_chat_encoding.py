@@ -156,3 +156,14 @@ def test_a_cut_message_cannot_be_continued(model_dir: Path) -> None:
     turns: list[dict[str, object]] = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     with pytest.raises(InvalidRequest, match="does not show the final message"):
         encoder.encode(turns, None, add_generation_prompt=False, continue_final_message=True)
+
+
+def test_the_developer_role_is_system_to_templates_that_do_not_know_it() -> None:
+    messages: list[dict[str, object]] = [{"role": "developer", "content": "x"}]
+    for template, expected in (
+        ("{{ messages[0].role }}", b"system"),
+        ("{{ messages[0].role }}{# developer #}", b"developer"),
+    ):
+        encoder = ChatEncoder(ChatTemplate(template, None, {}), SpecialText(BYTE_LEVEL, template))
+        ids = encoder.encode(messages, None, add_generation_prompt=True, continue_final_message=False)
+        assert bytes(ids) == expected

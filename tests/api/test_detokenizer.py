@@ -81,7 +81,8 @@ SENTENCEPIECE_BYTES = TokenBytes(SENTENCEPIECE)
 
 def decode(token_bytes: TokenBytes, groups: list[list[int]], *, at_text_start: bool = True, skip: bool = True) -> str:
     """Decode incrementally."""
-    detokenizer = Detokenizer(token_bytes, skip_special_tokens=skip, at_text_start=at_text_start)
+    skipped = token_bytes.special_ids if skip else frozenset()
+    detokenizer = Detokenizer(token_bytes, skipped, at_text_start=at_text_start)
     pieces = [detokenizer.feed(group) for group in groups]
     return "".join([*pieces, detokenizer.finish()])
 
@@ -105,7 +106,7 @@ def test_byte_level_pieces_join_to_the_tokenizers_own_decoding(groups: list[list
 def test_text_never_shows_a_cut_character(text: str, group_size: int) -> None:
     ids = list(text.encode("utf-8"))
     groups = [ids[start : start + group_size] for start in range(0, len(ids), group_size)]
-    detokenizer = Detokenizer(BYTE_LEVEL_BYTES, skip_special_tokens=True, at_text_start=True)
+    detokenizer = Detokenizer(BYTE_LEVEL_BYTES, frozenset(), at_text_start=True)
     shown = ""
     for group in groups:
         shown += detokenizer.feed(group)
@@ -129,7 +130,7 @@ def test_sentencepiece_pieces_join_to_the_tokenizers_own_decoding(groups: list[l
 
 
 def test_bytes_that_are_no_characters_become_replacements_as_they_are_certain() -> None:
-    detokenizer = Detokenizer(SENTENCEPIECE_BYTES, skip_special_tokens=True, at_text_start=True)
+    detokenizer = Detokenizer(SENTENCEPIECE_BYTES, frozenset(), at_text_start=True)
     byte = 2
     assert detokenizer.feed([byte + 0xE6, byte + 0xBC]) == ""
     assert detokenizer.feed([byte + ord("x")]) == "\ufffdx"

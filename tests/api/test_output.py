@@ -10,7 +10,7 @@ from serve.api.output import OutputReader, OutputRules, Piece
 from serve.api.token_bytes import TokenBytes
 from serve.errors import EngineFailed
 from serve.messages import Finished, FinishReason, Tokens
-from tests.api.byte_tokenizer import IM_END
+from tests.api.byte_tokenizer import IM_END, IM_START
 from tests.api.test_detokenizer import BYTE_LEVEL
 
 TOKEN_BYTES = TokenBytes(BYTE_LEVEL)
@@ -66,8 +66,9 @@ def test_a_stop_string_completed_by_the_last_text_wins_over_length() -> None:
     assert joined(read([[97, 98], [10]], rules, FinishReason.LENGTH, None)) == ("a", [97, 98, 10], "stop")
 
 
-def test_hidden_output_ends_by_length_and_shows_nothing() -> None:
-    assert joined(read([[97]], OutputRules(is_hidden=True), FinishReason.STOP, None)) == ("", [], "length")
+def test_single_control_tokens_can_be_shown() -> None:
+    rules = OutputRules(shown_token_ids=frozenset({IM_START}))
+    assert joined(read([[IM_START, IM_END, 97]], rules, FinishReason.LENGTH, None))[0] == "<|im_start|>a"
 
 
 def test_an_abort_by_the_engine_is_an_error() -> None:
