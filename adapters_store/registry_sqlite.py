@@ -36,20 +36,17 @@ _BUSY_TIMEOUT_S = 30.0
 
 
 class SqliteRegistry:
-    """A `Registry` in one file. Threads share one connection behind a lock."""
+    """A `Registry` in one file. Reads and writes have a connection each, so no request waits for an upload's sync."""
 
     def __init__(self, path: Path) -> None:
-        self._lock = threading.Lock()
+        self._writing, self._reading = threading.Lock(), threading.Lock()
         with _storage_errors():
-            self._connection = sqlite3.connect(
-                path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False
-            )
+            self._writer = _connect(path)
             try:
-                self._connection.execute("PRAGMA journal_mode=WAL")
-                self._connection.execute("PRAGMA synchronous=FULL")
-                self._connection.executescript(_SCHEMA)
+                self._writer.executescript(_SCHEMA)
+                self._reader = _connect(path)
             except sqlite3.Error:
-                self._connection.close()
+                self._writer.close()
                 raise
 
     def publish(self, new: NewVersion) -> AdapterVersion:
@@ -67,7 +64,7 @@ class SqliteRegistry:
 
     def check_free(self, name: str) -> None:
         """Raise NameTaken if `name` differs only in case from another, or spells an existing `name:alias`."""
-        with self._reading() as db:
+        with self._read() as db:
             self._check_free(db, name)
 
     def current(self, name: str) -> AdapterVersion | None:
@@ -116,9 +113,10 @@ class SqliteRegistry:
             return {row[0] for row in db.execute(query, (retired_since,))}
 
     def close(self) -> None:
-        """Give back the connection."""
-        with self._lock:
-            self._connection.close()
+        """Give back the connections."""
+        with self._writing, self._reading:
+            self._reader.close()
+            self._writer.close()
 
     @staticmethod
     def _check_free(db: sqlite3.Connection, name: str) -> None:
@@ -136,27 +134,38 @@ class SqliteRegistry:
         return found[0] if found else None
 
     def _many(self, clause: str, *values: str | int) -> list[AdapterVersion]:
-        with self._reading() as db:
+        with self._read() as db:
             rows = db.execute(f"SELECT v.version, v.facts FROM versions v {clause}", values).fetchall()
         return [_version(number, facts) for number, facts in rows]
 
     @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _storage_errors():
-            yield self._connection
+    def _read(self) -> Iterator[sqlite3.Connection]:
+        with self._reading, _storage_errors():
+            yield self._reader
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, _storage_errors():
-            self._connection.execute("BEGIN IMMEDIATE")
+        with self._writing, _storage_errors():
+            self._writer.execute("BEGIN IMMEDIATE")
             try:
-                yield self._connection
-                self._connection.execute("COMMIT")
+                yield self._writer
+                self._writer.execute("COMMIT")
             except BaseException:
                 # a failed COMMIT may have ended the transaction by itself
-                if self._connection.in_transaction:
-                    self._connection.execute("ROLLBACK")
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
                 raise
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
 
 
 def _version(number: int, facts: str) -> AdapterVersion:

@@ -15,12 +15,7 @@ from adapters_store.blobs import Blobs, LowrankEntry, OpenAdapter, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.converter import convert_in_child
-from adapters_store.errors import (
-    AdapterNotFound,
-    NameTaken,
-    StoreError,
-    storage_errors,
-)
+from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import StoreLock, lock_folder
 from adapters_store.manifest import Manifest, Report
@@ -105,13 +100,11 @@ class AdapterStore:
         with storage_errors():
             for folder in (root, root / "objects", root / "staging"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            registry = SqliteRegistry(root / "registry.sqlite")
-            files = files if files is not None else FileSystem()
-            files.sync_dir(root)
+        files = files if files is not None else FileSystem()
         store = cls(
             root,
             ConvertOptions(base=base, dtype=image_dtype, max_rank=max_rank),
-            registry,
+            SqliteRegistry(root / "registry.sqlite"),
             served_name=served_name,
             max_upload_bytes=max_upload_bytes,
             files=files,
@@ -119,6 +112,8 @@ class AdapterStore:
             clock=clock,
         )
         try:
+            with storage_errors():
+                files.sync_dir(root)
             store.sweep()
         except BaseException:
             store.close()

@@ -174,8 +174,8 @@ def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
     """Open one file of a folder; raises CorruptUpload or UnsupportedFormat unless it may be read."""
     try:
         return open_regular(folder / filename, is_trusted=trusted)
-    except OSError as error:
-        if filename == PART_NAMES[1] and (folder / "adapter_model.bin").exists():
+    except (OSError, ValueError) as error:
+        if filename == PART_NAMES[1] and os.path.exists(folder / "adapter_model.bin"):
             raise UnsupportedFormat(
                 "the folder holds adapter_model.bin, a pickle, which is never opened here: "
                 "save the adapter with safe_serialization=True",
@@ -187,7 +187,7 @@ def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
 
 def refuse_foreign_parts(folder: Path) -> None:
     """Refuse a folder with a file that changes the model in a way that is not served; other files are not read."""
-    if (folder / "new_embeddings.safetensors").exists():
+    if os.path.exists(folder / "new_embeddings.safetensors"):
         raise UnsupportedAdapter(
             "the folder holds new_embeddings.safetensors; a changed vocabulary is not served yet", param="files"
         )

@@ -91,5 +91,5 @@ def judge(
 
 def registry_bytes(registry: SqliteRegistry) -> bytes:
     """Return the registry as one durable file, as it would be read after a power loss right now."""
-    with registry._lock:
-        return registry._connection.serialize()
+    with registry._writing:
+        return registry._writer.serialize()
