@@ -10,8 +10,8 @@ import llguidance
 
 from serve.messages import Grammar
 
-# unbounded white space between JSON tokens lets a weak model write blanks until max_tokens
-_JSON_WHITESPACE = r"[ \n\r\t]{1,40}"
+# one blank, or a new line and its indent: with free white space a weak model writes blanks until max_tokens
+_JSON_WHITESPACE = r" |\n[ \t]{0,24}"
 
 
 def source(grammar: Grammar) -> str:

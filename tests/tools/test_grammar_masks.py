@@ -123,7 +123,11 @@ def test_any_object_is_an_object_and_nothing_else(shared_data: Path) -> None:
     assert not speaker.can_say(grammar, "[1]")
     assert not speaker.can_say(grammar, '{"a": 1')
     assert not speaker.can_say(grammar, '{"a": 1}}')
-    assert not speaker.can_say(grammar, "{" + " " * 200 + "}")
+    assert speaker.can_say(grammar, json.dumps({"a": [1, {"b": 2}], "c": {}}, indent=4))
+    assert speaker.can_say(grammar, '{\n\t"a":1}')
+    # a weak model's favourite end
+    assert not speaker.can_say(grammar, '{"a":  1}')
+    assert not speaker.can_say(grammar, "{\n\n}")
 
 
 def test_a_complete_grammar_allows_only_the_end_token(speaker: Speaker) -> None:

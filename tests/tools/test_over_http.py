@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import openai
@@ -153,7 +154,7 @@ def test_a_schema_becomes_a_grammar_and_a_bad_one_never_reaches_the_engine(
     grammar = api.engine.submits[-1].sampling.grammar
     assert grammar is not None and json.loads(grammar.text) == schema
     api.engine.submits.clear()
-    for bad in (
+    refused: list[dict[str, Any]] = [
         {"response_format": {"type": "json_schema"}},
         {"response_format": {"type": "json_schema", "json_schema": {"schema": {"$ref": "http://x/y"}}}},
         {
@@ -166,7 +167,8 @@ def test_a_schema_becomes_a_grammar_and_a_bad_one_never_reaches_the_engine(
         {"extra_body": {"structured_outputs": {"grammar": "start: nothing"}}},
         {"extra_body": {"structured_outputs": {"choice": []}}},
         {"tools": [WEATHER], "tool_choice": {"type": "function", "function": {"name": "rm"}}},
-    ):
+    ]
+    for bad in refused:
         with pytest.raises(openai.BadRequestError) as caught:
             ask(client, **bad)
         assert caught.value.type == "invalid_request_error"
