@@ -22,7 +22,7 @@ from serve.messages import (
 )
 from tests.api.byte_tokenizer import IM_END, VOCAB_SIZE
 
-MAX_MODEL_LEN = 256
+MAX_MODEL_LEN = 1024
 
 
 def text_ids(text: str) -> list[int]:

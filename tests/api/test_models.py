@@ -7,6 +7,7 @@ import pytest
 
 from serve.messages import AdapterState, Stats
 from tests.api.api_server import ApiServer
+from tests.api.fake_engine import MAX_MODEL_LEN
 from tests.api.fake_store import BASE, digest_of
 
 
@@ -38,7 +39,7 @@ def test_the_list_begins_with_the_base(client: openai.OpenAI, api: ApiServer) ->
 
 def test_an_adapters_card_has_parent_and_digest(api: ApiServer) -> None:
     base, clerk, poet = api.http.get("/v1/models").json()["data"]
-    assert base["parent"] is None and "adapter" not in base and base["max_model_len"] == 256
+    assert base["parent"] is None and "adapter" not in base and base["max_model_len"] == MAX_MODEL_LEN
     assert poet["parent"] == BASE and poet["root"] == f"sha256:{digest_of('poet', 2)}"
     assert poet["adapter"] == {
         "family": "lora",
