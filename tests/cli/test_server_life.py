@@ -89,11 +89,11 @@ def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> No
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)
     engines = psutil.Process(server.process.pid).children(recursive=True)
-    sent_at = time.monotonic()
     server.process.send_signal(signal.SIGTERM)
     status, out, _ = server.end()
-    assert time.monotonic() - sent_at < 20.0
     reader.join(30.0)
+    # eight seconds of work at least: it was cut
+    assert reader.finish_reasons == []
     assert (status, out) == (0, "")
     assert engines and not any(engine.is_running() for engine in engines)
 
