@@ -23,6 +23,7 @@ from serve.api.schemas_completions import EmbeddingRequest, Prompt
 from serve.api.selection import Target, resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.tokenizer import TextTokenizer
+from serve.errors import Unavailable
 from serve.messages import Embed, Ready
 
 router = APIRouter()
@@ -59,8 +60,12 @@ async def _embed_all(state: ApiState, prompts: Sequence[list[int]], target: Targ
         Embed(f"{identity}-{index}", prompt, pooling=pooling, adapter_digest=target.digest)
         for index, prompt in enumerate(prompts)
     ]
-    async with asyncio.timeout(state.config.limits.request_timeout_s):
-        return await _gather(state, commands)
+    timeout_s = state.config.limits.request_timeout_s
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _gather(state, commands)
+    except TimeoutError:
+        raise Unavailable(f"the request took longer than {timeout_s:g} s; send fewer inputs at a time") from None
 
 
 async def _gather(state: ApiState, commands: Sequence[Embed]) -> list[list[float]]:

@@ -13,12 +13,15 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 
 from adapters_store.errors import StoreError
+from serve.api.disconnect import ClientGone
 from serve.errors import EngineFailed, InvalidRequest, MethodNotAllowed, NotFound, ServeError
 
 logger = logging.getLogger("chorale.api")
 
 ErrorBody = dict[str, dict[str, str | None]]
 _DEFAULT_RETRY_AFTER_S = 1
+# nobody reads it: proxies log this status for a client that left
+_CLIENT_GONE = 499
 
 _ERROR_SCHEMA = {
     "type": "object",
@@ -91,6 +94,10 @@ def install_errors(app: FastAPI) -> None:
         response.headers.update(getattr(error, "headers", None) or {})
         return response
 
+    async def end_quietly(request: Request, error: Exception) -> Response:
+        return Response(status_code=_CLIENT_GONE)
+
+    app.add_exception_handler(ClientGone, end_quietly)
     app.add_exception_handler(ServeError, answer)
     app.add_exception_handler(StoreError, answer)
     app.add_exception_handler(RequestValidationError, answer_validation)

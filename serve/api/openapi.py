@@ -21,7 +21,18 @@ class Declared(TypedDict):
 
 def json_endpoint(model: type[RequestModel]) -> Declared:
     """Declare a route that reads `model` from a JSON body."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    schema.pop("$defs", None)
-    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    schema = model.model_json_schema(ref_template="{model}")
+    inlined = _inline(schema, schema.pop("$defs", {}))
+    body = {"required": True, "content": {"application/json": {"schema": inlined}}}
     return {"responses": error_responses(), "openapi_extra": {"requestBody": body}, "response_model": None}
+
+
+def _inline(schema: object, definitions: Json) -> object:
+    """Return the schema without references: FastAPI only collects the definitions of models that it reads itself."""
+    if isinstance(schema, list):
+        return [_inline(item, definitions) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if "$ref" in schema:
+        return _inline(definitions[schema["$ref"]], definitions)
+    return {key: _inline(value, definitions) for key, value in schema.items()}

@@ -204,9 +204,12 @@ def test_a_client_that_leaves_a_stream_aborts_its_sequences(api: ApiServer, num_
     assert sorted(api.engine.aborted) == sorted(submit.request_id for submit in api.engine.submits)
 
 
-def test_a_client_that_leaves_before_its_whole_answer_aborts_it(api: ApiServer) -> None:
+def test_a_client_that_leaves_before_its_whole_answer_aborts_it(
+    api: ApiServer, caplog: pytest.LogCaptureFixture
+) -> None:
     api.engine.script.hold_after = 2
     with pytest.raises(httpx.ReadTimeout):
         api.http.post("/v1/completions", json={"model": BASE, "prompt": "Hi"}, timeout=0.2)
     wait_until(lambda: api.engine.num_open == 0, "the sequence ends")
     assert len(api.engine.aborted) == 1
+    assert not [record for record in caplog.records if record.name == "chorale.api"]
