@@ -21,27 +21,31 @@ Versions = dict[str, dict[int, str]]
 
 @dataclass
 class Expected:
-    """What the client knows: versions by name and number, and the one change that was not answered, if any."""
+    """What the clients know: versions by name and number, and per name the change that was not answered, if any."""
 
     versions: Versions = field(default_factory=dict)
-    unanswered: tuple[str, str] | None = None
+    unanswered: dict[str, str] = field(default_factory=dict)
+
+    def try_to(self, change: str, name: str) -> None:
+        """Note that a client asked for a "put" or "del" of `name`."""
+        self.unanswered[name] = change
 
     def acknowledge_put(self, name: str, version: int, digest: str) -> None:
         self.versions.setdefault(name, {})[version] = digest
-        self.unanswered = None
+        self.unanswered.pop(name, None)
 
     def acknowledge_delete(self, name: str) -> None:
         self.versions.pop(name, None)
-        self.unanswered = None
+        self.unanswered.pop(name, None)
 
     def allows(self, name: str, found: dict[int, str]) -> bool:
         """Return whether the store may hold exactly these versions of `name`."""
         known = self.versions.get(name, {})
         if found == known:
             return True
-        if self.unanswered == ("del", name):
+        if self.unanswered.get(name) == "del":
             return not found
-        if self.unanswered == ("put", name):
+        if self.unanswered.get(name) == "put":
             extra = {number: digest for number, digest in found.items() if number not in known}
             return len(extra) == 1 and {**known, **extra} == found
         return False

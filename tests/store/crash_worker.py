@@ -1,7 +1,7 @@
 """The process that gets killed: `python -m tests.store.crash_worker`, driven by lines on stdin.
 
-Each line `ROOT LOG SEED VARIANT` forks a child that uploads, replaces and deletes adapters in ROOT until somebody kills
-it, writing to LOG what it tries and what it was told. Forking a warm process makes a round cost milliseconds.
+Each line `ROOT LOG SEED VARIANT NAMES` forks a child that uploads, replaces and deletes adapters of those names in ROOT
+until somebody kills it, writing to LOG what it tries and what it was told. Forking a warm process makes a round cheap.
 """
 
 import contextlib
@@ -21,7 +21,6 @@ from adapters_store.store import AdapterStore
 from adapters_store.upload import Upload
 from tests.store.folders import TINY, lora_config, lora_tensors, safetensors_bytes
 
-NAMES = ["a", "b", "c"]
 CONFIG = json.dumps(lora_config(r=1, target_modules=["k_proj", "o_proj"])).encode()
 # how long a planted bug keeps its window open: about as long as the two syncs that really lie there on a slow disk
 _WINDOW_S = 0.002
@@ -74,6 +73,24 @@ class ReplacesInTwoSteps(AdapterStore):
         return super()._commit(upload, name)
 
 
+class LocksNobodyOut(AdapterStore):
+    """Other processes may sweep between the object and its pointer."""
+
+    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+        publish = self._blobs.publish
+
+        def slowly(staged: Path, digest: str) -> None:
+            publish(staged, digest)
+            time.sleep(_WINDOW_S)
+
+        self._lock.held = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        self._blobs.publish = slowly  # type: ignore[method-assign]
+        try:
+            return super()._commit(upload, name)
+        finally:
+            self._blobs.publish = publish  # type: ignore[method-assign]
+
+
 class SweepsTheLiving(AdapterStore):
     def _live(self) -> set[str]:
         return set()
@@ -93,6 +110,7 @@ STORES: dict[str, type[AdapterStore]] = {
     "the answer comes before the pointer": AdapterStore,
     "the sweep takes living objects": SweepsTheLiving,
     "nothing is swept": NeverSweeps,
+    "processes do not lock each other out": LocksNobodyOut,
 }
 
 
@@ -106,7 +124,7 @@ def open_variant(variant: str) -> Callable[..., AdapterStore]:
     return open_it
 
 
-def work(root: Path, log: int, seed: int, variant: str) -> None:
+def work(root: Path, log: int, seed: int, variant: str, names: list[str]) -> None:
     """Change the store at random, for ever."""
     choose = random.Random(seed)
     store = open_variant(variant)(root)
@@ -115,7 +133,7 @@ def work(root: Path, log: int, seed: int, variant: str) -> None:
     say(log, "open")
     while True:
         seed += 1
-        name = choose.choice(NAMES)
+        name = choose.choice(names)
         if choose.random() < 0.3:
             say(log, "try", "del", name)
             with contextlib.suppress(AdapterNotFound):
@@ -154,11 +172,11 @@ def main() -> None:
     """Fork one child per line of stdin and print its process id."""
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin:
-        root, log_path, seed, variant = line.rstrip("\n").split("\t")
+        root, log_path, seed, variant, names = line.rstrip("\n").split("\t")
         pid = os.fork()
         if pid == 0:
             log = os.open(log_path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
-            work(Path(root), log, int(seed), variant)
+            work(Path(root), log, int(seed), variant, names.split(","))
         print(pid, flush=True)
 
 

@@ -19,7 +19,7 @@ import pytest
 
 from tests.live_server import REPO_ROOT
 from tests.store.checker import Expected, Versions, judge
-from tests.store.crash_worker import NAMES, STORES, open_variant
+from tests.store.crash_worker import STORES, open_variant
 
 NUM_KILLS = 200
 # a planted bug must be convicted within this many kills
@@ -51,22 +51,13 @@ class Zygote:
             text=True,
         )
 
-    def kill_one(self, root: Path, log: Path, seed: int, variant: str, moment: Moment) -> None:
-        """Let a worker run up to the moment and kill it; returns when it is gone."""
+    def start(self, root: Path, log: Path, seed: int, variant: str, names: list[str]) -> int:
+        """Start a worker on `names` and return its process id."""
         assert self._process.stdin is not None and self._process.stdout is not None
         log.touch()
-        self._process.stdin.write(f"{root}\t{log}\t{seed}\t{variant}\n")
+        self._process.stdin.write(f"{root}\t{log}\t{seed}\t{variant}\t{','.join(names)}\n")
         self._process.stdin.flush()
-        pid = int(self._process.stdout.readline())
-        deadline = time.monotonic() + 20
-        while log.read_bytes().count(b"\n") < moment.num_lines:
-            assert _is_alive(pid) and time.monotonic() < deadline, "the worker ended or hangs"
-            time.sleep(0.0003)
-        time.sleep(moment.delay_s)
-        os.kill(pid, signal.SIGKILL)
-        while _is_alive(pid):
-            assert time.monotonic() < deadline, "a killed worker is still there"
-            time.sleep(0.0003)
+        return int(self._process.stdout.readline())
 
     def close(self) -> None:
         """End the zygote; its workers are all dead by then."""
@@ -74,6 +65,20 @@ class Zygote:
         self._process.stdin.close()
         self._process.stdout.close()
         self._process.wait(10)
+
+
+def kill_at(moment: Moment, pids: list[int], log: Path) -> None:
+    """Kill all workers at the moment that the log of the first one says; returns when they are gone."""
+    deadline = time.monotonic() + 20
+    while log.read_bytes().count(b"\n") < moment.num_lines:
+        assert _is_alive(pids[0]) and time.monotonic() < deadline, "the worker ended or hangs"
+        time.sleep(0.0003)
+    time.sleep(moment.delay_s)
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    while any(_is_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a killed worker is still there"
+        time.sleep(0.0003)
 
 
 def _is_alive(pid: int) -> bool:
@@ -92,19 +97,19 @@ def zygote() -> Iterator[Zygote]:
     started.close()
 
 
-def what_the_client_knows(known: Versions, log: Path) -> Expected:
-    """Follow a worker's log from what was known before it."""
+def what_the_clients_know(known: Versions, logs: list[Path]) -> Expected:
+    """Follow the workers' logs, each about names of its own, from what was known before them."""
     expected = Expected({name: dict(versions) for name, versions in known.items()})
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    for line in lines:
-        assert line.endswith("\n"), "one write of one short line is never torn"
+    for line in "".join(log.read_text() for log in logs).splitlines():
         match line.split():
-            case ["try", what, name]:
-                expected.unanswered = (what, name)
+            case ["try", change, name]:
+                expected.try_to(change, name)
             case ["ack", "put", name, version, digest]:
                 expected.acknowledge_put(name, int(version), digest)
             case ["ack", "del", name]:
                 expected.acknowledge_delete(name)
+            case _:
+                assert line == "open", f"a torn line: {line!r}"
     return expected
 
 
@@ -118,20 +123,24 @@ class Outcome:
     violations: list[str]
 
 
-def campaign(zygote: Zygote, folder: Path, variant: str, max_kills: int) -> Outcome:
-    """Kill workers on one store until something is wrong with it, or `max_kills` times."""
+def campaign(zygote: Zygote, folder: Path, variant: str, max_kills: int, num_workers: int = 1) -> Outcome:
+    """Kill workers on one store until something is wrong with it, or `max_kills` times; each has names of its own."""
     choose = random.Random(20260921)
     root, known = folder / "store", Versions()
+    names = [[f"{worker}.{letter}" for letter in "abc"] for worker in range(num_workers)]
     num_acks = num_unanswered = number = 0
     violations: list[str] = []
     while number < max_kills and not violations:
-        log = folder / f"log{number}"
-        moment = Moment(choose.randrange(MAX_LINES), choose.uniform(0, MAX_DELAY_S))
-        zygote.kill_one(root, log, number * 1000, variant, moment)
-        expected = what_the_client_knows(known, log)
-        num_acks += log.read_text().count("ack ")
-        num_unanswered += expected.unanswered is not None
-        verdict = judge(root, expected, NAMES, open_variant(variant))
+        logs = [folder / f"log{number}.{worker}" for worker in range(num_workers)]
+        pids = [
+            zygote.start(root, log, 1000 * (number * num_workers + worker), variant, names[worker])
+            for worker, log in enumerate(logs)
+        ]
+        kill_at(Moment(choose.randrange(MAX_LINES), choose.uniform(0, MAX_DELAY_S)), pids, logs[0])
+        expected = what_the_clients_know(known, logs)
+        num_acks += sum(log.read_text().count("ack ") for log in logs)
+        num_unanswered += len(expected.unanswered)
+        verdict = judge(root, expected, [name for own in names for name in own], open_variant(variant))
         violations = [f"kill {number}: {line}" for line in verdict.violations]
         known = verdict.found
         number += 1
@@ -155,8 +164,23 @@ def test_200_kills_tear_lose_and_orphan_nothing(zygote: Zygote, folder: Path) ->
     assert outcome.num_acks > NUM_KILLS // 2 and outcome.num_unanswered > NUM_KILLS // 4
 
 
+def test_kills_of_three_processes_on_one_store_tear_lose_and_orphan_nothing(zygote: Zygote, folder: Path) -> None:
+    outcome = campaign(zygote, folder, "sound", NUM_KILLS // 5, num_workers=3)
+    print(outcome)
+    assert outcome.violations == []
+    assert outcome.num_acks > NUM_KILLS // 5
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_5000_kills_tear_lose_and_orphan_nothing(zygote: Zygote, folder: Path) -> None:
+    outcome = campaign(zygote, folder, "sound", 5000)
+    print(outcome)
+    assert outcome.violations == []
+
+
 @pytest.mark.parametrize("bug", [name for name in STORES if name != "sound"])
 def test_the_campaign_convicts_a_planted_bug(bug: str, zygote: Zygote, folder: Path) -> None:
-    outcome = campaign(zygote, folder, bug, MAX_KILLS)
+    outcome = campaign(zygote, folder, bug, MAX_KILLS, num_workers=3 if "processes" in bug else 1)
     print(outcome)
     assert outcome.violations, f"{MAX_KILLS} kills did not show that {bug}"

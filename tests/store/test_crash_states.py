@@ -272,7 +272,7 @@ def advance(expected: Expected, told: Told) -> None:
         case "ack del":
             expected.acknowledge_delete(told.name)
         case _:
-            expected.unanswered = (told.what[4:], told.name)
+            expected.try_to(told.what[4:], told.name)
 
 
 def judge_state(
