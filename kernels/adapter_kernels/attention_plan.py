@@ -5,7 +5,7 @@ dtype. Invariant: tokens lie sequence after sequence, and slot `block * block_si
 of the same step reads it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ class DecodeGroup:
     max_context: int
     # True when the group is the whole step, in order: no gather of rows is needed
     is_whole_step: bool
+    # by window: made by the first layer that needs it, read by all others of the step
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +42,8 @@ class Chunk:
     start: int
     # [context] int64: flat cache slot of positions 0 .. start + (end - begin) - 1
     slots: Tensor
+    # as in `DecodeGroup`
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,6 +5,8 @@ positions are excluded by a mask of minus infinity on scores of the sequence's o
 value of another sequence is never read.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -69,11 +71,8 @@ def _decode(
     values = v.index_select(0, group.slots).view(shape).transpose(1, 2)
     # heads of one KV head become query rows: keys are read once, never repeated
     queries = q.view(num_seqs, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    columns = torch.arange(group.max_context)
-    blocked = columns >= group.context_lengths[:, None]
-    if window is not None:
-        blocked = blocked | (columns < group.context_lengths[:, None] - window)
-    out = _attend(queries, keys, values, blocked[:, None, None, :], scale, soft_cap)
+    mask = _cached(group.masks, window, lambda: _decode_mask(group, window, q.dtype))
+    out = _attend(queries, keys, values, mask, scale, soft_cap)
     return out.reshape(num_seqs, num_heads, head_dim)
 
 
@@ -85,22 +84,47 @@ def _prefill(
     group = num_heads // num_kv_heads
     keys = k.index_select(0, chunk.slots).transpose(0, 1)[None]  # [1, K, C, E]
     values = v.index_select(0, chunk.slots).transpose(0, 1)[None]
-    rows = torch.arange(chunk.start, chunk.start + num_tokens)[:, None]
-    columns = torch.arange(chunk.slots.shape[0])
-    blocked = columns > rows
-    if window is not None:
-        blocked = blocked | (columns <= rows - window)
+    mask = _cached(chunk.masks, window, lambda: _prefill_mask(chunk, window, group, q.dtype))
     queries = q.view(num_tokens, num_kv_heads, group, head_dim).permute(1, 2, 0, 3)
     queries = queries.reshape(1, num_kv_heads, group * num_tokens, head_dim)
-    out = _attend(queries, keys, values, blocked.repeat(group, 1), scale, soft_cap)
+    out = _attend(queries, keys, values, mask, scale, soft_cap)
     out = out.view(num_kv_heads, group, num_tokens, head_dim).permute(2, 0, 1, 3)
     return out.reshape(num_tokens, num_heads, head_dim)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, blocked: Tensor, scale: float, soft_cap: float | None) -> Tensor:
+def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, soft_cap: float | None) -> Tensor:
     if soft_cap is None:
-        mask = torch.zeros(blocked.shape, dtype=q.dtype).masked_fill_(blocked, float("-inf"))
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     scores = torch.matmul(q.float(), k.float().transpose(-1, -2)).mul_(scale)
-    scores = scores.div_(soft_cap).tanh_().mul_(soft_cap).masked_fill_(blocked, float("-inf"))
+    scores = scores.div_(soft_cap).tanh_().mul_(soft_cap).add_(mask)
     return torch.matmul(scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def _cached(masks: dict[int | None, Tensor], window: int | None, build: Callable[[], Tensor]) -> Tensor:
+    mask = masks.get(window)
+    if mask is None:
+        mask = masks[window] = build()
+    return mask
+
+
+def _decode_mask(group: DecodeGroup, window: int | None, dtype: torch.dtype) -> Tensor:
+    """[G, 1, 1, C]: minus infinity on padding and on positions before the window."""
+    columns = torch.arange(group.max_context)
+    blocked = columns >= group.context_lengths[:, None]
+    if window is not None:
+        blocked = blocked | (columns < group.context_lengths[:, None] - window)
+    return _additive(blocked, dtype)[:, None, None, :]
+
+
+def _prefill_mask(chunk: Chunk, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+    """[group * T, C]: minus infinity on later positions and on those before the window, for each head of the group."""
+    rows = torch.arange(chunk.start, chunk.start + chunk.end - chunk.begin)[:, None]
+    columns = torch.arange(chunk.slots.shape[0])
+    blocked = columns > rows
+    if window is not None:
+        blocked = blocked | (columns <= rows - window)
+    return _additive(blocked, dtype).repeat(group, 1)
+
+
+def _additive(blocked: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(blocked.shape, dtype=dtype).masked_fill_(blocked, float("-inf"))
