@@ -102,15 +102,15 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._refuse(error)
 
     def _feed(self, data: bytes) -> None:
+        rest = memoryview(data)
         before = self._num_head_bytes
-        try:
-            self.parser.feed_data(data)
-        except httptools.HttpParserUpgrade as upgrade:
-            # an upgrade that is not taken: the rest is plain HTTP/1.1
-            rest = data[upgrade.args[0] :]
-            if rest and not self.transport.is_closing():
-                self._feed(rest)
-            return
+        while rest and not self.transport.is_closing():
+            try:
+                self.parser.feed_data(rest)
+                break
+            except httptools.HttpParserUpgrade as upgrade:
+                # an upgrade that is not taken: what follows is plain HTTP/1.1
+                rest = rest[upgrade.args[0] :]
         if self._in_head and self._num_head_bytes == before:
             # an unfinished line reaches no callback
             self._count_head(len(data))
@@ -171,9 +171,6 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """Forget the answered request and start the next pipelined one."""
         self._open_cycles.popleft()
         super().on_response_complete()
-
-    def _should_upgrade(self) -> bool:
-        return False
 
     # bounds
 
