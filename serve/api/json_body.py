@@ -8,12 +8,12 @@ surrogates, bounded nesting. Invariant: whatever the bytes, the outcome is a val
 import asyncio
 import json
 import reprlib
+from collections import Counter
 from typing import NoReturn, TypeVar
 
 from fastapi import Request
-from pydantic import JsonValue, ValidationError
 
-from serve.api.schemas import RequestModel
+from serve.api.schemas import FieldError, RequestModel
 from serve.errors import InvalidRequest, InvalidValue, UnsupportedMediaType, UnsupportedParameter
 
 MAX_DEPTH = 100
@@ -47,12 +47,12 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
         if data[name] not in (None, False):
             raise UnsupportedParameter(f"{name!r} is not supported by this server; leave it out", param=name)
     try:
-        return model.model_validate(data)
-    except ValidationError as error:
+        return model.read(data)
+    except FieldError as error:
         _refuse(error)
 
 
-def parse_object(body: bytes) -> dict[str, JsonValue]:
+def parse_object(body: bytes) -> dict[str, object]:
     """Return `body` as a JSON object that every later step may trust to be encodable and shallow."""
     try:
         text = body.decode("utf-8")
@@ -90,12 +90,11 @@ def _check_media_type(request: Request) -> None:
         raise UnsupportedMediaType(f"content-type {show(declared)} is not read here; send application/json")
 
 
-def _unique(pairs: list[tuple[str, JsonValue]]) -> dict[str, JsonValue]:
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     data = dict(pairs)
     if len(data) != len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"key {show(twice)} occurs twice in one object")
+        [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"key {show(twice)} occurs more than once in one object")
     return data
 
 
@@ -110,10 +109,10 @@ def _finite(text: str) -> float:
     return value
 
 
-def _check_depth(data: JsonValue) -> None:
-    level: list[JsonValue] = [data]
+def _check_depth(data: object) -> None:
+    level: list[object] = [data]
     for _ in range(MAX_DEPTH):
-        inner: list[JsonValue] = []
+        inner: list[object] = []
         for value in level:
             children = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
             inner.extend(child for child in children if isinstance(child, dict | list))
@@ -123,18 +122,11 @@ def _check_depth(data: JsonValue) -> None:
     raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels")
 
 
-def _refuse(error: ValidationError) -> NoReturn:
-    first = error.errors(include_url=False, include_context=False)[0]
-    # a union's branch name is no part of the client's path
-    path = ".".join(str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier())
-    kind = first["type"]
-    reason = first["msg"].removeprefix("Value error, ")
-    if kind == "missing":
+def _refuse(error: FieldError) -> NoReturn:
+    path, reason = error.path, error.reason.removeprefix("Value error, ")
+    if error.kind == "missing":
         raise InvalidRequest(f"{path!r} is required", param=path)
-    shape = any(part in kind for part in _SHAPE_ERRORS)
-    message = f"{path or 'body'}: {reason}" if kind == "value_error" else _with_value(path, reason, first["input"])
-    raise (InvalidRequest if shape else InvalidValue)(message, param=path or None)
-
-
-def _with_value(path: str, reason: str, value: object) -> str:
-    return f"{path or 'body'}: {reason[:1].lower()}{reason[1:]}, got {show(value)}"
+    if error.kind != "value_error":
+        reason = f"{reason[:1].lower()}{reason[1:]}, got {show(error.value)}"
+    is_shape = any(part in error.kind for part in _SHAPE_ERRORS)
+    raise (InvalidRequest if is_shape else InvalidValue)(f"{path or 'body'}: {reason}", param=path or None)

@@ -4,9 +4,18 @@ The only pydantic of the project lives here and in the `schemas_*` files beside 
 Invariant: no coercion (true, "1" and 1.0 are no integers), no NaN or infinity, and a bound on every size.
 """
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, WithJsonSchema, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    WithJsonSchema,
+    model_validator,
+)
 
 MAX_N = 16
 MAX_STOP = 16
@@ -25,11 +34,37 @@ _REFUSED_NAMES = """adapter_source allowed_token_ids api_token audio bad_words b
 REFUSED_FIELDS = frozenset(_REFUSED_NAMES.split())
 
 
+class FieldError(Exception):
+    """One wrong field: pydantic's kind of error, the dotted path, the reason in words, and the value."""
+
+    def __init__(self, kind: str, path: str, reason: str, value: object) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.path = path
+        self.reason = reason
+        self.value = value
+
+
 class RequestModel(BaseModel):
     """A request body: strict, immutable; unknown harmless fields are ignored."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True, allow_inf_nan=False)
     refused_fields: ClassVar[frozenset[str]] = frozenset()
+
+    @classmethod
+    def read(cls, data: dict[str, object]) -> Self:
+        """Validate a JSON object.
+
+        Raises:
+            FieldError: the first field that is wrong.
+        """
+        try:
+            return cls.model_validate(data)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_context=False)[0]
+            # a union's branch name is no part of the client's path
+            path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+            raise FieldError(first["type"], ".".join(path), first["msg"], first["input"]) from None
 
 
 class Part(BaseModel):
