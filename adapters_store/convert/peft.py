@@ -14,7 +14,7 @@ from typing import BinaryIO
 import numpy as np
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
-from adapters_store.canonical import layout, write_canonical
+from adapters_store.canonical import WrittenFile, layout, write_canonical
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoraConfig, read_config
 from adapters_store.convert.peft_tensors import (
@@ -49,6 +49,32 @@ class _Part:
     end: int
 
 
+@dataclass(frozen=True, slots=True)
+class _Foreign:
+    """The open PEFT file, and which part of it each canonical module is made of."""
+
+    file: BinaryIO
+    data_start: int
+    parts: dict[Module, _Part]
+
+    def values(self, module: Module, kind: str) -> Float32:
+        """Read A `[rank, in]`, the module's rows of B `[out, rank]` (kind BT) or of the bias `[out]`, unscaled."""
+        part = self.parts[module]
+        slot = {"A": part.source.a, "BT": part.source.b, "bias": part.source.bias}[kind]
+        assert slot is not None, "the layout asks for a bias only where the source has one"
+        whole = read_tensor(self.file, self.data_start, slot)
+        return whole if kind == "A" else whole[part.begin : part.end]
+
+    def encoded(self, module: Module, kind: str, dtype: str) -> bytes:
+        """Return one tensor of the image: scaled in float32, B transposed, rounded once."""
+        part = self.parts[module]
+        raw = encode(_folded(self.values(module, kind), kind, part.scaling), FILE_DTYPES[dtype])
+        if not is_finite(raw, FILE_DTYPES[dtype]):
+            slot = part.source.a if kind == "A" else part.source.b
+            raise NonFiniteValues(f"{slot.name} overflows {dtype} once its scaling is folded in", param=slot.name)
+        return raw
+
+
 def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
     """Read the PEFT folder `source`, write `adapter.safetensors` and `adapter.json` into the folder `target`.
 
@@ -63,8 +89,19 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
         header = read_header(file, file_bytes, EXTERNAL_LIMITS, what=MODEL_NAME)
         tensors = group_tensors(header, lora_bias=config.lora_bias)
         _check_complete(config, tensors, options.base)
-        parts = _parts(config, tensors, options)
-        manifest = _write(file, header.data_start, parts, target, options, config, _hashes(raw_config, file))
+        foreign = _Foreign(file, header.data_start, _parts(config, tensors, options))
+        written, max_abs_error = _write_image(target / IMAGE_NAME, foreign, options)
+        hashes = _hashes(raw_config, file)
+    ignored = config.ignored + config.without_effect(tensors.modules)
+    manifest = Manifest(
+        family="lora",
+        base=options.base,
+        dtype=options.dtype,
+        file_bytes=written.num_bytes,
+        file_sha256=written.sha256,
+        modules=tuple(foreign.parts),
+        source=Source("peft/LORA", hashes, config.recorded, ignored, max_abs_error),
+    )
     files = FileSystem()
     descriptor = files.create(target / MANIFEST_NAME)
     try:
@@ -73,49 +110,14 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
         files.close(descriptor)
 
 
-def _write(
-    file: BinaryIO,
-    data_start: int,
-    parts: dict[Module, _Part],
-    target: Path,
-    options: ConvertOptions,
-    config: LoraConfig,
-    hashes: dict[str, str],
-) -> Manifest:
-    base, dtype = options.base, options.dtype
-    by_tensor = {module.tensor(kind): (module, kind) for module in parts for kind in ("A", "BT", "bias")}
-
-    def values(module: Module, kind: str) -> Float32:
-        return _source_values(file, data_start, parts[module], kind)
-
-    def encoded(name: str) -> bytes:
-        module, kind = by_tensor[name]
-        raw = encode(_folded(values(module, kind), kind, parts[module].scaling), FILE_DTYPES[dtype])
-        if not is_finite(raw, FILE_DTYPES[dtype]):
-            slot = parts[module].source.a if kind == "A" else parts[module].source.b
-            raise NonFiniteValues(f"{slot.name} overflows {dtype} once its scaling is folded in", param=slot.name)
-        return raw
-
-    path = target / IMAGE_NAME
-    slots = layout(parts, base, dtype)
+def _write_image(path: Path, foreign: _Foreign, options: ConvertOptions) -> tuple[WrittenFile, float]:
+    """Write the image and compare it with its source; return its size and hash, and the largest error."""
+    tensors = {module.tensor(kind): (module, kind) for module in foreign.parts for kind in ("A", "BT", "bias")}
+    slots = layout(foreign.parts, options.base, options.dtype)
     with os.fdopen(FileSystem().create(path), "wb") as image:
-        written = write_canonical(image, slots, encoded)
-    sources = [SourceModule(module, part.scaling, values) for module, part in parts.items()]
-    return Manifest(
-        family="lora",
-        base=base,
-        dtype=dtype,
-        file_bytes=written.num_bytes,
-        file_sha256=written.sha256,
-        modules=tuple(parts),
-        source=Source(
-            format="peft/LORA",
-            files=hashes,
-            config=config.recorded,
-            ignored=config.ignored + config.without_effect(part.source.path for part in parts.values()),
-            max_abs_error=measure_error(path, slots, sources, FILE_DTYPES[dtype]),
-        ),
-    )
+        written = write_canonical(image, slots, lambda name: foreign.encoded(*tensors[name], options.dtype))
+    sources = [SourceModule(module, part.scaling, foreign.values) for module, part in foreign.parts.items()]
+    return written, measure_error(path, slots, sources, FILE_DTYPES[options.dtype])
 
 
 def _check_complete(config: LoraConfig, tensors: LoraTensors, base: BaseDims) -> None:
@@ -171,15 +173,6 @@ def _parts(config: LoraConfig, tensors: LoraTensors, options: ConvertOptions) ->
             parts[module] = _Part(source, config.scaling_of(path), begin, end)
             begin = end
     return dict(sorted(parts.items()))
-
-
-def _source_values(file: BinaryIO, data_start: int, part: _Part, kind: str) -> Float32:
-    """Read A `[rank, in]`, this part's rows of B `[out, rank]`, or of the bias `[out]`, unscaled."""
-    if kind == "A":
-        return read_tensor(file, data_start, part.source.a)
-    slot = part.source.b if kind == "BT" else part.source.bias
-    assert slot is not None, "the layout asks for a bias only where the source has one"
-    return read_tensor(file, data_start, slot)[part.begin : part.end]
 
 
 def _folded(values: Float32, kind: str, scaling: float) -> Float32:

@@ -23,7 +23,7 @@ _TYPES_WITH_DEFAULT = frozenset({"llama", "mistral", "gemma", "gemma2", "gemma3_
 _KEEPS_BASE = frozenset({"gaussian", "eva", "orthogonal", "mica"})
 _MAX_ALPHA = 1e6
 _MAX_RANK = 1 << 20
-_MAX_PATTERN_KEYS = 16384
+_MAX_PATTERN_KEYS = 1024
 
 
 @dataclass(frozen=True, slots=True)

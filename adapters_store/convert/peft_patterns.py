@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.strict_json import Json
 
-_MAX_ENTRIES = 16384
+# every module of a base of 126 layers fits; matching is entries times modules
+_MAX_ENTRIES = 1024
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\Z")
 _PATTERN_KEY = re.compile(r"\^?[A-Za-z0-9_\-]+((\\)?\.[A-Za-z0-9_\-]+)*\$?\Z")
 

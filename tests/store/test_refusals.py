@@ -136,6 +136,8 @@ CONFIGS: dict[str, Bad] = {
         ("target_modules", ["q_proj", "lm_head"], "target_modules"),
         ("target_modules", ["embed_tokens"], "target_modules"),
         ("target_modules", ["k_proj"], "target_modules"),
+        ("target_modules", [f"a{i}" for i in range(1025)], "target_modules"),
+        ("rank_pattern", {f"a{i}": 2 for i in range(1025)}, "rank_pattern"),
         ("exclude_modules", ".*q_proj", "exclude_modules"),
         ("exclude_modules", ["q_proj"], "target_modules"),
         ("rank_pattern", {"(a+)+b": 4}, "rank_pattern"),
