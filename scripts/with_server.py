@@ -57,8 +57,9 @@ def main() -> int:
     if answers(url):
         return subprocess.call(arguments.command)
     print(f"no server answers on {url}: starting one for this command (make serve PORT={arguments.port})", flush=True)
-    # --no-print-directory keeps make's own lines out of the command's output
-    server = subprocess.Popen(["make", "--no-print-directory", "serve", f"PORT={arguments.port}"])
+    # quiet, so that the command's own last line stays the last one
+    quiet = ["--no-print-directory", "ARGS=--log-level warning"]
+    server = subprocess.Popen(["make", *quiet, "serve", f"PORT={arguments.port}"])
     try:
         wait_until_ready(url, server)
         return subprocess.call(arguments.command)
