@@ -21,7 +21,7 @@ POPULARITY = ("distinct", "uniform", "zipf", "skewed", "identical")
 def place(images: list[AdapterImage], dtype: torch.dtype) -> list[Placement]:
     """Write images into slabs, unused positions poisoned with NaN."""
     slabs: dict[Profile, list[Placement]] = {}
-    placements = []
+    placements: list[Placement] = []
     for image in images:
         profile = Profile.of(image)
         free = slabs.setdefault(profile, [])
@@ -55,15 +55,17 @@ def choose(kind: str, num_sequences: int, num_adapters: int, rng: random.Random)
     return [None if rng.random() < 0.2 else rng.choices(range(num_adapters), weights)[0] for _ in range(num_sequences)]
 
 
+def place_order(placement: Placement | None) -> tuple[int, int]:
+    return (-1, 0) if placement is None else (placement.slab_id, placement.position)
+
+
 def check(
     images: list[AdapterImage], chosen: list[int | None], counts: list[int], dtype: torch.dtype, seed: int = 0
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     places = place(images, dtype)
-    order = sorted(
-        range(len(chosen)),
-        key=lambda i: (-1, 0) if chosen[i] is None else (places[chosen[i]].slab_id, places[chosen[i]].position),
-    )
+    own = [None if i is None else places[i] for i in chosen]
+    order = sorted(range(len(own)), key=lambda i: place_order(own[i]))
     chosen, counts = [chosen[i] for i in order], [counts[i] for i in order]
     delta = CpuDelta(build_route([None if i is None else places[i] for i in chosen], counts))
     owners = [None if i is None else images[i] for i, count in zip(chosen, counts, strict=True) for _ in range(count)]
