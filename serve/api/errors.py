@@ -77,11 +77,14 @@ def error_response(error: Exception) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def install_errors(app: FastAPI) -> None:
-    """Answer our errors, FastAPI's and Starlette's in one shape."""
+def install_errors(app: FastAPI, *, max_in_flight: int) -> None:
+    """Answer our errors, FastAPI's and Starlette's in one shape; a 429 names the bound on sequences in flight."""
 
     async def answer(request: Request, error: Exception) -> Response:
-        return error_response(error)
+        response = error_response(error)
+        if response.status_code == 429:
+            response.headers["x-ratelimit-limit-requests"] = str(max_in_flight)
+        return response
 
     async def answer_validation(request: Request, error: Exception) -> Response:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "bad request"}

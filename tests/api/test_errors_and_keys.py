@@ -49,6 +49,7 @@ def test_a_full_queue_answers_429_before_tokenising(api: ApiServer) -> None:
     answer = api.complete([10**9])
     assert answer.status_code == 429 and answer.headers["retry-after"] == "7"
     assert answer.json()["error"]["code"] == "queue_full" and answer.json()["error"]["type"] == "rate_limit_error"
+    assert answer.headers["x-ratelimit-limit-requests"] == "576"
     assert answer.headers["x-ratelimit-remaining-requests"] == "0"
     assert not api.engine.submits
 
