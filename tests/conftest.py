@@ -1,4 +1,4 @@
-"""Fixtures that every room's tests share: the real data, the real server.
+"""Fixtures that every room's tests share: the real data, a store folder, the real server.
 
 Owns where things lie and how long they live; what is tested belongs to the rooms. Invariant: whatever a fixture starts
 it stops, also when the test failed.
@@ -28,6 +28,12 @@ def shared_data() -> Path:
     if not (folder / "models" / "golden.json").is_file():
         pytest.skip("needs ../shared/data (real models and adapters), which is not part of the repository")
     return folder
+
+
+@pytest.fixture
+def store_dir(tmp_path: Path) -> Path:
+    """Return a folder for a store that does not exist yet."""
+    return tmp_path / "store"
 
 
 @pytest.fixture(scope="module")
