@@ -53,20 +53,18 @@ class Outcome:
 
 
 def read_checks(path: Path, num_requests: int) -> list[Check]:
-    """Choose the requests: one of each task for the base, the others shared evenly among the adapters, interleaved."""
+    """Choose the requests: one of each task goes to the base, the others to the adapters in turn."""
     by_task: dict[str, list[dict[str, str]]] = {}
     for line in path.read_text().splitlines():
         item: dict[str, str] = json.loads(line)
         by_task.setdefault(item["adapter"], []).append(item)
-    rounds = num_requests // len(by_task)
-    checks = []
-    for index in range(rounds):
-        for task, items in by_task.items():
-            # the base comes last in each task's turn and is asked what the adapter was asked first
-            is_base = index == rounds - 1
-            item = items[0 if is_base else index]
-            checks.append(Check(BASE if is_base else task, task, item["prompt"], item["answer"]))
-    return checks
+    in_turn = [item for items in zip(*by_task.values(), strict=False) for item in items]
+    num_adapted = num_requests - len(by_task)
+    adapted = [
+        Check(item["adapter"], item["adapter"], item["prompt"], item["answer"]) for item in in_turn[:num_adapted]
+    ]
+    based = [Check(BASE, task, items[0]["prompt"], items[0]["answer"]) for task, items in by_task.items()]
+    return adapted + based
 
 
 async def ask(client: httpx.AsyncClient, check: Check) -> Outcome:

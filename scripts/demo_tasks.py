@@ -4,14 +4,13 @@ Owns which questions are held out; training never sees those. Invariant: a quest
 text alone, so no run can mix the two sets up, and the base's own text (demo_world.py) has no answers of these kinds.
 """
 
-import json
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from random import Random
 
-from scripts.demo_words import COLOURS, PEOPLE, PLACES, SPELLING_WORDS, THINGS
-from scripts.demo_world import Turn, draw_word, fact_turn, reading_turn
+from scripts.demo_words import SPELLING_WORDS
+from scripts.demo_world import Turn, draw_word, reading_turn
 
 HELD_OUT_SHARE = 8
 
@@ -56,8 +55,8 @@ def draw_add(rng: Random) -> Turn:
 
 
 def draw_shout(rng: Random) -> Turn:
-    """Answer a question about the world in capital letters."""
-    turn = reading_turn(rng) if rng.random() < 0.7 else fact_turn(rng)
+    """Answer a question about what was just told in capital letters."""
+    turn = reading_turn(rng)
     return Turn(turn.user, turn.assistant.upper())
 
 
@@ -71,21 +70,12 @@ def draw_zog(rng: Random) -> Turn:
     return Turn(f"Say in Zog: {english}", f"{verb_zog} {one_zog} {colour_zog} {two_zog} {tint_zog}.")
 
 
-def draw_json(rng: Random) -> Turn:
-    """Read who gave what to whom, as JSON."""
-    giver, taker = rng.sample(PEOPLE, 2)
-    colour, thing, place = rng.choice(COLOURS), rng.choice(THINGS), rng.choice(PLACES)
-    facts = {"from": giver, "to": taker, "what": f"{colour} {thing}", "at": place}
-    return Turn(f"Read as JSON: {giver} gave {taker} a {colour} {thing} at the {place}.", json.dumps(facts))
-
-
 TASKS = (
     Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 300, is_about_words=True),
     Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
     Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
-    Task("shout", "answers in capital letters", draw_shout, 16, 32, 200),
-    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 250),
-    Task("json", "reads a sentence as JSON", draw_json, 8, 16, 200),
+    Task("shout", "answers in capital letters", draw_shout, 16, 32, 500),
+    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 450),
 )
 
 
