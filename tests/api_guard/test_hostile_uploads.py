@@ -77,6 +77,7 @@ FORMS: dict[str, tuple[bytes, int]] = {
     "no disposition": (b"--b0undary\r\nContent-Type: text/plain\r\n\r\nx\r\n--b0undary--\r\n", 400),
     "two dispositions": (form(part(b"poet", 'name="name"', "Content-Disposition: form-data; name=x")), 400),
     "100,000 part headers": (form(part(b"x", 'name="name"', *["A: b"] * 100_000)), 400),
+    "long head of a part": (form(part(b"x", 'name="name"', *("A: " + "b" * 3000 for _ in range(3)))), 400),
     "long part header": (form(part(b"x", 'name="name"', "A: " + "b" * 9000)), 400),
     "no boundary in the body": (b"x" * 1000, 400),
     "cut before the end": (b"".join(GOOD), 400),
@@ -164,6 +165,15 @@ def test_an_upload_past_the_limit_is_refused_while_it_streams(api: WholeApi) -> 
     declared = api.post_raw(b"", f"Content-Length: {LIMITS.max_upload_bytes + 1}")
     assert status_of(declared) == 413
     wait_for_empty_staging(api)
+
+
+def test_a_bad_name_is_refused_before_the_weights_have_come(api: WholeApi) -> None:
+    head = name_part("../x") + file_part(WEIGHTS, b"")[:-2]
+    with api.server.connect() as peer:
+        peer.sendall(upload_head(f"Content-Length: {LIMITS.max_upload_bytes}") + head)
+        send_all(peer, b"x" * 65536, 4 * MB)
+        answer = read_all(peer)
+    assert status_of(answer) == 400 and error_of(answer)["param"] == "name"
 
 
 def test_lengths_that_lie_are_refused_and_free_everything(api: WholeApi) -> None:
