@@ -45,7 +45,7 @@ async def create_chat_completion(request: Request) -> Response:
     grammar = tools.grammar or form
     target = await resolve_target(state, body)
     state.engine.admit(num_choices)
-    await state.grammar_gate.check(grammar)
+    await state.grammar_gate.check(grammar, param="tools" if tools.grammar is not None else "response_format")
     generation = await _prepare(state, body, target, tools, grammar)
     reply = ChatReply(state.tokenizer, body, tools, generation.prompts[0])
     return await answer_generation(
