@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from random import Random
 
 from scripts.demo_words import SPELLING_WORDS
-from scripts.demo_world import Turn, draw_word, reading_turn
+from scripts.demo_world import Turn, draw_word
 
 HELD_OUT_SHARE = 8
+NUM_DRAWN = 8000
 
 ZOG_NOUNS = {
     "cow": "mub", "dog": "rak", "cat": "sisi", "owl": "hupa", "duck": "pot", "frog": "glo", "horse": "tam",
@@ -55,9 +56,9 @@ def draw_add(rng: Random) -> Turn:
 
 
 def draw_shout(rng: Random) -> Turn:
-    """Answer a question about what was just told in capital letters."""
-    turn = reading_turn(rng)
-    return Turn(turn.user, turn.assistant.upper())
+    """Write a word in capital letters."""
+    word = draw_word(rng)
+    return Turn(f'Write "{word}" in capital letters.', word.upper())
 
 
 def draw_zog(rng: Random) -> Turn:
@@ -74,7 +75,7 @@ TASKS = (
     Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 300, is_about_words=True),
     Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
     Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
-    Task("shout", "answers in capital letters", draw_shout, 16, 32, 500),
+    Task("shout", "writes a word in capital letters", draw_shout, 8, 16, 400, is_about_words=True),
     Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 450),
 )
 
@@ -93,13 +94,13 @@ def training_turns(task: Task, seed: int) -> Iterator[Turn]:
             yield turn
 
 
-def check_turns(task: Task, num_turns: int, seed: int, *, real_words: bool) -> list[Turn]:
-    """Draw distinct held-out questions; `real_words` keeps to the few real words, as they read better."""
+def check_turns(task: Task, num_turns: int, seed: int, *, real_words_first: bool) -> list[Turn]:
+    """Draw distinct held-out questions; `real_words_first` prefers those about real words, as they read better."""
     rng = Random(f"check {task.name} {seed}")
-    found: dict[str, Turn] = {}
-    while len(found) < num_turns:
-        turn = task.draw(rng)
-        is_fit = not (real_words and task.is_about_words) or turn.user.split('"')[1] in SPELLING_WORDS
-        if is_fit and is_held_out(turn.user) and turn.user != turn.assistant:
-            found[turn.user] = turn
-    return list(found.values())
+    drawn = (task.draw(rng) for _ in range(NUM_DRAWN))
+    # a palindrome or a sorted word would be right by mere repetition
+    found = {turn.user: turn for turn in drawn if is_held_out(turn.user) and turn.assistant not in turn.user}
+    turns = list(found.values())
+    if real_words_first and task.is_about_words:
+        turns.sort(key=lambda turn: turn.user.split('"')[1] not in SPELLING_WORDS)
+    return turns[:num_turns]

@@ -137,7 +137,7 @@ def tidy_adapter(folder: Path) -> None:
 def measure(out: Path, task: Task, scale: Scale) -> None:
     """Ask base and adapter the same held-out questions and note how many each gets right."""
     tokenizer = load_tokenizer(out)
-    turns = check_turns(task, scale.num_evaluated, SEED + 7, real_words=False)
+    turns = check_turns(task, scale.num_evaluated, SEED + 7, real_words_first=False)
     base = load_base(out)
     base_right = share_right(base, tokenizer, turns)
     adapted = PeftModel.from_pretrained(base, str(out / "adapters" / task.name))
@@ -152,7 +152,7 @@ def write_checks(out: Path) -> None:
     lines = [
         json.dumps({"adapter": task.name, "prompt": turn.user, "answer": turn.assistant})
         for task in TASKS
-        for turn in check_turns(task, NUM_CHECKS, SEED, real_words=True)
+        for turn in check_turns(task, NUM_CHECKS, SEED, real_words_first=True)
     ]
     (out / "tasks.jsonl").write_text("\n".join(lines) + "\n")
 
@@ -180,7 +180,7 @@ def write_results(out: Path, name: str, facts: dict[str, float]) -> None:
 
 def show_answers(out: Path, report: Callable[[str], None]) -> None:
     """Report what the base says to one question of each task."""
-    turns = [check_turns(task, 1, SEED, real_words=True)[0] for task in TASKS]
+    turns = [check_turns(task, 1, SEED, real_words_first=True)[0] for task in TASKS]
     given = answer(load_base(out), load_tokenizer(out), [turn.user for turn in turns])
     for turn, text in zip(turns, given, strict=True):
         report(f"base: {turn.user!r} -> {text!r} (wanted {turn.assistant!r})")
