@@ -4,11 +4,13 @@ Owns the planted trees; the rules are in `tests/architecture_law.py`. Invariant:
 fails `test_every_rule_has_a_planted_violation`.
 """
 
+import re
 from pathlib import Path
 
 import pytest
 
 from tests.architecture_law import LAW
+from tests.import_graph import product_modules
 from tests.live_server import REPO_ROOT
 
 DOC = '"""Planted."""\n'
@@ -128,6 +130,15 @@ def test_a_planted_violation_is_caught(rule: str, files: dict[str, str], tmp_pat
 @pytest.mark.parametrize("rule", LAW)
 def test_a_lawful_tree_passes(rule: str, tmp_path: Path) -> None:
     assert list(LAW[rule](plant(tmp_path, LAWFUL))) == []
+
+
+def test_the_plan_names_only_files_that_exist() -> None:
+    plan = (REPO_ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    paths = [f"/{module.path}" for module in product_modules(REPO_ROOT).values()]
+    named = re.findall(r"`((?:\w+/)*\w+\.py)`", plan)
+    assert len(named) > 80
+    ours = [name for name in named if not name.startswith("tests/")]
+    assert [name for name in ours if not any(path.endswith(f"/{name}") for path in paths)] == []
 
 
 def test_every_rule_has_a_planted_violation() -> None:
