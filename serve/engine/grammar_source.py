@@ -21,8 +21,9 @@ def source(grammar: Grammar) -> str:
         ValueError: the kind is unknown, or a schema is not JSON.
     """
     if grammar.kind == "json_schema":
-        options: llguidance.JsonCompileOptions = {"whitespace_pattern": _JSON_WHITESPACE}
-        return llguidance.LLMatcher.grammar_from_json_schema(grammar.text, defaults=options)
+        return llguidance.LLMatcher.grammar_from_json_schema(
+            grammar.text, defaults={"whitespace_pattern": _JSON_WHITESPACE}
+        )
     if grammar.kind == "regex":
         return llguidance.LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "lark":
