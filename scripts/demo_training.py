@@ -133,7 +133,8 @@ def answer(model: nn.Module, tokenizer: Tokenizer, prompts: list[str], max_new_t
     model.eval()
     for indices in by_length.values():
         token_ids = torch.tensor([rows[index] for index in indices])
-        given, cache = [], None
+        given: list[torch.Tensor] = []
+        cache = None
         is_open = torch.ones(len(indices), dtype=torch.bool)
         while len(given) < max_new_tokens and bool(is_open.any()):
             output = model(input_ids=token_ids, past_key_values=cache, use_cache=True)
