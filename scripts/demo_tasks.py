@@ -72,7 +72,7 @@ def draw_zog(rng: Random) -> Turn:
 
 
 TASKS = (
-    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 300, is_about_words=True),
+    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 600, is_about_words=True),
     Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
     Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
     Task("shout", "writes a word in capital letters", draw_shout, 8, 16, 400, is_about_words=True),
