@@ -43,7 +43,7 @@ def checks() -> dict[str, list[Turn]]:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def model() -> LlamaForCausalLM:
     torch.set_num_threads(1)
     return LlamaForCausalLM.from_pretrained(BASE, dtype=torch.float32)
@@ -148,7 +148,4 @@ def test_an_adapter_does_what_the_base_cannot(
     turns = checks[task.name][:NUM_ASKED]
     assert share_right(model, tokenizer, turns) <= 0.1
     adapted = PeftModel.from_pretrained(model, str(DEMO / "adapters" / task.name))
-    try:
-        assert share_right(adapted, tokenizer, turns) >= 0.9
-    finally:
-        adapted.unload()
+    assert share_right(adapted, tokenizer, turns) >= 0.9
