@@ -63,7 +63,7 @@ $(DEV): $(RUNTIME)
 	@touch $@
 
 # the server runs from .venv; the clients stay apart, since their pins would move ours
-$(CLIENTS): constraints-clients.txt $(RUNTIME)
+$(CLIENTS): constraints-clients.txt | $(RUNTIME)
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-clients.txt
 	@touch $@

@@ -24,7 +24,8 @@ LATE_ADAPTERS = {f"voice-{i}" for i in range(8, 16)}
 SQUEEZES = {
     "chunked prefill": ["--max-step-tokens", "24"],
     "tiny KV cache": ["--kv-blocks", "24"],
-    "few at a time": ["--max-num-seqs", "5"],
+    # the largest adapter alone takes 1.6 MB
+    "adapters evict each other": ["--max-num-seqs", "5", "--adapter-device-bytes", "2000000"],
 }
 
 Wave = list[dict[str, object]]
@@ -128,6 +129,8 @@ def test_together_each_gives_what_it_gives_alone(
     series = server.metrics()
     if squeeze == "tiny KV cache":
         assert series["chorale_preemptions_total"] > 0
+    if squeeze == "adapters evict each other":
+        assert series["chorale_adapter_evictions_total"] > 0
     if squeeze == "chunked prefill":
         assert series["chorale_prefix_hit_tokens_total"] > 0
     server.wait_for_rest()
