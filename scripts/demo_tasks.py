@@ -56,9 +56,9 @@ def draw_add(rng: Random) -> Turn:
 
 
 def draw_shout(rng: Random) -> Turn:
-    """Write a word in capital letters."""
+    """Say a word in capital letters."""
     word = draw_word(rng)
-    return Turn(f'Write "{word}" in capital letters.', word.upper())
+    return Turn(f'Say "{word}" in capital letters.', word.upper())
 
 
 def draw_zog(rng: Random) -> Turn:
@@ -75,7 +75,7 @@ TASKS = (
     Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 600, is_about_words=True),
     Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
     Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
-    Task("shout", "writes a word in capital letters", draw_shout, 8, 16, 400, is_about_words=True),
+    Task("shout", "says a word in capital letters", draw_shout, 8, 16, 400, is_about_words=True),
     Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 450),
 )
 

@@ -17,9 +17,10 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from transformers import LlamaForCausalLM
 
-from scripts.demo_tasks import TASKS, Task, is_held_out, training_turns
+from scripts.demo_tasks import TASKS, Task, check_turns, is_held_out, training_turns
 from scripts.demo_training import share_right
 from scripts.demo_world import Turn, conversations
+from scripts.make_demo_base import NUM_CHECKS, SEED
 
 DEMO = Path(__file__).resolve().parents[2] / "deploy" / "demo"
 BASE = DEMO / "chorale-demo"
@@ -128,6 +129,7 @@ def test_every_check_is_held_out_and_no_training_question_is(checks: dict[str, l
     assert list(checks) == [task.name for task in TASKS]
     for task in TASKS:
         asked = {turn.user for turn in checks[task.name]}
+        assert checks[task.name] == check_turns(task, NUM_CHECKS, SEED, real_words_first=True)
         assert len(asked) >= 20
         assert all(is_held_out(prompt) for prompt in asked)
         trained = {turn.user for turn in islice(training_turns(task, seed=1), 2000)}
