@@ -1,8 +1,8 @@
 """The demo's client: 24 concurrent chat requests over the demo base and its adapters, checked against known answers.
 
 Owns which questions are asked and how the outcome is shown; speaks HTTP only and imports nothing of ours.
-Invariant: the last line is `right R/N` over all requests, those to the base included; the exit status is 0 only if every
-adapter got at least 90 % of its questions right and the base at most 10 % of the same tasks.
+Invariant: the last line is `right R/N` over all requests, those to the base included; the exit status is 0 only if
+every adapter got at least 90 % of its questions right and the base at most 10 % of the same tasks.
 """
 
 import argparse
