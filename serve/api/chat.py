@@ -22,7 +22,7 @@ from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output
 from serve.api.schemas_chat import ChatRequest
 from serve.api.selection import Target, resolve_target
 from serve.api.state import ApiState, api_state
-from serve.api.structured import requested_grammar
+from serve.api.structured import grammar_param, requested_grammar
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
@@ -45,7 +45,9 @@ async def create_chat_completion(request: Request) -> Response:
     grammar = tools.grammar or form
     target = await resolve_target(state, body)
     state.engine.admit(num_choices)
-    await state.grammar_gate.check(grammar, param="tools" if tools.grammar is not None else "response_format")
+    await state.grammar_gate.check(
+        grammar, param="tools" if tools.grammar is not None else grammar_param(body.structured_outputs)
+    )
     generation = await _prepare(state, body, target, tools, grammar)
     reply = ChatReply(state.tokenizer, body, tools, generation.prompts[0])
     return await answer_generation(
@@ -70,7 +72,13 @@ async def _prepare(
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     token_ids = await asyncio.to_thread(_encode, state, body, tools)
     token_ids = fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready)
-    max_tokens = output_budget(len(token_ids), asked, ready)
+    max_tokens = output_budget(
+        len(token_ids),
+        asked,
+        ready,
+        prompt_param="messages",
+        budget_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
+    )
     logprobs = LogprobCounts(output=(body.top_logprobs or 0) if body.logprobs else None)
     # a tool call may open with a control token: its reader must see it
     opener = FRAMINGS[tools.family].opener if tools.tool_names else ""

@@ -21,7 +21,7 @@ from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output
 from serve.api.schemas_completions import CompletionRequest
 from serve.api.selection import Target, resolve_target
 from serve.api.state import ApiState, api_state
-from serve.api.structured import requested_grammar
+from serve.api.structured import grammar_param, requested_grammar
 from serve.api.tokenizer import TextTokenizer
 from serve.messages import Grammar
 
@@ -39,7 +39,7 @@ async def create_completion(request: Request) -> Response:
     grammar = requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
     target = await resolve_target(state, body)
     state.engine.admit(num_sequences)
-    await state.grammar_gate.check(grammar)
+    await state.grammar_gate.check(grammar, param=grammar_param(body.structured_outputs))
     generation = await _prepare(state, body, target, grammar)
     reply = CompletionReply(state.tokenizer, body, generation)
     return await answer_generation(
@@ -53,7 +53,7 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body)
     prompts = [fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready) for token_ids in encoded]
     logprobs = LogprobCounts(output=body.logprobs, prompt=body.logprobs if body.echo else None)
-    budgets = [output_budget(len(prompt), asked, ready) for prompt in prompts]
+    budgets = [output_budget(len(prompt), asked, ready, prompt_param="prompt") for prompt in prompts]
     return Generation(
         prompts=prompts,
         sampling=[build_sampling(body, ready, budget, logprobs, grammar) for budget in budgets],

@@ -80,7 +80,7 @@ async def _gather(state: ApiState, commands: Sequence[Embed]) -> list[list[float
 
 def _fit(token_ids: list[int], truncate: int | None, ready: Ready) -> list[int]:
     fitted = fit_prompt(token_ids, truncate, 0, ready, param="input")
-    output_budget(len(fitted), 0, ready, param="input")
+    output_budget(len(fitted), 0, ready, prompt_param="input")
     return fitted
 
 

@@ -92,9 +92,13 @@ def fit_prompt(
     return token_ids
 
 
-def output_budget(num_prompt_tokens: int, max_tokens: int | None, ready: Ready, *, param: str | None = None) -> int:
+def output_budget(
+    num_prompt_tokens: int, max_tokens: int | None, ready: Ready, *, prompt_param: str, budget_param: str = "max_tokens"
+) -> int:
     """Return how many tokens may be generated; None asks for all that fit.
 
+    Args:
+        prompt_param: the field to blame when no budget would help; `budget_param`: when a smaller one would.
     Raises:
         ContextLengthExceeded: prompt and output do not fit into the context.
     """
@@ -104,7 +108,7 @@ def output_budget(num_prompt_tokens: int, max_tokens: int | None, ready: Ready, 
         raise ContextLengthExceeded(
             f"this model's context holds {limit} tokens; the prompt has {num_prompt_tokens} and at least {asked} are"
             " to be generated; shorten the prompt, lower max_tokens or set truncate_prompt_tokens",
-            param=param or ("messages" if max_tokens is None else "max_tokens"),
+            param=prompt_param if num_prompt_tokens + min(asked, 1) > limit else budget_param,
         )
     return limit - num_prompt_tokens if max_tokens is None else max_tokens
 

@@ -17,6 +17,8 @@ from pydantic import (
     model_validator,
 )
 
+from serve.errors import InvalidValue
+
 MAX_N = 16
 MAX_STOP = 16
 MAX_STOP_CHARS = 1024
@@ -62,9 +64,13 @@ class RequestModel(BaseModel):
             return cls.model_validate(data)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
-            # a union's branch name is no part of the client's path
-            path = [str(part) for part in first["loc"] if isinstance(part, int) or part.isidentifier()]
+            path = [str(part) for part in first["loc"] if isinstance(part, int) or _is_field(part)]
             raise FieldError(first["type"], ".".join(path), first["msg"], first["input"]) from None
+
+
+def _is_field(name: str) -> bool:
+    # a union's branch is named by its type, which is no part of the client's path
+    return name.isidentifier() and name not in ("str", "int", "float", "bool")
 
 
 class Part(BaseModel):
@@ -174,7 +180,7 @@ class GenerationRequest(ModelChoice):
     @model_validator(mode="after")
     def _check_stream_options(self) -> "GenerationRequest":
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options may only be sent together with 'stream': true")
+            raise InvalidValue("stream_options may only be sent together with 'stream': true", param="stream_options")
         return self
 
     @property

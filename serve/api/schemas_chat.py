@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PlainValidator, WithJsonSchema, model_validator
 
 from serve.api.schemas import MAX_LOGPROBS, MAX_TOKENS, GenerationRequest, Part
+from serve.errors import InvalidValue
 
 MAX_MESSAGES = 4096
 MAX_TOOLS = 256
@@ -72,6 +73,14 @@ class Message(Part):
         return self
 
 
+def check_final_message(continues: bool | None, adds_prompt: bool | None) -> None:
+    """Refuse to continue the last message and to open a new one; raises InvalidValue."""
+    if continues and adds_prompt:
+        raise InvalidValue(
+            "continue_final_message and add_generation_prompt exclude each other", param="continue_final_message"
+        )
+
+
 class ChatRequest(GenerationRequest):
     """A chat completion."""
 
@@ -90,7 +99,6 @@ class ChatRequest(GenerationRequest):
     @model_validator(mode="after")
     def _check_combinations(self) -> "ChatRequest":
         if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs 'logprobs': true")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise InvalidValue("top_logprobs needs 'logprobs': true", param="top_logprobs")
+        check_final_message(self.continue_final_message, self.add_generation_prompt)
         return self

@@ -17,7 +17,8 @@ from serve.api.schemas import (
     RequestModel,
     TokenId,
 )
-from serve.api.schemas_chat import MAX_MESSAGES, MAX_TOOLS, Message
+from serve.api.schemas_chat import MAX_MESSAGES, MAX_TOOLS, Message, check_final_message
+from serve.errors import InvalidValue
 
 MAX_PROMPTS = 2048
 MAX_PROMPT_TOKENS = 1 << 20
@@ -89,9 +90,8 @@ class TokenizeRequest(RequestModel):
     @model_validator(mode="after")
     def _check_source(self) -> "TokenizeRequest":
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("send either 'prompt' or 'messages'")
-        if self.continue_final_message and self.add_generation_prompt:
-            raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            raise InvalidValue("send either 'prompt' or 'messages'", param="prompt")
+        check_final_message(self.continue_final_message, self.add_generation_prompt)
         return self
 
 

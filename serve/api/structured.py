@@ -40,6 +40,11 @@ def requested_grammar(
     return formatted or structured
 
 
+def grammar_param(structured_outputs: JsonObject | None) -> str:
+    """Return the field that a request's grammar came from."""
+    return "response_format" if structured_outputs is None else "structured_outputs"
+
+
 def schema_grammar(schema: object, limits: LimitsConfig, param: str, *, lenient: bool) -> Grammar:
     """Return the grammar of a JSON schema.
 
