@@ -33,6 +33,11 @@ def fenced_blocks(text: str) -> list[tuple[str, str]]:
     return re.findall(r"^```([a-z]*)\n(.*?)^```$", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def typed_by_hand() -> dict[str, str]:
+    """Return the environment without what a `make test` around us left in it: an inner make would announce itself."""
+    return {name: value for name, value in os.environ.items() if name not in {"MAKEFLAGS", "MAKELEVEL", "MFLAGS"}}
+
+
 @dataclass
 class Stranger:
     """Someone in a fresh checkout with two terminals: one holds the server, the other runs the blocks."""
@@ -50,6 +55,7 @@ class Stranger:
         done = subprocess.run(
             ["bash", "-euo", "pipefail", "-c", command],
             cwd=self.folder,
+            env=typed_by_hand(),
             capture_output=True,
             text=True,
             timeout=BLOCK_TIMEOUT_S,
@@ -60,7 +66,11 @@ class Stranger:
 
     def _serve(self) -> str:
         self.server = subprocess.Popen(
-            ["make", "serve", f"PORT={self.port}"], cwd=self.folder, stdout=subprocess.PIPE, text=True
+            ["make", "serve", f"PORT={self.port}"],
+            cwd=self.folder,
+            env=typed_by_hand(),
+            stdout=subprocess.PIPE,
+            text=True,
         )
         assert self.server.stdout is not None
         deadline = time.monotonic() + START_TIMEOUT_S
