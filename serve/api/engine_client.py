@@ -87,6 +87,11 @@ class EngineClient:
         return self._supervisor.is_serving and not self._is_draining
 
     @property
+    def is_draining(self) -> bool:
+        """Say whether the server is on its way down and takes no new sequences."""
+        return self._is_draining
+
+    @property
     def num_in_flight(self) -> int:
         """Sequences that were admitted or opened and have not ended."""
         return max(sum(self._reserved.values()), len(self._streams))
@@ -251,7 +256,7 @@ class EngineClient:
         self._outbox.clear()
         self._stats = None
         self._metrics.engine_lost()
-        self._fail_all(_stopped)
+        self._fail_all(_draining if self._is_draining else _stopped)
 
     def _fail_all(self, build_error: Callable[[], ServeError]) -> None:
         for request_id, stream in list(self._streams.items()):

@@ -33,6 +33,11 @@ class EngineGateway(Protocol):
         """Say whether requests are accepted and the engine makes progress."""
         ...
 
+    @property
+    def is_draining(self) -> bool:
+        """Say whether the server is on its way down and takes no new sequences."""
+        ...
+
     def admit(self, num_sequences: int) -> None:
         """Refuse at once what cannot be taken; called before any tokenising.
 

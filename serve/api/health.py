@@ -28,7 +28,10 @@ async def livez(request: Request) -> dict[str, str]:
 @router.get("/health")
 async def readyz(request: Request) -> dict[str, str]:
     """200 while requests are accepted and make progress."""
-    if not api_state(request).engine.is_ready:
+    engine = api_state(request).engine
+    if engine.is_draining:
+        raise Unavailable("the server is shutting down", code="draining", retry_after_s=2)
+    if not engine.is_ready:
         raise EngineLoading("the engine is not ready to take requests", retry_after_s=2)
     return {"status": "ok"}
 

@@ -15,8 +15,6 @@ from serve.cli.server import run_server
 from serve.config import ApiConfig, EngineConfig, LimitsConfig, ServeConfig, WatchdogConfig
 from serve.model.download import resolve_model_dir
 
-logger = logging.getLogger(__name__)
-
 # the dataclasses own the defaults; the flags only show them
 _API = ApiConfig(model_dir=Path(), store_dir=Path(), served_model_name="")
 _ENGINE = EngineConfig(model_dir=Path(), store_dir=Path())
@@ -70,8 +68,6 @@ def serve(
         engine = replace(engine, max_adapter_rank=max_rank, enable_prefix_cache=prefix_cache)
         watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
         config = ServeConfig(api, engine, watchdog)
-        # the one place where the merged configuration is shown; keys are secrets
-        logger.info("%s", replace(config, api=replace(api, api_keys=("***",) * len(api.api_keys))))
         run_server(config, preload=preload, grace_s=grace_s)
 
 

@@ -11,11 +11,13 @@ import logging
 import signal
 import socket
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import uvicorn
 import uvloop
 
+from adapters_store.errors import StorageFailed, StoreFull
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
 from serve.api.engine_client import EngineClient
@@ -24,7 +26,7 @@ from serve.config import ServeConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
 from serve.metrics import Metrics
-from serve.model.spec import read_spec
+from serve.model.spec import ModelSpec, read_spec
 
 logger = logging.getLogger(__name__)
 
@@ -46,22 +48,33 @@ def run_server(
         StartError, StoreError: the server cannot start; the message is for the operator.
     """
     spec = read_spec(config.engine.model_dir)
-    store = AdapterStore.open(
-        config.api.store_dir,
-        spec.dims,
-        served_name=config.api.served_model_name,
-        max_rank=config.engine.max_adapter_rank,
-        max_upload_bytes=config.api.limits.max_upload_bytes,
-        image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
-    )
-    with contextlib.closing(store), bound_socket(config.api.host, config.api.port) as listener:
+    with (
+        contextlib.closing(_open_store(config, spec)) as store,
+        bound_socket(config.api.host, config.api.port) as listener,
+    ):
         uvloop.run(Server(config, store, listener, worker_module).run(preload, grace_s))
+
+
+def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
+    try:
+        return AdapterStore.open(
+            config.api.store_dir,
+            spec.dims,
+            served_name=config.api.served_model_name,
+            max_rank=config.engine.max_adapter_rank,
+            max_upload_bytes=config.api.limits.max_upload_bytes,
+            image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
+        )
+    except (StorageFailed, StoreFull) as error:
+        reason = getattr(error.__cause__, "strerror", None) or error.message
+        raise StartError(f"--store {config.api.store_dir}: {reason}; choose a folder that can be written") from error
 
 
 class Server:
     """One life of the API process."""
 
     def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket, worker_module: str) -> None:
+        self._config = config
         self._store = store
         self._listener = listener
         self._host = config.api.host
@@ -96,6 +109,8 @@ class Server:
         try:
             if await _finished_before(self._prepare(preload), first):
                 self._say_ready()
+                # the one place where the merged configuration is shown: a start that fails says one line
+                logger.info("%s", _without_secrets(self._config))
                 await first.wait()
                 logger.info("draining: running requests get %g s; a second signal ends at once", grace_s)
                 await _finished_before(self._engine.drain(grace_s), second)
@@ -114,6 +129,10 @@ class Server:
     def _say_ready(self) -> None:
         host = f"[{self._host}]" if ":" in self._host else self._host
         print(f"chorale ready http://{host}:{self._listener.getsockname()[1]}", flush=True)
+
+
+def _without_secrets(config: ServeConfig) -> ServeConfig:
+    return replace(config, api=replace(config.api, api_keys=("***",) * len(config.api.api_keys)))
 
 
 class SilentServer(uvicorn.Server):

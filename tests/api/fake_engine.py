@@ -63,6 +63,7 @@ class FakeEngine:
     num_open: int = 0
     is_live: bool = True
     is_ready: bool = True
+    is_draining: bool = False
     stats: Stats | None = None
     ready: Ready | None = field(
         default_factory=lambda: Ready(

@@ -4,6 +4,7 @@ import socket
 import time
 
 from serve.config import LimitsConfig
+from tests.api.api_server import wait_until
 from tests.api_guard.wire import GET, error_of, read_all, served, status_of
 
 LIMITS = LimitsConfig(header_timeout_s=0.5, body_timeout_s=0.5, min_upload_bytes_per_s=4096)
@@ -50,6 +51,8 @@ def test_a_body_that_stops_before_its_end_is_answered_408_and_the_application_se
         answer = server.ask(b"POST /x HTTP/1.1\r\nHost: t\r\nContent-Length: 100\r\n\r\n" + b"x" * 99)
         assert status_of(answer) == 408
         assert "4096 bytes/s" in str(error_of(answer)["message"])
+        # the application learns it on its own time
+        wait_until(lambda: bool(server.seen), "the application sees its client leave")
         assert server.seen == [("disconnect", 99)]
 
 

@@ -68,31 +68,31 @@ def test_a_model_folder_that_cannot_be_served_is_named(
     model: Path, store_dir: Path, spoil: Callable[[Path], list[str]]
 ) -> None:
     words = spoil(model)
-    flags = ("--model", str(model), "--store", str(store_dir), "--port", "0", "--log-level", "warning")
+    flags = ("--model", str(model), "--store", str(store_dir), "--port", "0")
     assert_one_line(run("serve", *flags), *words)
 
 
 def test_a_model_that_is_no_folder_is_named(tmp_path: Path, store_dir: Path) -> None:
     missing = str(tmp_path / "missing")
-    flags = ("--model", missing, "--store", str(store_dir), "--log-level", "warning")
+    flags = ("--model", missing, "--store", str(store_dir))
     assert_one_line(run("serve", *flags), missing, "--model")
 
 
 def test_a_port_in_use_is_named(model: Path, store_dir: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
-        flags = ("--model", str(model), "--store", str(store_dir), "--port", port, "--log-level", "warning")
+        flags = ("--model", str(model), "--store", str(store_dir), "--port", port)
         assert_one_line(run("serve", *flags), port, "in use", "--port")
 
 
 def test_a_store_that_cannot_be_written_is_told(model: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    flags = ("--model", str(model), "--store", str(tmp_path / "file" / "store"), "--log-level", "warning")
-    assert_one_line(run("serve", *flags), "store")
+    flags = ("--model", str(model), "--store", str(tmp_path / "file" / "store"))
+    assert_one_line(run("serve", *flags), f"--store {tmp_path / 'file' / 'store'}", "Not a directory")
 
 
 def test_what_the_engine_process_refuses_is_told_in_its_own_words(model: Path, store_dir: Path) -> None:
-    flags = ("--model", str(model), "--store", str(store_dir), "--port", "0", "--log-level", "warning")
+    flags = ("--model", str(model), "--store", str(store_dir), "--port", "0")
     assert_one_line(run("serve", *flags, "--max-model-len", "99999"), "--max-model-len 99999", "4096")
 
 

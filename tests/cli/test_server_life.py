@@ -59,6 +59,7 @@ def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_
     reader = begin_stream(server, round(1.0 / STEP_S))
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)
+    assert server.get("/readyz").json()["error"]["code"] == "draining"
     refused = httpx.post(
         f"{server.url}/v1/completions", json={"model": "fake", "prompt": [0], "max_tokens": 1}, trust_env=False
     )
@@ -92,8 +93,10 @@ def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> No
     server.process.send_signal(signal.SIGTERM)
     status, out, _ = server.end()
     reader.join(30.0)
-    # eight seconds of work at least: it was cut
+    # eight seconds of work at least: it was cut, and told why
     assert reader.finish_reasons == []
+    error = reader.chunks[-1]["error"]
+    assert isinstance(error, dict) and error["code"] == "draining"
     assert (status, out) == (0, "")
     assert engines and not any(engine.is_running() for engine in engines)
 
