@@ -16,6 +16,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses
 from serve.api.json_body import read_model
 from serve.api.multipart import read_boundary
+from serve.api.openapi import json_endpoint
 from serve.api.schemas_adapters import AliasRequest
 from serve.api.state import ApiState, api_state
 from serve.api.uploads import receive_upload
@@ -82,7 +83,7 @@ async def list_versions(request: Request, name: str) -> Json:
     return _list_of([adapter_card(version) for version in versions])
 
 
-@router.post("/{name}/aliases")
+@router.post("/{name}/aliases", **json_endpoint(AliasRequest))
 async def set_alias(request: Request, name: str) -> Json:
     """Let `name:alias` mean a version, for example `:stable`."""
     body = await read_model(request, AliasRequest)

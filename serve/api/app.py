@@ -56,7 +56,8 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
         dependencies=[Depends(require_key)],
     )
     app.state.api = state
-    install_errors(app, max_in_flight=config.limits.max_in_flight)
+    routes = [route for room in _ROOMS for route in room.router.routes]
+    install_errors(app, routes, max_in_flight=config.limits.max_in_flight)
     for room in _ROOMS:
         app.include_router(room.router)
     app.include_router(_build_docs(app))

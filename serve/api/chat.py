@@ -32,7 +32,7 @@ from serve.messages import Grammar
 router = APIRouter()
 
 
-@router.post("/v1/chat/completions", **json_endpoint(ChatRequest))
+@router.post("/v1/chat/completions", **json_endpoint(ChatRequest, streams=True))
 async def create_chat_completion(request: Request) -> Response:
     """Answer a chat."""
     state = api_state(request)

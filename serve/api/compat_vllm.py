@@ -14,6 +14,7 @@ from adapters_store.store import AdapterVersion
 from serve.api.adapters import remove_adapter
 from serve.api.errors import error_responses
 from serve.api.json_body import read_model, show
+from serve.api.openapi import json_endpoint
 from serve.api.schemas_adapters import LoadLoraRequest, UnloadLoraRequest
 from serve.api.state import ApiState, api_state
 from serve.errors import AdapterForbidden, ServeError
@@ -37,7 +38,7 @@ class NotFoundError(ServeError):
     default_code = None
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", **json_endpoint(LoadLoraRequest))
 async def load_lora_adapter(request: Request) -> PlainTextResponse:
     """Publish the PEFT folder at `lora_path` under `lora_name`."""
     state = api_state(request)
@@ -53,7 +54,7 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", **json_endpoint(UnloadLoraRequest))
 async def unload_lora_adapter(request: Request) -> PlainTextResponse:
     """Delete the adapter `lora_name` with all its versions."""
     state = api_state(request)

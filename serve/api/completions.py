@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.answer import Json, Output, answer_generation
+from serve.api.detokenizer import Detokenizer
 from serve.api.generation import Generation
 from serve.api.json_body import read_model
 from serve.api.limits import check_limits
@@ -30,7 +31,7 @@ DEFAULT_MAX_TOKENS = 16
 router = APIRouter()
 
 
-@router.post("/v1/completions", **json_endpoint(CompletionRequest))
+@router.post("/v1/completions", **json_endpoint(CompletionRequest, streams=True))
 async def create_completion(request: Request) -> Response:
     """Complete one or several prompts."""
     state = api_state(request)
@@ -143,5 +144,8 @@ class CompletionReply:
         is_cut = self._body.truncate_prompt_tokens is not None
         if isinstance(prompt, str) and not is_cut:
             return prompt
-        token_ids = self._prompts[position]
-        return self._tokenizer.decode(token_ids, skip_special_tokens=self._rules.skip_special_tokens)
+        # as the logprobs' offsets count it
+        special_ids = self._tokenizer.token_bytes.special_ids
+        skipped = special_ids if self._rules.skip_special_tokens else frozenset()
+        detokenizer = Detokenizer(self._tokenizer.token_bytes, skipped, at_text_start=True)
+        return detokenizer.feed(self._prompts[position]) + detokenizer.finish()

@@ -5,12 +5,15 @@ no answer holds a stack trace, a path or an address.
 """
 
 import logging
+from collections.abc import Sequence
 
 import msgspec
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response
 from starlette.exceptions import HTTPException
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Scope
 
 from adapters_store.errors import StoreError
 from serve.api.disconnect import ClientGone
@@ -64,6 +67,9 @@ def error_response(error: Exception) -> Response:
     headers: dict[str, str] = {}
     if status == 401:
         headers["www-authenticate"] = "Bearer"
+    if status == 405:
+        # of the whole server; where a route refuses, `install_errors` says what that route takes
+        headers["allow"] = "DELETE, GET, POST"
     if status == 409:
         # OpenAI's clients retry a 409 by themselves, and ours never heals
         headers["x-should-retry"] = "false"
@@ -77,8 +83,8 @@ def error_response(error: Exception) -> Response:
     return Response(body, status, headers, media_type="application/json")
 
 
-def install_errors(app: FastAPI, *, max_in_flight: int) -> None:
-    """Answer our errors, FastAPI's and Starlette's in one shape; a 429 names the bound on sequences in flight."""
+def install_errors(app: FastAPI, routes: Sequence[BaseRoute], *, max_in_flight: int) -> None:
+    """Answer our errors, FastAPI's and Starlette's in one shape; a 405 names the methods of `routes`, a 429 the bound in flight."""
 
     async def answer(request: Request, error: Exception) -> Response:
         response = error_response(error)
@@ -94,7 +100,8 @@ def install_errors(app: FastAPI, *, max_in_flight: int) -> None:
     async def answer_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500
         response = error_response(_HTTP_ERRORS.get(status, InvalidRequest)(_HTTP_TEXTS.get(status, "bad request")))
-        response.headers.update(getattr(error, "headers", None) or {})
+        if status == 405:
+            response.headers["allow"] = _allowed_methods(routes, request.scope)
         return response
 
     async def end_quietly(request: Request, error: Exception) -> Response:
@@ -105,6 +112,15 @@ def install_errors(app: FastAPI, *, max_in_flight: int) -> None:
     app.add_exception_handler(StoreError, answer)
     app.add_exception_handler(RequestValidationError, answer_validation)
     app.add_exception_handler(HTTPException, answer_http)
+
+
+def _allowed_methods(routes: Sequence[BaseRoute], scope: Scope) -> str:
+    """Return the methods of all routes that match the path: Starlette names those of the first one only."""
+    methods: set[str] = set()
+    for route in routes:
+        if isinstance(route, Route) and route.matches(scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return ", ".join(sorted(methods))
 
 
 _HTTP_ERRORS: dict[int, type[ServeError]] = {404: NotFound, 405: MethodNotAllowed}

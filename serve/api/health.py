@@ -5,7 +5,7 @@ for the engine, so a probe is answered in time however busy it is.
 """
 
 from fastapi import APIRouter, Request
-from fastapi.responses import Response
+from fastapi.responses import PlainTextResponse, Response
 
 from serve.api.errors import error_responses
 from serve.api.state import api_state
@@ -36,7 +36,7 @@ async def readyz(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
     """Prometheus text, rendered from the last heartbeat."""
     state = api_state(request)

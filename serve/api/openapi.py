@@ -19,12 +19,15 @@ class Declared(TypedDict):
     response_model: None
 
 
-def json_endpoint(model: type[RequestModel]) -> Declared:
-    """Declare a route that reads `model` from a JSON body."""
+def json_endpoint(model: type[RequestModel], *, streams: bool = False) -> Declared:
+    """Declare a route that reads `model` from a JSON body, and may answer it by a stream of events."""
     schema = model.model_json_schema(ref_template="{model}")
     inlined = _inline(schema, schema.pop("$defs", {}))
     body = {"required": True, "content": {"application/json": {"schema": inlined}}}
-    return {"responses": error_responses(), "openapi_extra": {"requestBody": body}, "response_model": None}
+    responses = error_responses()
+    if streams:
+        responses[200] = {"description": "The answer", "content": {"text/event-stream": {"schema": {"type": "string"}}}}
+    return {"responses": responses, "openapi_extra": {"requestBody": body}, "response_model": None}
 
 
 def _inline(schema: object, definitions: Json) -> object:

@@ -113,7 +113,8 @@ def _read_tool(index: int, tool: Json) -> AllowedTool:
         )
     parameters = function.get("parameters")
     if parameters is None:
-        parameters = {"type": "object", "properties": {}}
+        # OpenAI: without `parameters` a function takes none
+        parameters = {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, dict):
         raise InvalidRequest(f"{param}.function.parameters must be a JSON schema", param=f"{param}.function.parameters")
     check_schema(parameters, f"{param}.function.parameters")

@@ -1,12 +1,24 @@
 """POST /v1/completions: the forms of a prompt, echo, prompt logprobs."""
 
+import json
+
 import openai
 import pytest
+from tokenizers import Tokenizer
 
+from serve.api.answer import Output
+from serve.api.completions import CompletionReply
+from serve.api.generation import Generation
+from serve.api.output import OutputRules
+from serve.api.schemas_completions import CompletionRequest
+from serve.api.selection import Target
+from serve.api.tokenizer import TextTokenizer
+from serve.messages import Started, TokenLogprobs
 from tests.api.api_server import ApiServer
 from tests.api.byte_tokenizer import IM_END, VOCAB_SIZE
 from tests.api.fake_engine import text_ids
 from tests.api.fake_store import BASE
+from tests.api.test_detokenizer import SENTENCEPIECE
 
 
 def test_openai_python_reads_a_completion(client: openai.OpenAI, api: ApiServer) -> None:
@@ -62,6 +74,21 @@ def test_prompts_and_choices_are_numbered_prompt_by_prompt(api: ApiServer) -> No
 def test_echo_puts_the_prompt_first(api: ApiServer) -> None:
     assert api.complete("Say: ", echo=True).json()["choices"][0]["text"] == "Say: Hello world"
     assert api.complete([72, 105, 32], echo=True).json()["choices"][0]["text"] == "Hi Hello world"
+
+
+def test_offsets_of_an_echoed_prompt_of_ids_point_into_its_text() -> None:
+    # a control token under normalisation: the tokenizers library's own decoding shows it though told to skip it
+    described = json.loads(SENTENCEPIECE.to_str())
+    described["added_tokens"][0]["normalized"] = True
+    tokenizer = TextTokenizer(Tokenizer.from_str(json.dumps(described)), {})
+    pieces = [described["model"]["vocab"][piece] for piece in ("<s>", "▁a", "▁b")]
+    body = CompletionRequest.read({"model": BASE, "prompt": pieces, "echo": True, "logprobs": 0})
+    generation = Generation([pieces], [], 1, None, OutputRules(), Target(BASE, None), 0, "wait")
+    scores = [TokenLogprobs(token_id, -1.0, [], []) for token_id in pieces[1:]]
+    started = Started("r", num_cached_tokens=0, queue_s=0.0, adapter_load_s=0.0, prompt_logprobs=scores)
+    choice = CompletionReply(tokenizer, body, generation).choice(Output(0, " a", started=started))
+    assert choice["text"] == "a b a"
+    assert isinstance(choice["logprobs"], dict) and choice["logprobs"]["text_offset"] == [0, 0, 1]
 
 
 def test_echo_with_logprobs_scores_the_prompt_as_lm_eval_needs_it(api: ApiServer) -> None:

@@ -153,3 +153,25 @@ def test_the_document_declares_every_error_and_every_field(api: ApiServer) -> No
         assert route["requestBody"]["content"]["application/json"]["schema"]["properties"]
     assert "429" in document["paths"]["/v1/models"]["get"]["responses"]
     assert api.http.get("/docs").status_code == 200
+
+
+def test_a_405_allows_what_all_routes_of_the_path_take(api: ApiServer) -> None:
+    for method, path, allowed in (
+        ("PUT", "/v1/models/some/model", "DELETE, GET"),
+        ("PATCH", "/v1/adapters", "GET, POST"),
+        ("OPTIONS", "/v1/chat/completions", "POST"),
+    ):
+        answer = api.http.request(method, path)
+        assert (answer.status_code, answer.headers["allow"]) == (405, allowed), path
+    assert api.http.request("TRACE", "/v1/models").headers["allow"] == "DELETE, GET, POST"
+
+
+def test_the_document_tells_bodies_and_content_types(api: ApiServer) -> None:
+    paths = api.http.get("/openapi.json").json()["paths"]
+    assert set(paths["/metrics"]["get"]["responses"]["200"]["content"]) == {"text/plain"}
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter", "/v1/adapters/{name}/aliases"):
+        assert "application/json" in paths[path]["post"]["requestBody"]["content"], path
+    for path in ("/v1/load_lora_adapter", "/v1/unload_lora_adapter"):
+        assert set(paths[path]["post"]["responses"]["200"]["content"]) == {"text/plain"}
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        assert set(paths[path]["post"]["responses"]["200"]["content"]) == {"application/json", "text/event-stream"}

@@ -229,6 +229,15 @@ def test_forcing_without_parallel_calls_ends_after_one(speaker: Speaker) -> None
         assert text.count('"name": "get_weather"') + text.count('"name": "stop_all"') == 1
 
 
+def test_a_tool_without_parameters_is_called_with_no_arguments(speaker: Speaker) -> None:
+    for family in FAMILIES:
+        plan = forced(family, named("stop_all"), speaker.special)
+        parser = plan.parser()
+        assert plan.grammar is not None and parser is not None
+        (call,) = parse_complete(parser, speaker.say(plan.grammar, 1)).calls
+        assert (call.name, json.loads(call.arguments)) == ("stop_all", {})
+
+
 def test_forcing_grammars_pass_the_gate_and_strict_tools_may_not() -> None:
     async def run() -> None:
         gate = GrammarGate(Tokenizer(models.BPE(vocab={"a": 0}, merges=[])), LimitsConfig())
