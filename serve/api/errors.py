@@ -84,7 +84,7 @@ def error_response(error: Exception) -> Response:
 
 
 def install_errors(app: FastAPI, routes: Sequence[BaseRoute], *, max_in_flight: int) -> None:
-    """Answer our errors, FastAPI's and Starlette's in one shape; a 405 names the methods of `routes`, a 429 the bound in flight."""
+    """Answer our errors, FastAPI's and Starlette's in one shape; a 405 names what `routes` take, a 429 the bound."""
 
     async def answer(request: Request, error: Exception) -> Response:
         response = error_response(error)

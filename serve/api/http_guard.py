@@ -244,6 +244,8 @@ def _answer(error: ServeError) -> bytes:
         b"content-length: %d\r\n" % len(body),
         b"connection: close\r\n",
     ]
+    if error.http_status == 405:
+        head.append(b"allow: DELETE, GET, POST\r\n")
     if error.retry_after_s is not None:
         head.append(b"retry-after: %d\r\n" % error.retry_after_s)
     return b"".join([*head, b"\r\n", body])

@@ -29,6 +29,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class MetricsCompat(StrEnum):
+    """Whose metric names `/metrics` has beside our own."""
+
+    VLLM = "vllm"
+    NONE = "none"
+
+
 class LogLevel(StrEnum):
     """How much goes to stderr."""
 
@@ -126,6 +133,14 @@ Preload = Annotated[
 ]
 GraceS = Annotated[
     float, typer.Option(envvar="CHORALE_GRACE_S", min=0.0, help="Seconds that running requests get after SIGTERM.")
+]
+MetricsCompatOption = Annotated[
+    MetricsCompat,
+    typer.Option(
+        "--metrics-compat",
+        envvar="CHORALE_METRICS_COMPAT",
+        help="Whose metric names /metrics has beside our own; routers read vLLM's.",
+    ),
 ]
 LogLevelOption = Annotated[
     LogLevel, typer.Option("--log-level", envvar="CHORALE_LOG_LEVEL", help="How much goes to stderr.")

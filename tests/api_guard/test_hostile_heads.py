@@ -77,6 +77,7 @@ def test_a_head_that_breaks_a_rule_is_refused_in_the_error_shape_and_closed(case
     assert callable(ask)
     answer = ask(data)
     assert status_of(answer) == status
+    assert (status == 405) == (b"\r\nallow: DELETE, GET, POST\r\n" in answer)
     error = error_of(answer)
     assert error["type"] == "invalid_request_error"
     assert b"Traceback" not in answer and b"/usr" not in answer

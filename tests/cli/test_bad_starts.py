@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from serve.cli import serve_command
 from serve.cli.app import app
+from serve.config import ServeConfig
 from tests.live_server import REPO_ROOT, chorale_command, server_environment
 from tests.tiny_model import write_tiny_model
 
@@ -94,6 +96,17 @@ def test_a_store_that_cannot_be_written_is_told(model: Path, tmp_path: Path) -> 
 def test_what_the_engine_process_refuses_is_told_in_its_own_words(model: Path, store_dir: Path) -> None:
     flags = ("--model", str(model), "--store", str(store_dir), "--port", "0")
     assert_one_line(run("serve", *flags, "--max-model-len", "99999"), "--max-model-len 99999", "4096")
+
+
+@pytest.mark.parametrize(("flags", "has_aliases"), [([], True), (["--metrics-compat", "none"], False)])
+def test_the_metric_aliases_can_be_left_out(
+    model: Path, store_dir: Path, flags: list[str], has_aliases: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ServeConfig] = []
+    monkeypatch.setattr(serve_command, "run_server", lambda config, **_: started.append(config))
+    result = CliRunner().invoke(app, ["serve", "--model", str(model), "--store", str(store_dir), *flags])
+    assert result.exit_code == 0, result.output
+    assert [config.api.metrics_compat_vllm for config in started] == [has_aliases]
 
 
 def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path: Path, store_dir: Path) -> None:
