@@ -18,6 +18,7 @@ from adapter_kernels.route import Placement
 from adapter_kernels.slab import CAPACITY, Profile, Slab
 from adapters_store.errors import StoreError
 from adapters_store.store import OpenAdapter
+from serve.engine.cpu_threads import leave_core
 from serve.engine.plan import LoadResult
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -42,7 +43,8 @@ class AdapterArena:
         self._placements: dict[int, Placement] = {}
         self._lock = threading.Lock()
         self._ended: SimpleQueue[tuple[LoadResult, Placement | None]] = SimpleQueue()
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="adapter-load")
+        # a second pool of torch threads would make the step's own ones sleep instead of spin
+        self._loader = ThreadPoolExecutor(1, "adapter-load", initializer=leave_core)
 
     @property
     def num_slabs(self) -> int:

@@ -13,6 +13,7 @@ import torch
 
 from adapters_store.base import SITES
 from serve.config import EngineConfig
+from serve.engine.cpu_threads import start_threads
 from serve.engine.grammar import GrammarMasks
 from serve.errors import StartError
 from serve.messages import Ready
@@ -72,7 +73,7 @@ def load_parts(config: EngineConfig) -> ModelParts:
     dtype_name = spec.dtype if config.dtype == "auto" else config.dtype
     dtype = _DTYPES[dtype_name]
     max_model_len = _max_model_len(config, spec)
-    torch.set_num_threads(config.num_threads or _num_threads(spec))
+    start_threads(config.num_threads or _num_threads(spec))
     cpu = torch.device("cpu")
     decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=max_model_len)
     num_blocks = _num_kv_blocks(config, spec, dtype, max_model_len)

@@ -4,8 +4,10 @@ Owns the bytes; which block belongs to whom is the engine's business. Invariant:
 that was never written is finite.
 """
 
+import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,8 +29,8 @@ class KvCache:
         shape = (num_blocks, block_size, spec.dims.num_key_value_heads, spec.dims.head_dim)
         num_layers = spec.dims.num_hidden_layers
         return cls(
-            k=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)),
-            v=tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in range(num_layers)),
+            k=tuple(_zeros(shape, dtype, device) for _ in range(num_layers)),
+            v=tuple(_zeros(shape, dtype, device) for _ in range(num_layers)),
         )
 
 
@@ -36,3 +38,11 @@ def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int
     """Bytes of one KV block over all layers, keys and values."""
     dims = spec.dims
     return 2 * dims.num_hidden_layers * block_size * dims.num_key_value_heads * dims.head_dim * dtype.itemsize
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    # numpy asks the system for zero pages, which cost nothing until written; torch.zeros writes every byte
+    num_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(num_bytes, dtype=np.uint8)).view(dtype).view(shape)
