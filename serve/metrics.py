@@ -280,16 +280,20 @@ class EngineCollector(Collector):
         loaded = GaugeMetricFamily(
             "vllm:lora_adapter_loaded", "Adapters in memory.", labels=["adapter_name", "level", "pinned", "rank"]
         )
-        for adapter in [*on_device, *on_host][:MAX_ADAPTER_SERIES]:
-            name, is_pinned = self._metrics.adapter_name(adapter.digest), adapter.num_pins > 0
-            loaded.add_metric([name, adapter.tier, str(is_pinned).lower(), str(adapter.rank)], 1)
+        for name, adapter in list(self._by_name([*on_device, *on_host]).items())[:MAX_ADAPTER_SERIES]:
+            loaded.add_metric([name, adapter.tier, str(adapter.num_pins > 0).lower(), str(adapter.rank)], 1)
         yield loaded
+
+    def _by_name(self, adapters: list[AdapterState]) -> dict[str, AdapterState]:
+        """Return the first version of each name: a series may not occur twice."""
+        pairs = [(self._metrics.adapter_name(adapter.digest), adapter) for adapter in adapters]
+        return dict(pairs) | dict(reversed(pairs))
 
     def _joined(self, adapters: list[AdapterState]) -> str:
         """Return the adapters' names, comma-separated, as many as fit the label's cap."""
         text = ""
-        for adapter in adapters:
-            longer = f"{text}{',' if text else ''}{self._metrics.adapter_name(adapter.digest)}"
+        for name in self._by_name(adapters):
+            longer = f"{text},{name}" if text else name
             if len(longer.encode()) > MAX_LABEL_BYTES:
                 break
             text = longer

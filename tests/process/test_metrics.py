@@ -143,6 +143,22 @@ def test_the_lora_series_is_one_hottest_first_and_its_label_is_capped() -> None:
     assert info.labels["waiting_lora_adapters"] == "e" * 12
 
 
+def test_two_resident_versions_of_one_name_are_one_series() -> None:
+    metrics = Metrics()
+    for digest in ("a" * 64, "b" * 64, "c" * 64):
+        metrics.name_adapter(digest, "other" if digest[0] == "b" else "same")
+    tiers = {"a": "host", "b": "device", "c": "device"}
+    held = [AdapterState(letter * 64, tier, pins, 100, 8) for pins, (letter, tier) in enumerate(tiers.items())]
+    metrics.observe_stats(stats(adapters=held))
+    lines = metrics.render().decode().splitlines()
+    loaded = [line for line in lines if line.startswith("vllm:lora_adapter_loaded{")]
+    assert [line.split('"')[1::2] for line in loaded] == [
+        ["same", "device", "true", "8"],
+        ["other", "device", "true", "8"],
+    ]
+    assert any('running_lora_adapters="same,other"' in line for line in lines)
+
+
 def test_the_page_is_rendered_at_most_ten_times_a_second() -> None:
     clock = FakeClock()
     metrics = Metrics(clock=clock)
