@@ -17,7 +17,7 @@ from starlette.types import Scope
 
 from adapters_store.errors import StoreError
 from serve.api.disconnect import ClientGone
-from serve.errors import EngineFailed, InvalidRequest, MethodNotAllowed, NotFound, ServeError
+from serve.errors import EngineFailed, InvalidRequest, MethodNotAllowed, NotFound, QueueFull, ServeError
 
 logger = logging.getLogger("chorale.api")
 
@@ -88,7 +88,7 @@ def install_errors(app: FastAPI, routes: Sequence[BaseRoute], *, max_in_flight: 
 
     async def answer(request: Request, error: Exception) -> Response:
         response = error_response(error)
-        if response.status_code == 429:
+        if isinstance(error, QueueFull):
             response.headers["x-ratelimit-limit-requests"] = str(max_in_flight)
         return response
 
