@@ -43,7 +43,17 @@ NEIGHBOURS = [
 ]
 
 # the engine's torch side; every other file of serve.engine is pure
-TORCH_ENGINE = {"adapter_arena", "batch", "cuda_graphs", "executor", "model_parts", "runner", "sampler", "worker"}
+TORCH_ENGINE = {
+    "adapter_arena",
+    "batch",
+    "cpu_threads",
+    "cuda_graphs",
+    "executor",
+    "model_parts",
+    "runner",
+    "sampler",
+    "worker",
+}
 TORCH_PACKAGES = {"accelerate", "peft", "torch", "transformers", "triton"}
 
 MAX_FILE_LINES = 300
