@@ -17,16 +17,17 @@ start_threads(int(sys.argv[1]))
 cores = [sorted(os.sched_getaffinity(int(task))) for task in sorted(os.listdir("/proc/self/task"), key=int)]
 with ThreadPoolExecutor(1, initializer=leave_core) as pool:
     helper = pool.submit(lambda: sorted(os.sched_getaffinity(0))).result()
-print(json.dumps({"cores": cores, "helper": helper}))
+print(json.dumps([*cores, helper]))
 """
 
 
-def report(num_threads: int) -> dict[str, list[list[int]]]:
+def report(num_threads: int) -> list[list[int]]:
+    """The cores of each thread of the pool, and last those of a helper thread."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-c", REPORT, str(num_threads)]
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout
-    result: dict[str, list[list[int]]] = json.loads(output)
+    result: list[list[int]] = json.loads(output)
     return result
 
 
@@ -34,11 +35,11 @@ def test_threads_that_fill_the_machine_have_a_core_each() -> None:
     mine = sorted(os.sched_getaffinity(0))
     if len(mine) < 2:
         pytest.skip("one core: nothing to pin")
-    found = report(len(mine))
-    assert [core for core in found["cores"] if len(core) == 1] == [[core] for core in mine]
-    assert found["helper"] == mine
+    *pool, helper = report(len(mine))
+    assert [cores for cores in pool if len(cores) == 1] == [[core] for core in mine]
+    assert helper == mine
 
 
 def test_fewer_threads_than_cores_are_left_to_the_kernel() -> None:
     mine = sorted(os.sched_getaffinity(0))
-    assert all(core == mine for core in report(1)["cores"])
+    assert all(cores == mine for cores in report(1))
