@@ -2,7 +2,6 @@
 
 import io
 import json
-import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -128,14 +127,15 @@ def test_too_many_tensors_are_refused() -> None:
 def test_a_huge_header_costs_neither_time_nor_memory(make: Callable[[], bytes]) -> None:
     raw = (88_900_000).to_bytes(8, "little") + make()
     tracemalloc.start()
-    start = time.perf_counter()
+    file = io.BytesIO(raw)
     with pytest.raises(CorruptUpload, match="88900000"):
-        read_header(io.BytesIO(raw), 88_900_008, EXTERNAL_LIMITS, what="x")
-    elapsed_s = time.perf_counter() - start
+        read_header(file, 88_900_008, EXTERNAL_LIMITS, what="x")
+    # refused by its length alone: not one byte of the header was read
+    assert file.tell() == 8
     _, peak_bytes = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     # one copy of `raw` belongs to BytesIO
-    assert elapsed_s < 0.5 and peak_bytes < len(raw) + (4 << 20)
+    assert peak_bytes < len(raw) + (4 << 20)
 
 
 @settings(max_examples=400, deadline=None, derandomize=True)
