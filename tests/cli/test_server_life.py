@@ -117,6 +117,7 @@ def test_a_killed_server_leaves_no_engine_behind(start_fake: StartFake) -> None:
     (engine,) = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
     engine.wait(30.0)
+    assert not engine.is_running()
 
 
 def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = 30.0) -> bool:

@@ -38,7 +38,10 @@ def test_the_child_writes_the_same_bytes_as_a_conversion_in_this_process(good_fo
 
 def test_a_whole_upload_through_the_child_is_served(good_folder: Path, store_dir: Path) -> None:
     store = open_store(store_dir, convert=convert_in_child)
-    store.open_image(store.put_dir("a", good_folder).digest)
+    version = store.put_dir("a", good_folder)
+    image = store.open_image(version.digest)
+    assert (image.digest, image.rank) == (version.digest, version.rank)
+    assert len(image.entries) == len(version.report.applied) > 0
     store.close()
 
 

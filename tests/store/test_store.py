@@ -157,11 +157,12 @@ def test_an_object_that_another_name_still_uses_survives(store_dir: Path, good_f
     now = [1_000_000.0]
     store = open_store(store_dir, clock=lambda: now[0])
     digest = store.put_dir("a", good_folder).digest
-    store.put_dir("b", good_folder)
+    before = bytes(store.open_image(digest).data)
+    assert store.put_dir("b", good_folder).digest == digest
     store.delete("a")
     now[0] += 9999
     store.sweep()
-    store.open_image(digest)
+    assert bytes(store.open_image(digest).data) == before
     store.close()
 
 
