@@ -4,6 +4,7 @@ Owns where things lie and how long they live; what is tested belongs to the room
 it stops, also when the test failed.
 """
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Protocol
@@ -11,6 +12,9 @@ from typing import Protocol
 import pytest
 
 from tests.live_server import REPO_ROOT, LiveServer, start_server, stop_server
+
+# before anything imports triton: kernels run on CPU tensors; what compiles them does so in a process of its own
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 class StartServer(Protocol):
