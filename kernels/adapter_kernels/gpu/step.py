@@ -1,0 +1,133 @@
+"""One step as the device sees it: static tensors that every layer reads, and the workspaces that every layer reuses.
+
+Owns the shapes that the host side fills and the kernels read; no kernel and no decision. Invariant: rows lie decodes
+first, then prefill chunks, never sorted by adapter (the route does that); a padding row has no adapter, slot mapping
+-1 and, as a decode, context 0.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from adapter_kernels.gpu.route import DeviceRoute
+    from adapter_kernels.gpu.tables import DeviceTables
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePart:
+    """Rows `0 .. num_seqs - 1` of the step: sequences that run one token each."""
+
+    # under CUDA graphs the bucket's size, padding rows included
+    num_seqs: int
+    # [S] int32: positions attended, the new one included; 0: padding row
+    context_lens: Tensor
+    # [S] int32: where the sequence's block ids begin in `block_ids`
+    block_begins: Tensor
+    # [*] int32: block tables of all sequences, end to end
+    block_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillPart:
+    """Rows `first_row .. T - 1` of the step: chunks of several tokens, cut into tiles of query rows."""
+
+    first_row: int
+    # [num_tiles] int32: the tile's chunk; -1: the tile does nothing
+    tile_seq: Tensor
+    # [num_tiles] int32: the tile's first row inside its chunk
+    tile_row: Tensor
+    # [C] int32: first row, in the step, of each chunk
+    row_begins: Tensor
+    # [C] int32: rows of the chunk
+    lengths: Tensor
+    # [C] int32: position of the chunk's first row
+    starts: Tensor
+    # [C] int32: where the chunk's block ids begin in `block_ids`
+    block_begins: Tensor
+    # [*] int32
+    block_ids: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory between the adapter ops of a step; made once, never cleared: readers select what was written."""
+
+    # two flat fp32 buffers: the side stream fills one while a sink still reads the other
+    bridges: tuple[Tensor, Tensor]
+    # one flat buffer in the model's dtype: the deltas of o_proj or down_proj
+    delta_buffer: Tensor
+    # columns of a bridge: a power of two >= 16 that holds every adapter's rank
+    rank_capacity: int
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        max_rows: int,
+        max_splits: int,
+        max_members: int,
+        rank_capacity: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> "Workspace":
+        """Allocate for steps of up to `max_rows` rows and fused sites of up to `max_members` members."""
+        size = max_splits * max_rows * max_members * rank_capacity
+        bridges = (
+            torch.empty(size, dtype=torch.float32, device=device),
+            torch.empty(size, dtype=torch.float32, device=device),
+        )
+        return cls(bridges, torch.empty(max_rows * hidden_size, dtype=dtype, device=device), rank_capacity)
+
+    def bridge(self, index: int, num_splits: int, num_rows: int, num_members: int) -> Tensor:
+        """View buffer 0 or 1 as [num_splits, T, members, rank_capacity] fp32."""
+        shape = (num_splits, num_rows, num_members, self.rank_capacity)
+        return self.bridges[index][: num_splits * num_rows * num_members * self.rank_capacity].view(shape)
+
+    def delta(self, num_rows: int, width: int) -> Tensor:
+        """View the delta buffer as [T, width]."""
+        return self.delta_buffer[: num_rows * width].view(num_rows, width)
+
+
+@dataclass(frozen=True, slots=True)
+class StepAdapters:
+    """The adapters of one step: where their rows lie, which rows of the step they own, where they act."""
+
+    tables: "DeviceTables"
+    route: "DeviceRoute"
+    # (layer, key of `FUSED_SITES`) where at least one adapter of the step acts; at others nothing is launched
+    fused_sites: frozenset[tuple[int, str]]
+    workspace: Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class SiteAdapters:
+    """What a sink needs of the adapters at one fused site."""
+
+    tables: "DeviceTables"
+    route: "DeviceRoute"
+    # [num_splits, T, members, rank_capacity] fp32
+    bridge: Tensor
+    # site index of the fused site's first member
+    first_site: int
+    num_splits: int
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """Everything that a forward pass needs besides weights and KV cache."""
+
+    num_rows: int
+    # [T] int32
+    token_ids: Tensor
+    # [T] int32
+    positions: Tensor
+    # [T] int32: flat cache row `block * block_size + offset` of each token; -1: padding, nothing is written
+    slot_mapping: Tensor
+    decodes: DecodePart | None
+    prefills: PrefillPart | None
+    # None: no row of the step has an adapter
+    adapters: StepAdapters | None
