@@ -68,6 +68,18 @@ class ModelSpec:
     embedding_scale: float
     residual_scale: float
 
+    def has_bias(self, site: str) -> bool:
+        """Do the base's linear layers of a fused site have a bias?"""
+        return {"qkv": self.qkv_bias, "o": self.o_bias, "gate_up": self.mlp_bias, "down": self.mlp_bias}[site]
+
+    def qk_norm_widths(self) -> tuple[int, int]:
+        """Widths of the norms of queries and of keys: one head, or all heads at once."""
+        dims, is_full = self.dims, self.qk_norm is QkNorm.FULL
+        return (
+            dims.head_dim * (dims.num_attention_heads if is_full else 1),
+            dims.head_dim * (dims.num_key_value_heads if is_full else 1),
+        )
+
 
 def read_spec(model_dir: Path) -> ModelSpec:
     """Read the spec of a Hugging Face model folder.

@@ -22,16 +22,32 @@ _FUSED_PATHS = {"qkv": "self_attn.qkv_proj", "gate_up": "mlp.gate_up_proj"}
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".masked_bias")
 _IGNORED_PARTS = ("vision_tower.", "multi_modal_projector.")
 
+
+@dataclass(frozen=True, slots=True)
+class BlockNormNames:
+    """Modules of the norms before and after a block; None where the family has none."""
+
+    before: str | None
+    after: str | None
+
+
+# (attention, mlp)
 _NORMS = {
-    NormPlacement.PRE: ("input_layernorm", "post_attention_layernorm"),
-    NormPlacement.POST: ("post_attention_layernorm", "post_feedforward_layernorm"),
+    NormPlacement.PRE: (BlockNormNames("input_layernorm", None), BlockNormNames("post_attention_layernorm", None)),
+    NormPlacement.POST: (
+        BlockNormNames(None, "post_attention_layernorm"),
+        BlockNormNames(None, "post_feedforward_layernorm"),
+    ),
     NormPlacement.BOTH: (
-        "input_layernorm",
-        "post_attention_layernorm",
-        "pre_feedforward_layernorm",
-        "post_feedforward_layernorm",
+        BlockNormNames("input_layernorm", "post_attention_layernorm"),
+        BlockNormNames("pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
 }
+
+
+def block_norm_names(placement: NormPlacement) -> tuple[BlockNormNames, BlockNormNames]:
+    """Name a layer's norms: (of the attention block, of the MLP block)."""
+    return _NORMS[placement]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,16 +83,12 @@ class WeightNames:
 
     def site(self, layer: int, site: str, kind: str) -> list[str]:
         """The tensors that make up a fused site, in order of rows; `kind` is "weight" or "bias" (empty when none)."""
-        if kind == "bias" and not self._has_bias(site):
+        if kind == "bias" and not self.spec.has_bias(site):
             return []
         paths = [SITE_PATHS[part] for part in FUSED_SITES[site]]
         if self.spec.has_fused_checkpoint and site in _FUSED_PATHS:
             paths = [_FUSED_PATHS[site]]
         return [f"{self.prefix}layers.{layer}.{path}.{kind}" for path in paths]
-
-    def _has_bias(self, site: str) -> bool:
-        spec = self.spec
-        return {"qkv": spec.qkv_bias, "o": spec.o_bias, "gate_up": spec.mlp_bias, "down": spec.mlp_bias}[site]
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         dims = self.spec.dims
@@ -87,21 +99,22 @@ class WeightNames:
         if self.lm_head is not None:
             shapes[self.lm_head] = (dims.vocab_size, dims.hidden_size)
         for layer in range(dims.num_hidden_layers):
-            for norm in _NORMS[self.spec.norm_placement]:
-                shapes[self.layer(layer, norm)] = (dims.hidden_size,)
+            for block in block_norm_names(self.spec.norm_placement):
+                for norm in (block.before, block.after):
+                    if norm is not None:
+                        shapes[self.layer(layer, norm)] = (dims.hidden_size,)
             shapes.update(self._qk_norm_shapes(layer))
             for site in FUSED_SITES:
                 shapes.update(self._site_shapes(layer, site))
         return shapes
 
     def _qk_norm_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        dims = self.spec.dims
         if self.spec.qk_norm is QkNorm.NONE:
             return {}
-        is_full = self.spec.qk_norm is QkNorm.FULL
+        q_width, k_width = self.spec.qk_norm_widths()
         return {
-            self.layer(layer, "self_attn.q_norm"): (dims.head_dim * (dims.num_attention_heads if is_full else 1),),
-            self.layer(layer, "self_attn.k_norm"): (dims.head_dim * (dims.num_key_value_heads if is_full else 1),),
+            self.layer(layer, "self_attn.q_norm"): (q_width,),
+            self.layer(layer, "self_attn.k_norm"): (k_width,),
         }
 
     def _site_shapes(self, layer: int, site: str) -> dict[str, tuple[int, ...]]:

@@ -14,11 +14,12 @@ from serve.model.adapted_linear import AdaptedLinear
 from serve.model.attention import Attention, FullNormHeads, PlainHeads, SplitHeads
 from serve.model.checkpoint import Checkpoint
 from serve.model.decoder import BlockNorms, Decoder, DecoderLayer, Mlp
-from serve.model.families import NormPlacement, QkNorm
+from serve.model.families import QkNorm
 from serve.model.layers import Linear, Norm, PlainLinear, can_pack, make_activation, make_linear, make_norm
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
-from serve.model.weight_names import WeightNames
+from serve.model.weight_names import WeightNames, block_norm_names
+from serve.model.weight_source import CheckpointWeights, WeightSource
 
 
 def load_decoder(
@@ -40,25 +41,24 @@ def load_decoder(
     """
     checkpoint = Checkpoint.open(model_dir)
     names = WeightNames.find(spec, checkpoint)
-    return _Loader(spec, checkpoint, names, dtype, device).load(max_model_len or spec.max_position_embeddings)
+    source = CheckpointWeights(spec, checkpoint, names, dtype, device)
+    return _Loader(spec, source).load(max_model_len or spec.max_position_embeddings)
 
 
 @dataclass(frozen=True, slots=True)
 class _Loader:
     spec: ModelSpec
-    checkpoint: Checkpoint
-    names: WeightNames
-    dtype: torch.dtype
-    device: torch.device
+    source: WeightSource
 
     def load(self, max_model_len: int) -> Decoder:
-        embedding = self._tensor([self.names.embedding])
+        source = self.source
+        embedding = source.embedding()
         return Decoder(
             spec=self.spec,
             embedding=embedding,
-            ropes=tuple(Rotary(rope, max_model_len, self.dtype, self.device) for rope in self.spec.ropes),
+            ropes=tuple(Rotary(rope, max_model_len, source.dtype, source.device) for rope in self.spec.ropes),
             layers=tuple(self._layer(i) for i in range(self.spec.dims.num_hidden_layers)),
-            final_norm=self._norm(self.names.final_norm),
+            final_norm=make_norm(source.final_norm(), self.spec.norm_eps, self.spec.norm_kind),
             lm_head=self._lm_head(embedding),
         )
 
@@ -71,15 +71,14 @@ class _Loader:
         return DecoderLayer(attention, mlp, attention_norms, mlp_norms, self.spec.residual_scale)
 
     def _site(self, layer: int, site: str) -> AdaptedLinear:
-        weight = self._tensor(self.names.site(layer, site, "weight"))
-        bias_names = self.names.site(layer, site, "bias")
-        bias = self._tensor(bias_names) if bias_names else None
-        return AdaptedLinear(make_linear(weight, bias), layer, site)
+        weights = self.source.site(layer, site)
+        return AdaptedLinear(make_linear(weights.weight, weights.bias), layer, site)
 
     def _lm_head(self, embedding: Tensor) -> Linear:
-        if self.names.lm_head is not None:
-            return make_linear(self._tensor([self.names.lm_head]), None)
-        if can_pack(self.dtype, self.device):
+        weight = self.source.lm_head()
+        if weight is not None:
+            return make_linear(weight, None)
+        if can_pack(self.source.dtype, self.source.device):
             # the lookup needs the plain table, the product the packed one: tied weights cost their bytes twice
             return make_linear(embedding, None)
         return PlainLinear(embedding, None)
@@ -89,46 +88,24 @@ class _Loader:
         num_heads = dims.num_attention_heads + dims.num_key_value_heads
         if self.spec.qk_norm is QkNorm.NONE:
             return PlainHeads(num_heads, dims.head_dim, None)
-        q_norm = self._tensor([self.names.layer(layer, "self_attn.q_norm")])
-        k_norm = self._tensor([self.names.layer(layer, "self_attn.k_norm")])
+        q_width, k_width = self.spec.qk_norm_widths()
+        q_norm = self.source.norm(layer, "self_attn.q_norm", q_width)
+        k_norm = self.source.norm(layer, "self_attn.k_norm", k_width)
         eps = self.spec.norm_eps
         if self.spec.qk_norm is QkNorm.FULL:
-            width = dims.num_attention_heads * dims.head_dim
-            return FullNormHeads(width, dims.head_dim, make_norm(q_norm, eps, kind), make_norm(k_norm, eps, kind))
+            return FullNormHeads(q_width, dims.head_dim, make_norm(q_norm, eps, kind), make_norm(k_norm, eps, kind))
         weights = [q_norm.expand(dims.num_attention_heads, -1), k_norm.expand(dims.num_key_value_heads, -1)]
         return PlainHeads(num_heads, dims.head_dim, make_norm(torch.cat(weights), eps, kind))
 
     def _block_norms(self, layer: int) -> tuple[BlockNorms, BlockNorms]:
-        def norm(name: str) -> Norm:
-            return self._norm(self.names.layer(layer, name))
+        attention, mlp = block_norm_names(self.spec.norm_placement)
+        return (
+            BlockNorms(self._norm(layer, attention.before), self._norm(layer, attention.after)),
+            BlockNorms(self._norm(layer, mlp.before), self._norm(layer, mlp.after)),
+        )
 
-        match self.spec.norm_placement:
-            case NormPlacement.PRE:
-                return (
-                    BlockNorms(norm("input_layernorm"), None),
-                    BlockNorms(norm("post_attention_layernorm"), None),
-                )
-            case NormPlacement.POST:
-                return (
-                    BlockNorms(None, norm("post_attention_layernorm")),
-                    BlockNorms(None, norm("post_feedforward_layernorm")),
-                )
-            case NormPlacement.BOTH:
-                return (
-                    BlockNorms(norm("input_layernorm"), norm("post_attention_layernorm")),
-                    BlockNorms(norm("pre_feedforward_layernorm"), norm("post_feedforward_layernorm")),
-                )
-
-    def _norm(self, name: str) -> Norm:
-        return make_norm(self._tensor([name]), self.spec.norm_eps, self.spec.norm_kind)
-
-    def _tensor(self, names: list[str]) -> Tensor:
-        """Read tensors side by side along dim 0 into one new one."""
-        shapes = [self.checkpoint.tensors[name].shape for name in names]
-        rows = sum(shape[0] for shape in shapes)
-        fused = torch.empty((rows, *shapes[0][1:]), dtype=self.dtype, device=self.device)
-        begin = 0
-        for name, shape in zip(names, shapes, strict=True):
-            self.checkpoint.read_into(name, fused[begin : begin + shape[0]])
-            begin += shape[0]
-        return fused
+    def _norm(self, layer: int, path: str | None) -> Norm | None:
+        if path is None:
+            return None
+        weight = self.source.norm(layer, path, self.spec.dims.hidden_size)
+        return make_norm(weight, self.spec.norm_eps, self.spec.norm_kind)
