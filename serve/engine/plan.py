@@ -1,11 +1,12 @@
 """The step contract between the pure engine and the torch side: what to run, and what came out.
 
 Pure data, no torch, no decisions. Invariant: the rows of a plan are independent: any order or grouping gives the same
-tokens, and the executor reads nothing that the plan does not name.
+tokens, and the executor reads nothing that the plan does not name. The rows and lists of a plan are read while it is
+executed or submitted, never after: the engine goes on writing to them.
 """
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from serve.messages import SamplingParams, TokenLogprobs
 
@@ -15,7 +16,8 @@ class SampleSpec:
     """What the sampler needs for one row.
 
     `prompt_ids` and `output_ids` are the sequence's own lists (not copies): read-only, valid during the step only.
-    The random draw of output position i uses (params.seed, i) alone, i = len(output_ids).
+    The random draw of output position i uses (params.seed, i) alone, i = len(output_ids), plus one for a chained row,
+    whose newest token is not in the list yet.
     """
 
     params: SamplingParams
@@ -31,6 +33,9 @@ class Row:
     `embed` asks for the sum of final-norm hidden states over this chunk ("mean") or the last one ("last").
     `num_prompt_logprobs` = k asks for log-probabilities (chosen and top k) of prompt tokens: `prompt_targets` holds the
     prompt tokens at positions `start + 1 ..` (one fewer than `token_ids` on the prompt's last chunk).
+    `is_chained`: the row's one token is the one that the step submitted just before samples for the same request_id.
+    The host does not know it: `token_ids` is `[-1]`. Only an `AsyncExecutor` is given such rows, always with `sample`,
+    never with a grammar or a penalty, which would need the token on the host.
     """
 
     request_id: str
@@ -42,6 +47,7 @@ class Row:
     embed: str | None = None
     num_prompt_logprobs: int | None = None
     prompt_targets: list[int] | None = None
+    is_chained: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,15 +90,43 @@ class Executor(Protocol):
         ...
 
     def drop(self, digest: str, slot: int) -> None:
-        """Free the slot's image; no row of a later plan names it."""
+        """Free the slot's image; no row of a later plan names it, and none of a step that was not collected yet."""
         ...
 
     def release_request(self, request_id: str) -> None:
-        """Forget per-request state (grammar matchers); called once per ended sequence, not on preemption."""
+        """Forget per-request state (grammar matchers); called once per ended sequence, not on preemption.
+
+        No row of the sequence is in a step that was not collected yet.
+        """
         ...
 
     def zero_blocks(self, block_ids: list[int]) -> None:
-        """Zero the K/V of blocks that a non-finite row wrote."""
+        """Zero the K/V of blocks that a non-finite row wrote, behind all steps submitted so far."""
+        ...
+
+
+@runtime_checkable
+class AsyncExecutor(Executor, Protocol):
+    """An executor that takes the next step while the one before still runs.
+
+    At most two steps are submitted and not collected; they run in order of submission. `execute` is called only while
+    none is. A row whose sequence ended meanwhile is run like any other; what it names (K/V blocks, adapter slot) stays
+    as it is until the step was collected.
+    """
+
+    # False: this object is to be driven through `execute` alone
+    is_async: bool
+
+    def submit(self, plan: StepPlan) -> None:
+        """Queue a step; returns when the work is queued. When it raises, the step does not count as submitted."""
+        ...
+
+    def collect(self) -> list[RowResult]:
+        """Wait for the oldest submitted step; results in the order of its rows.
+
+        Raises when that step as a whole is lost: it then counts as collected. A step submitted behind it must still be
+        collected, and what it returns is not used.
+        """
         ...
 
 
