@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.ragged import PREFILL_TILE_ROWS
+
 if TYPE_CHECKING:
     from adapter_kernels.gpu.route import DeviceRoute
     from adapter_kernels.gpu.tables import DeviceTables
@@ -49,6 +51,8 @@ class PrefillPart:
     block_begins: Tensor
     # [*] int32
     block_ids: Tensor
+    # query rows of a tile: a power of two >= 16, the one that `tile_row` was made with
+    tile_rows: int = PREFILL_TILE_ROWS
 
 
 @dataclass(frozen=True, slots=True)
