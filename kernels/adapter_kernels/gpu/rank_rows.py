@@ -1,0 +1,149 @@
+"""Device functions that every adapter kernel is made of: find a block's rows, read a table entry, add a delta's tile.
+
+Owns the inner loop of the expand, which sinks call on a tile that they already hold; launches nothing. Invariant: what
+an adapter does not own is never read, and a tile whose adapter does not act comes back as the same bits.
+
+Kernels that call these mark their scalars `do_not_specialize` where the value is only a position (site, rows of the
+step), so that no other value of it means another compilation; widths and strides stay specialised: vector loads.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_block(block, slots_ptr, start_ptr, len_ptr, perm_ptr, BLOCK_ROWS: tl.constexpr):
+    """Return (slot, rows, row_mask) of a block: its adapter slot and its rows, [BLOCK_ROWS] int64 with their mask.
+
+    slot -1: rows without adapter; -2: an unused block, whose mask is all False. `slots_ptr` is the route's
+    `block_slot`. With BLOCK_ROWS 1 the block's number is its row, and the other three pointers are not read.
+    """
+    slot = tl.load(slots_ptr + block)
+    lanes = tl.arange(0, BLOCK_ROWS)
+    if BLOCK_ROWS == 1:
+        rows = (block + lanes).to(tl.int64)
+        row_mask = lanes == 0
+    else:
+        row_mask = lanes < tl.load(len_ptr + block)
+        rows = tl.load(perm_ptr + tl.load(start_ptr + block) + lanes, mask=row_mask, other=0).to(tl.int64)
+    return slot, rows, row_mask
+
+
+@triton.jit
+def load_entry(table_ptr, num_slots, site, slot):
+    """Return (a offset, rank rows' offset, bias offset or -1, rank) of an adapter slot >= 0 at a site.
+
+    The tables promise offsets at multiples of 128 bytes; 8 elements are 16 bytes of a 2-byte dtype.
+    """
+    entry = table_ptr + (tl.cast(site, tl.int64) * num_slots + slot) * 4
+    a_offset = tl.multiple_of(tl.load(entry), 32)
+    bt_offset = tl.multiple_of(tl.load(entry + 1), 32)
+    bias_offset = tl.load(entry + 2)
+    rank = tl.load(entry + 3).to(tl.int32)
+    return a_offset, bt_offset, bias_offset, rank
+
+
+@triton.jit
+def sum_planes(bridge_ptr, offsets, mask, plane_stride, SPLITS: tl.constexpr):
+    """Return the bridge's coefficients at `offsets`, fp32: the split-K planes summed in order; 0 outside the mask."""
+    total = tl.load(bridge_ptr + offsets, mask=mask, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(bridge_ptr + split * plane_stride + offsets, mask=mask, other=0.0)
+    return total
+
+
+@triton.jit
+def add_rank_rows(
+    acc,
+    bridge_ptr,
+    plane_stride,
+    row_stride,
+    arena_ptr,
+    bt_offset,
+    bias_offset,
+    rank,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return acc + sum_j c[row, j] BT[j, columns] + bias[columns] for one adapter's rows: [BLOCK_ROWS, columns] fp32.
+
+    `bridge_ptr` points at the member's first coefficient of row 0 (bridge + member * rank capacity); c is rounded to
+    the arena's dtype. Columns count inside the member, `width` is the member's. Tensor cores need BLOCK_ROWS >= 16
+    and BLOCK_R >= 16; with BLOCK_ROWS 1 it is a multiply and a sum.
+    """
+    dtype: tl.constexpr = arena_ptr.dtype.element_ty
+    plane_stride = tl.cast(plane_stride, tl.int64)
+    for begin in range(0, rank, BLOCK_R):
+        ranks = begin + tl.arange(0, BLOCK_R)
+        offsets = bt_offset + ranks[:, None].to(tl.int64) * width + columns[None, :]
+        mask = (ranks < rank)[:, None] & column_mask[None, :]
+        rank_rows = tl.load(arena_ptr + offsets, mask=mask, other=0.0)
+        if BLOCK_ROWS == 1:
+            # the coefficients as a column: one row's product needs no transposition
+            c_offsets = rows[None, :] * row_stride + ranks[:, None]
+            c = sum_planes(bridge_ptr, c_offsets, (ranks < rank)[:, None], plane_stride, SPLITS)
+            acc += tl.sum(c.to(dtype).to(tl.float32) * rank_rows.to(tl.float32), axis=0)[None, :]
+        else:
+            c_offsets = rows[:, None] * row_stride + ranks[None, :]
+            c_mask = row_mask[:, None] & (ranks < rank)[None, :]
+            c = sum_planes(bridge_ptr, c_offsets, c_mask, plane_stride, SPLITS)
+            acc = tl.dot(c.to(dtype), rank_rows, acc, input_precision="ieee")
+    if bias_offset >= 0:
+        acc += tl.load(arena_ptr + bias_offset + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def add_member_delta(
+    acc,
+    bridge_ptr,
+    plane_stride,
+    row_stride,
+    rank_capacity,
+    arena_ptr,
+    table_ptr,
+    num_slots,
+    first_site,
+    member,
+    slot,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return acc plus the tile of one member's delta, or acc itself where the block's adapter lacks the member.
+
+    What a sink calls: acc [BLOCK_ROWS, columns] fp32 is the base's output; slot, rows and row_mask are `load_block`'s;
+    bridge [SPLITS, T, members, rank_capacity] comes with its strides. Columns count inside the member.
+    """
+    if slot >= 0:
+        _, bt_offset, bias_offset, rank = load_entry(table_ptr, num_slots, first_site + member, slot)
+        acc = add_rank_rows(
+            acc,
+            bridge_ptr + member * rank_capacity,
+            plane_stride,
+            row_stride,
+            arena_ptr,
+            bt_offset,
+            bias_offset,
+            rank,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+    return acc
