@@ -58,15 +58,15 @@ def token_slots(starts: Sequence[int], lengths: Sequence[int], blocks: RaggedBlo
     slot = id of the token's block * block_size + position % block_size.
     """
     positions = token_positions(starts, lengths)
-    begins = np.repeat(blocks.begins, lengths)
+    begins = np.repeat(blocks.begins, np.asarray(lengths, dtype=np.int64))
     ids = blocks.ids[begins + positions // block_size]
     return np.asarray(ids * block_size + positions % block_size, dtype=np.int32)
 
 
 def token_positions(starts: Sequence[int], lengths: Sequence[int]) -> Int32s:
     """Position of every new token, sequence after sequence: [sum of lengths]."""
-    ends = np.cumsum(lengths)
-    shifts = np.repeat(np.asarray(starts) - (ends - np.asarray(lengths)), lengths)
+    counts = np.asarray(lengths, dtype=np.int64)
+    shifts = np.repeat(np.asarray(starts, dtype=np.int64) - (np.cumsum(counts) - counts), counts)
     return np.asarray(np.arange(len(shifts)) + shifts, dtype=np.int32)
 
 
