@@ -1,12 +1,11 @@
 """The messages that the API process and the engine process exchange over a Unix socket.
 
-Owns the wire shapes only: msgpack by msgspec, one list of messages per frame, never pickle. Knows no torch, no HTTP.
+Owns the shapes only; their bytes belong to `serve.engine.ipc`. Plain values: no torch, no HTTP, nothing to install.
 Invariant: every `Submit` that the engine accepted is answered by exactly one terminal event (`Finished` or `Failed`).
 """
 
+from dataclasses import dataclass
 from enum import StrEnum
-
-import msgspec
 
 
 class FinishReason(StrEnum):
@@ -17,7 +16,8 @@ class FinishReason(StrEnum):
     ABORTED = "aborted"
 
 
-class Grammar(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Grammar:
     """A constraint on the output, already validated by the API: `kind` names how `text` is read."""
 
     # "json_schema" | "regex" | "lark"; json_object arrives as the schema {"type": "object"}
@@ -25,7 +25,8 @@ class Grammar(msgspec.Struct, frozen=True):
     text: str
 
 
-class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
     """How to choose tokens. All values were validated by the API; `seed` is always set there."""
 
     max_tokens: int
@@ -49,7 +50,8 @@ class SamplingParams(msgspec.Struct, frozen=True, omit_defaults=True):
     grammar: Grammar | None = None
 
 
-class Submit(msgspec.Struct, frozen=True, tag="submit"):
+@dataclass(frozen=True, slots=True)
+class Submit:
     """Start one sequence. `n > 1` arrives as n submits that share a prompt and `group_id`."""
 
     request_id: str
@@ -66,7 +68,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     cold_start: str = "wait"
 
 
-class Embed(msgspec.Struct, frozen=True, tag="embed"):
+@dataclass(frozen=True, slots=True)
+class Embed:
     """Run the prompt and return one pooled hidden state; `pooling` is "mean" or "last"."""
 
     request_id: str
@@ -75,32 +78,37 @@ class Embed(msgspec.Struct, frozen=True, tag="embed"):
     adapter_digest: str | None = None
 
 
-class Abort(msgspec.Struct, frozen=True, tag="abort"):
+@dataclass(frozen=True, slots=True)
+class Abort:
     """The client is gone, or a stop string was found: free everything within one step. Unknown ids are ignored."""
 
     request_id: str
 
 
-class LoadAdapter(msgspec.Struct, frozen=True, tag="load_adapter"):
+@dataclass(frozen=True, slots=True)
+class LoadAdapter:
     """Bring an adapter into memory ahead of its first request."""
 
     digest: str
 
 
-class UnloadAdapter(msgspec.Struct, frozen=True, tag="unload_adapter"):
+@dataclass(frozen=True, slots=True)
+class UnloadAdapter:
     """Forget an adapter's image once its last pin is gone (deleted or superseded in the store)."""
 
     digest: str
 
 
-class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+@dataclass(frozen=True, slots=True)
+class Shutdown:
     """Leave the step loop after this frame."""
 
 
 Command = Submit | Embed | Abort | LoadAdapter | UnloadAdapter | Shutdown
 
 
-class TokenLogprobs(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
     """Natural log-probabilities at one position: the chosen token's, and the most likely ones in falling order."""
 
     token_id: int
@@ -109,7 +117,8 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
     top_logprobs: list[float]
 
 
-class Started(msgspec.Struct, frozen=True, tag="started"):
+@dataclass(frozen=True, slots=True)
+class Started:
     """The prompt is computed; sent once per sequence with or before its first token."""
 
     request_id: str
@@ -120,7 +129,8 @@ class Started(msgspec.Struct, frozen=True, tag="started"):
     prompt_logprobs: list[TokenLogprobs] | None = None
 
 
-class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
+@dataclass(frozen=True, slots=True)
+class Tokens:
     """New output tokens of one sequence, in order. A stop token is included."""
 
     request_id: str
@@ -128,14 +138,16 @@ class Tokens(msgspec.Struct, frozen=True, tag="tokens"):
     logprobs: list[TokenLogprobs] | None = None
 
 
-class Embedded(msgspec.Struct, frozen=True, tag="embedded"):
+@dataclass(frozen=True, slots=True)
+class Embedded:
     """Terminal answer to `Embed`: one vector of the model's hidden size, not normalised."""
 
     request_id: str
     vector: list[float]
 
 
-class Finished(msgspec.Struct, frozen=True, tag="finished"):
+@dataclass(frozen=True, slots=True)
+class Finished:
     """Terminal: the sequence ended. `stop_token_id` is the token that ended it, if one did."""
 
     request_id: str
@@ -143,7 +155,8 @@ class Finished(msgspec.Struct, frozen=True, tag="finished"):
     stop_token_id: int | None = None
 
 
-class Failed(msgspec.Struct, frozen=True, tag="failed"):
+@dataclass(frozen=True, slots=True)
+class Failed:
     """Terminal: the sequence failed alone. `code` and `http_status` become the HTTP error."""
 
     request_id: str
@@ -152,7 +165,8 @@ class Failed(msgspec.Struct, frozen=True, tag="failed"):
     http_status: int = 500
 
 
-class AdapterState(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class AdapterState:
     """One adapter as the engine holds it: `tier` is "host", "device" or "loading"."""
 
     digest: str
@@ -162,7 +176,8 @@ class AdapterState(msgspec.Struct, frozen=True):
     rank: int
 
 
-class Stats(msgspec.Struct, frozen=True, tag="stats"):
+@dataclass(frozen=True, slots=True)
+class Stats:
     """The heartbeat, at least every 0.5 s, also when idle: what /metrics, /livez and admission read.
 
     Counters (`num_*_total`) grow from the engine's start and fall to zero with a restart.
@@ -187,7 +202,8 @@ class Stats(msgspec.Struct, frozen=True, tag="stats"):
     adapter_load_s: list[float]
 
 
-class Ready(msgspec.Struct, frozen=True, tag="ready"):
+@dataclass(frozen=True, slots=True)
+class Ready:
     """First event of a started engine: what it learnt at start-up."""
 
     base_fingerprint: str
@@ -201,7 +217,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     hidden_size: int
 
 
-class StartFailed(msgspec.Struct, frozen=True, tag="start_failed"):
+@dataclass(frozen=True, slots=True)
+class StartFailed:
     """Sent instead of `Ready`: one clear line for the operator."""
 
     message: str

@@ -9,9 +9,7 @@ import asyncio
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
-
-import msgspec
+from dataclasses import dataclass, replace
 
 from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
@@ -48,7 +46,7 @@ class Generation:
             Submit(
                 request_id=f"{identity}-{position}-{child}",
                 prompt_token_ids=prompt,
-                sampling=msgspec.structs.replace(sampling, seed=choice_seed(self.seed, child)),
+                sampling=replace(sampling, seed=choice_seed(self.seed, child)),
                 adapter_digest=self.target.digest,
                 priority=self.priority,
                 group_id=f"{identity}-{position}" if self.num_choices > 1 else "",

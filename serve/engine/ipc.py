@@ -1,13 +1,17 @@
 """Frames on the Unix socket between the API and the engine: 4-byte little-endian length, then one msgpack list.
 
-Owns the byte format of both directions and nothing of the sockets themselves; no torch, imported by both sides.
+Owns the byte format of both directions and nothing of the sockets themselves; no torch, imported by both sides. Each
+message of the list is a pair: the name of its class, and its fields as a map. No pickle, and no other class than ours.
 Invariant: a frame above `MAX_FRAME_BYTES` or one that does not decode raises `FrameError` before anything of it is
 used, and how the bytes were cut into reads never changes which messages come out.
 """
 
 import struct
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from functools import reduce
+from operator import or_
+from types import GenericAlias
+from typing import Generic, TypeVar, cast, get_args
 
 import msgspec
 
@@ -21,6 +25,21 @@ _LENGTH = struct.Struct("<I")
 MessageT = TypeVar("MessageT")
 
 
+class _Wire(msgspec.Struct, frozen=True, array_like=True):
+    """One message on the wire. Each message class has its own subclass, tagged with its name: `[tag, body]`."""
+
+    body: object
+
+
+def _wire_of(message_class: type) -> type[_Wire]:
+    wire = msgspec.defstruct(message_class.__name__, [("body", message_class)], bases=(_Wire,), tag=True)
+    return cast(type[_Wire], wire)
+
+
+# msgspec cannot tell plain dataclasses apart in a union, tagged structs around them it can
+_WIRE_OF = {message_class: _wire_of(message_class) for message_class in get_args(Command) + get_args(Event)}
+
+
 class FrameError(Exception):
     """The peer sent bytes that are not a frame; the connection cannot be used any more."""
 
@@ -31,7 +50,7 @@ def encode_frame(messages: Sequence[Command] | Sequence[Event]) -> bytes:
     Raises:
         FrameError: the frame would be larger than the peer accepts.
     """
-    payload = msgspec.msgpack.encode(messages)
+    payload = msgspec.msgpack.encode([_WIRE_OF[type(message)](message) for message in messages])
     if len(payload) > MAX_FRAME_BYTES:
         raise FrameError(f"a frame of {len(payload)} bytes; the limit is {MAX_FRAME_BYTES}")
     return _LENGTH.pack(len(payload)) + payload
@@ -40,8 +59,9 @@ def encode_frame(messages: Sequence[Command] | Sequence[Event]) -> bytes:
 class FrameReader(Generic[MessageT]):
     """Turns the bytes of one direction back into messages, however the reads were cut."""
 
-    def __init__(self, decoder: msgspec.msgpack.Decoder[list[MessageT]]) -> None:
-        self._decoder = decoder
+    def __init__(self, message_classes: tuple[type, ...]) -> None:
+        union = reduce(or_, (_WIRE_OF[message_class] for message_class in message_classes))
+        self._decoder: msgspec.msgpack.Decoder[list[_Wire]] = msgspec.msgpack.Decoder(GenericAlias(list, (union,)))
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[MessageT]:
@@ -67,19 +87,20 @@ class FrameReader(Generic[MessageT]):
 
     def _decode(self, payload: bytes) -> list[MessageT]:
         try:
-            return self._decoder.decode(payload)
+            # the decoder has checked each body against the class its tag names
+            return [cast(MessageT, wire.body) for wire in self._decoder.decode(payload)]
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise FrameError(f"a frame of {len(payload)} bytes does not decode: {error}") from error
 
 
 def command_reader() -> FrameReader[Command]:
     """Build the reader of the engine's side."""
-    return FrameReader(msgspec.msgpack.Decoder(list[Command]))
+    return FrameReader(get_args(Command))
 
 
 def event_reader() -> FrameReader[Event]:
     """Build the reader of the API's side."""
-    return FrameReader(msgspec.msgpack.Decoder(list[Event]))
+    return FrameReader(get_args(Event))
 
 
 def encode_config(config: EngineConfig) -> bytes:

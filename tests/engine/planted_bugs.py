@@ -5,8 +5,8 @@ changes one decision and leaves the rest of the engine as it is.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
-import msgspec
 import pytest
 
 from serve.engine import outcome, sequence
@@ -222,7 +222,7 @@ def _stops_before_min_tokens(patch: pytest.MonkeyPatch) -> None:
     is_stop = Sequence._is_stop
 
     def wrong(self: Sequence, token_id: int, params: SamplingParams, limits: EngineLimits) -> bool:
-        return is_stop(self, token_id, msgspec.structs.replace(params, min_tokens=0), limits)
+        return is_stop(self, token_id, replace(params, min_tokens=0), limits)
 
     patch.setattr(Sequence, "_is_stop", wrong)
 

@@ -3,6 +3,7 @@
 import random
 import struct
 from pathlib import Path
+from typing import get_args
 
 import msgspec
 import pytest
@@ -17,7 +18,29 @@ from serve.engine.ipc import (
     encode_frame,
     event_reader,
 )
-from serve.messages import Abort, Command, Embed, Event, Finished, FinishReason, Grammar, SamplingParams, Submit, Tokens
+from serve.messages import (
+    Abort,
+    AdapterState,
+    Command,
+    Embed,
+    Embedded,
+    Event,
+    Failed,
+    Finished,
+    FinishReason,
+    Grammar,
+    LoadAdapter,
+    Ready,
+    SamplingParams,
+    Shutdown,
+    Started,
+    StartFailed,
+    Stats,
+    Submit,
+    TokenLogprobs,
+    Tokens,
+    UnloadAdapter,
+)
 
 COMMANDS: list[Command] = [
     Submit("a", [1, 2, 3], SamplingParams(5, 7, logit_bias=((3, -1.5),), grammar=Grammar("regex", "é+")), "d" * 64),
@@ -55,11 +78,16 @@ def test_a_message_too_large_for_a_frame_is_refused_by_the_sender() -> None:
     [
         b"",
         b"\xc1",
-        msgspec.msgpack.encode({"type": "abort"}),
-        msgspec.msgpack.encode([{"type": "no_such_command"}]),
-        msgspec.msgpack.encode([{"type": "abort", "request_id": 7}]),
-        msgspec.msgpack.encode([Tokens("a", [1])]),
-        b"\x91\x81\xa4type\xa5\xff\xff\xff\xff\xff",
+        msgspec.msgpack.encode({"Abort": {"request_id": "a"}}),
+        msgspec.msgpack.encode(["Abort"]),
+        msgspec.msgpack.encode([["Abort"]]),
+        msgspec.msgpack.encode([["Abort", None]]),
+        msgspec.msgpack.encode([["Abort", {}]]),
+        msgspec.msgpack.encode([["Abort", {"request_id": 7}]]),
+        msgspec.msgpack.encode([["NoSuchCommand", {"request_id": "a"}]]),
+        msgspec.msgpack.encode([["Embed", {"request_id": "a", "prompt_token_ids": ["x"]}]]),
+        encode_frame([Tokens("a", [1])])[4:],
+        b"\x91\x92\xa5\xff\xff\xff\xff\xff\x80",
     ],
 )
 def test_a_payload_that_is_no_list_of_commands_is_a_frame_error(payload: bytes) -> None:
@@ -68,8 +96,27 @@ def test_a_payload_that_is_no_list_of_commands_is_a_frame_error(payload: bytes) 
 
 
 def test_events_come_back_as_their_own_types() -> None:
-    events: list[Event] = [Tokens("a", [1, 2]), Finished("a", FinishReason.STOP, 2)]
-    assert event_reader().feed(encode_frame(events)) == events
+    logprobs = [TokenLogprobs(2, -0.5, [2, 7], [-0.5, -1.25])]
+    events: list[Event] = [
+        Started("a", 3, 0.25, 0.0, logprobs),
+        Tokens("a", [1, 2], logprobs),
+        Embedded("b", [1.0, -2.5]),
+        Finished("a", FinishReason.STOP, 2),
+        Failed("c", "engine_error", "é", 503),
+        Stats(1, 2, 3, 4, 5, 6, 7, [AdapterState("d", "device", 1, 2, 8)], 8, 9, 10, 11, 12, 13, 14, [0.5]),
+        Ready("f", 10, 20, 16, "float32", "cpu", [0, 1], 100, 64),
+        StartFailed("no model"),
+    ]
+    assert {type(event) for event in events} == set(get_args(Event))
+    received = event_reader().feed(encode_frame(events))
+    assert received == events
+    assert isinstance(received[3], Finished) and received[3].reason is FinishReason.STOP
+
+
+def test_commands_come_back_with_their_defaults_and_their_tuples() -> None:
+    commands = [*COMMANDS, LoadAdapter("d"), UnloadAdapter("d"), Shutdown()]
+    assert {type(command) for command in commands} == set(get_args(Command))
+    assert command_reader().feed(encode_frame(commands)) == commands
 
 
 def test_the_engine_config_survives_its_way_through_stdin() -> None:

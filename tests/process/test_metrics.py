@@ -1,8 +1,7 @@
 """The metrics page: the promised names, rest at zero, counters that never fall, labels that stay few."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import msgspec
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.messages import AdapterState, Finished, FinishReason, Started, Stats, Tokens
@@ -42,7 +41,7 @@ def stats(**fields: object) -> Stats:
         num_steps_total=0,
         adapter_load_s=[],
     )
-    return msgspec.structs.replace(idle, **fields)
+    return replace(idle, **fields)  # type: ignore[arg-type]
 
 
 def series(metrics: Metrics) -> dict[str, float]:

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import openai
 import pytest
 from openai.types.chat import ChatCompletion, ChatCompletionMessageParam, ChatCompletionToolParam
@@ -38,7 +38,7 @@ def served_with(template: str, folder: Path) -> Iterator[tuple[WholeApi, openai.
     model_dir = write_model_dir(folder / "model", template=template)
     with whole_api(model_dir, folder / "store") as api:
         assert api.engine.ready is not None
-        api.engine.ready = msgspec.structs.replace(api.engine.ready, max_model_len=4096)
+        api.engine.ready = replace(api.engine.ready, max_model_len=4096)
         url = f"http://127.0.0.1:{api.server.port}/v1"
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
             yield api, client
