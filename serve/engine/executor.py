@@ -13,7 +13,8 @@ from serve.engine.adapter_arena import AdapterArena
 from serve.engine.batch import StepBatch, build_batch
 from serve.engine.model_parts import ModelParts
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
-from serve.engine.sampler import BitMask, Sampled, sample, top_logprobs
+from serve.engine.sampler import Sampled, sample, top_logprobs
+from serve.engine.sampling_plan import BitMask
 from serve.messages import TokenLogprobs
 
 

@@ -12,16 +12,13 @@ import torch
 from torch import Tensor
 
 from serve.engine.plan import SampleSpec
+from serve.engine.sampling_plan import BitMask, uniform
 from serve.messages import SamplingParams, TokenLogprobs
 
 # candidates that usually hold top_p's mass; only rows where they do not are sorted whole
 _TOP_P_CANDIDATES = 512
 # one chunk sum per 512 tokens: 297 sums for a vocabulary of 152 k
 _CHUNK = 512
-_MASK_64 = (1 << 64) - 1
-
-# bit mask over the vocabulary (little-endian bits of int32 words) of the tokens a row may take
-BitMask = np.ndarray[tuple[int], np.dtype[np.int32]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,21 +80,8 @@ def top_logprobs(logprobs: Tensor, token_id: int, num_top: int) -> TokenLogprobs
     Args:
         logprobs: [V] fp32.
     """
-    values, ids = torch.topk(logprobs, min(num_top, logprobs.shape[0]))
+    values, ids = _falling(logprobs, min(num_top, logprobs.shape[0]))
     return TokenLogprobs(token_id, float(logprobs[token_id]), ids.tolist(), values.tolist())
-
-
-def uniform(seed: int, index: int) -> float:
-    """Return the draw in [0, 1) of output position `index` under `seed`: a hash, so there is no state to share.
-
-    Source: splitmix64's finaliser (Steele, Lea, Flood 2014), applied twice.
-    """
-    value = (seed + 0x9E3779B97F4A7C15 * (index + 1)) & _MASK_64
-    for _ in range(2):
-        value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK_64
-        value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK_64
-        value ^= value >> 31
-    return (value >> 11) / (1 << 53)
 
 
 def _constrain(logits: Tensor, spec: SampleSpec, eos_token_ids: Sequence[int], mask: BitMask | None) -> None:
@@ -127,7 +111,7 @@ def _draw(logits: Tensor, params: SamplingParams, index: int) -> int:
     scaled = (logits - logits.max()) / params.temperature
     candidates: Tensor | None = None
     if 0 < params.top_k < logits.shape[0]:
-        scaled, candidates = torch.topk(scaled, params.top_k)
+        scaled, candidates = _falling(scaled, params.top_k)
     if params.min_p > 0.0:
         # probability relative to the most likely token's
         scaled = scaled.masked_fill(scaled.exp() < params.min_p, float("-inf"))
@@ -158,9 +142,22 @@ def _top_p(scaled: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
     """Keep the smallest set of most likely tokens whose probabilities reach `top_p`; returns (scaled, ids), falling."""
     total = scaled.double().exp().sum()
     for num_candidates in (_TOP_P_CANDIDATES, scaled.shape[0]):
-        values, ids = torch.topk(scaled, min(num_candidates, scaled.shape[0]))
+        values, ids = _falling(scaled, min(num_candidates, scaled.shape[0]))
         before = (values.double().exp() / total).cumsum(0)
         if float(before[-1]) >= top_p or values.shape[0] == scaled.shape[0]:
             break
     num_kept = int((before < top_p).sum()) + 1
     return values[:num_kept], ids[:num_kept]
+
+
+def _falling(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the `count` largest of `scores` [V] and their ids, falling; of equal ones the lower id comes first.
+
+    `topk` alone leaves the order of equal scores open, and scores of a bf16 model are often equal.
+    """
+    if count == 0:
+        return scores[:0], torch.empty(0, dtype=torch.int64)
+    least = torch.topk(scores, count).values[-1]
+    ids = (scores >= least).nonzero()[:, 0]
+    values, order = scores[ids].sort(descending=True, stable=True)
+    return values[:count], ids[order[:count]]

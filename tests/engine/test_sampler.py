@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from serve.engine.plan import SampleSpec
-from serve.engine.sampler import sample, uniform
+from serve.engine.sampler import sample
+from serve.engine.sampling_plan import uniform
 from serve.messages import SamplingParams
 
 VOCAB = 1300
