@@ -81,9 +81,9 @@ class LaunchConfigs:
         _devices(path, table)
         return cls(dict(_rows(path, table["ops"])))
 
-    def pick(self, op: str, width: int, block_rows: int, default: LaunchConfig) -> LaunchConfig:
-        """Return the pinned config of this op and shape, or the op's own default."""
-        return self.rows.get((op, shape_class(width, block_rows)), default)
+    def pick(self, op: str, width: int, block_rows: int) -> LaunchConfig | None:
+        """Return the pinned config of this op and shape; None leaves the choice to the op."""
+        return self.rows.get((op, shape_class(width, block_rows)))
 
 
 def table_text(devices: list[str], measured: str, rows: Mapping[tuple[str, str], LaunchConfig]) -> str:
@@ -123,9 +123,7 @@ def _rows(path: Path, ops: object) -> Iterator[tuple[tuple[str, str], LaunchConf
         for shape, values in _items(path, f"ops.{op}", shapes):
             key = f"ops.{op}.{shape}"
             if _SHAPE_CLASS.fullmatch(shape) is None:
-                raise LaunchConfigError(
-                    f"{path.name}: {key}: a shape class is narrow, middle or wide, then /1, /16, /64"
-                )
+                raise LaunchConfigError(f"{path.name}: {key}: a shape class is narrow, middle or wide, then /1, /16 or /64")
             yield (op, shape), _config(path, key, values)
 
 
