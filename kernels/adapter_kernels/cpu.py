@@ -16,15 +16,15 @@ class CpuDelta:
     """One step's `AdapterDelta` on the CPU."""
 
     def __init__(self, route: Route) -> None:
-        self._route = route
+        self.route = route
 
     def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
         """Add every row's delta into `y` in place; see `adapter_kernels.delta.AdapterDelta`."""
-        for segment in self._route.segments:
+        for segment in self.route.segments:
             rows = segment.slab.fused.get((layer, site))
             if rows is not None:
                 _add_segment(segment, rows, x, y)
-        for group in self._route.groups:
+        for group in self.route.groups:
             rows = group.slab.fused.get((layer, site))
             if rows is not None:
                 _add_group(group, rows, x, y)

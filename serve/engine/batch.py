@@ -1,9 +1,11 @@
 """StepPlan to tensors: ids, positions, slot mapping and the adapter route, in the row order that the kernels want.
 
-Owns the order: rows without adapter first, then by where their adapter lies, so that each adapter's rows are
-neighbours and groups are slices. Invariant: results are mapped back by row, so the plan never sees the order.
+Owns the order: rows without adapter first, then adapters with many rows, then the others by where they lie, so that
+each adapter's rows are neighbours and groups are slices that no long run cuts in two. Invariant: results are mapped
+back by row, so the plan never sees the order.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -13,7 +15,7 @@ from torch import Tensor
 from adapter_kernels.attention_plan import AttentionPlan
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import AdapterDelta
-from adapter_kernels.route import Placement, build_route
+from adapter_kernels.route import MAX_GROUPED_ROWS, Placement, build_route
 from serve.engine.plan import Row, StepPlan
 
 
@@ -35,7 +37,10 @@ def build_batch(plan: StepPlan, block_size: int, placement: Callable[[int], Plac
         placement: where a loaded adapter slot lies.
     """
     places = {slot: placement(slot) for slot in plan.slot_digests}
-    rows = sorted(plan.rows, key=lambda row: _place_order(row, places))
+    num_rows: Counter[int | None] = Counter()
+    for row in plan.rows:
+        num_rows[row.adapter_slot] += len(row.token_ids)
+    rows = sorted(plan.rows, key=lambda row: _place_order(row, places, num_rows))
     counts = [len(row.token_ids) for row in rows]
     begins = [0]
     for count in counts:
@@ -53,8 +58,8 @@ def build_batch(plan: StepPlan, block_size: int, placement: Callable[[int], Plac
     )
 
 
-def _place_order(row: Row, places: dict[int, Placement]) -> tuple[int, int]:
+def _place_order(row: Row, places: dict[int, Placement], num_rows: Counter[int | None]) -> tuple[int, int, int]:
     if row.adapter_slot is None:
-        return (-1, 0)
+        return (0, 0, 0)
     place = places[row.adapter_slot]
-    return (place.slab_id, place.position)
+    return (2 if num_rows[row.adapter_slot] <= MAX_GROUPED_ROWS else 1, place.slab_id, place.position)
