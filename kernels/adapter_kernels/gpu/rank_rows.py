@@ -44,12 +44,17 @@ def load_entry(table_ptr, num_slots, site, slot):
 
 
 @triton.jit
-def sum_planes(bridge_ptr, offsets, mask, plane_stride, SPLITS: tl.constexpr):
-    """Return the bridge's coefficients at `offsets`, fp32: the split-K planes summed in order; 0 outside the mask."""
-    total = tl.load(bridge_ptr + offsets, mask=mask, other=0.0)
+def load_bridge(row_ptr, ranks, rank, row_mask, plane_stride, SPLITS: tl.constexpr):
+    """Return the coefficients at `row_ptr + ranks`, fp32: split-K planes summed in order; 0 from `rank` on.
+
+    What lies from `rank` on is selected away and not multiplied: it may be NaN. It is loaded up to the next multiple
+    of 16, which a bridge's row always has: a mask at `rank` itself would turn 16-byte loads into 4-byte ones.
+    """
+    mask = row_mask & (ranks < (rank + 15) // 16 * 16)
+    total = tl.load(row_ptr + ranks, mask=mask, other=0.0)
     for split in tl.static_range(1, SPLITS):
-        total += tl.load(bridge_ptr + split * plane_stride + offsets, mask=mask, other=0.0)
-    return total
+        total += tl.load(row_ptr + split * plane_stride + ranks, mask=mask, other=0.0)
+    return tl.where(ranks < rank, total, 0.0)
 
 
 @triton.jit
@@ -85,14 +90,11 @@ def add_rank_rows(
         mask = (ranks < rank)[:, None] & column_mask[None, :]
         rank_rows = tl.load(arena_ptr + offsets, mask=mask, other=0.0)
         if BLOCK_ROWS == 1:
-            # the coefficients as a column: one row's product needs no transposition
-            c_offsets = rows[None, :] * row_stride + ranks[:, None]
-            c = sum_planes(bridge_ptr, c_offsets, (ranks < rank)[:, None], plane_stride, SPLITS)
-            acc += tl.sum(c.to(dtype).to(tl.float32) * rank_rows.to(tl.float32), axis=0)[None, :]
+            c = load_bridge(bridge_ptr + tl.sum(rows, axis=0) * row_stride, ranks, rank, True, plane_stride, SPLITS)
+            acc += tl.sum(c.to(dtype).to(tl.float32)[:, None] * rank_rows.to(tl.float32), axis=0)[None, :]
         else:
-            c_offsets = rows[:, None] * row_stride + ranks[None, :]
-            c_mask = row_mask[:, None] & (ranks < rank)[None, :]
-            c = sum_planes(bridge_ptr, c_offsets, c_mask, plane_stride, SPLITS)
+            c_rows = bridge_ptr + rows[:, None] * row_stride
+            c = load_bridge(c_rows, ranks[None, :], rank, row_mask[:, None], plane_stride, SPLITS)
             acc = tl.dot(c.to(dtype), rank_rows, acc, input_precision="ieee")
     if bias_offset >= 0:
         acc += tl.load(arena_ptr + bias_offset + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
