@@ -58,6 +58,59 @@ def load_bridge(row_ptr, ranks, rank, row_mask, plane_stride, SPLITS: tl.constex
 
 
 @triton.jit
+def load_rank_tile(
+    bridge_ptr,
+    plane_stride,
+    row_stride,
+    arena_ptr,
+    bt_offset,
+    begin,
+    rank,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return (c, rank rows) of ranks begin .. begin + BLOCK_R - 1: coefficients rounded to the arena's dtype, BT tile.
+
+    c is [BLOCK_ROWS, BLOCK_R], with BLOCK_ROWS 1 only [BLOCK_R]; both are 0 from `rank` on.
+    """
+    dtype: tl.constexpr = arena_ptr.dtype.element_ty
+    ranks = begin + tl.arange(0, BLOCK_R)
+    offsets = bt_offset + ranks[:, None].to(tl.int64) * width + columns[None, :]
+    mask = (ranks < rank)[:, None] & column_mask[None, :]
+    rank_rows = tl.load(arena_ptr + offsets, mask=mask, other=0.0)
+    plane_stride = tl.cast(plane_stride, tl.int64)
+    if BLOCK_ROWS == 1:
+        c = load_bridge(bridge_ptr + tl.sum(rows, axis=0) * row_stride, ranks, rank, True, plane_stride, SPLITS)
+    else:
+        c_rows = bridge_ptr + rows[:, None] * row_stride
+        c = load_bridge(c_rows, ranks[None, :], rank, row_mask[:, None], plane_stride, SPLITS)
+    return c.to(dtype), rank_rows
+
+
+@triton.jit
+def weigh_rank_tile(acc, c, rank_rows, BLOCK_ROWS: tl.constexpr):
+    """Return acc + c @ rank rows for a tile of `load_rank_tile`, in fp32."""
+    if BLOCK_ROWS == 1:
+        return acc + tl.sum(c.to(tl.float32)[:, None] * rank_rows.to(tl.float32), axis=0)[None, :]
+    else:
+        return tl.dot(c, rank_rows, acc, input_precision="ieee")
+
+
+@triton.jit
+def add_bias(acc, arena_ptr, bias_offset, columns, column_mask):
+    """Return acc plus an adapter's bias, or acc itself where the offset says that there is none (-1)."""
+    if bias_offset >= 0:
+        acc += tl.load(arena_ptr + bias_offset + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
 def add_rank_rows(
     acc,
     bridge_ptr,
@@ -82,23 +135,26 @@ def add_rank_rows(
     the arena's dtype. Columns count inside the member, `width` is the member's. Tensor cores need BLOCK_ROWS >= 16
     and BLOCK_R >= 16; with BLOCK_ROWS 1 it is a multiply and a sum.
     """
-    dtype: tl.constexpr = arena_ptr.dtype.element_ty
-    plane_stride = tl.cast(plane_stride, tl.int64)
     for begin in range(0, rank, BLOCK_R):
-        ranks = begin + tl.arange(0, BLOCK_R)
-        offsets = bt_offset + ranks[:, None].to(tl.int64) * width + columns[None, :]
-        mask = (ranks < rank)[:, None] & column_mask[None, :]
-        rank_rows = tl.load(arena_ptr + offsets, mask=mask, other=0.0)
-        if BLOCK_ROWS == 1:
-            c = load_bridge(bridge_ptr + tl.sum(rows, axis=0) * row_stride, ranks, rank, True, plane_stride, SPLITS)
-            acc += tl.sum(c.to(dtype).to(tl.float32)[:, None] * rank_rows.to(tl.float32), axis=0)[None, :]
-        else:
-            c_rows = bridge_ptr + rows[:, None] * row_stride
-            c = load_bridge(c_rows, ranks[None, :], rank, row_mask[:, None], plane_stride, SPLITS)
-            acc = tl.dot(c.to(dtype), rank_rows, acc, input_precision="ieee")
-    if bias_offset >= 0:
-        acc += tl.load(arena_ptr + bias_offset + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
-    return acc
+        c, rank_rows = load_rank_tile(
+            bridge_ptr,
+            plane_stride,
+            row_stride,
+            arena_ptr,
+            bt_offset,
+            begin,
+            rank,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+        acc = weigh_rank_tile(acc, c, rank_rows, BLOCK_ROWS)
+    return add_bias(acc, arena_ptr, bias_offset, columns, column_mask)
 
 
 @triton.jit
