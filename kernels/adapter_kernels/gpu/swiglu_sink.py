@@ -1,0 +1,240 @@
+"""The gate of the MLP: act(gate) * up with the adapters' deltas of both added on the way, in one launch.
+
+Owns the sink of the gate_up site: the expand happens on tiles that are read anyway, so it costs no launch and no
+round trip. One program finishes one block of rows over one tile of columns. Invariant: rows without adapter get the
+bits of a launch without adapters, in which no adapter code is compiled.
+"""
+
+from collections.abc import Mapping
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from adapter_kernels.gpu.launch_config import LaunchConfig
+from adapter_kernels.gpu.rank_rows import add_bias, load_block, load_entry, load_rank_tile, weigh_rank_tile
+from adapter_kernels.gpu.route import UNUSED, block_rows_for
+from adapter_kernels.gpu.step import SiteAdapters
+
+ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+# by the route's rows per block
+DEFAULT_SWIGLU_SINK: Mapping[int, LaunchConfig] = {
+    1: LaunchConfig(block_r=16, block_o=256, num_warps=4, num_stages=2),
+    16: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
+    64: LaunchConfig(block_r=16, block_o=64, num_warps=4, num_stages=2),
+}
+
+
+@triton.jit
+def _sigmoid(x):
+    # never exp of a positive number, which overflows
+    small = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """Return the activation of fp32 values."""
+    if ACTIVATION == "silu":
+        return x * _sigmoid(x)
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 * (1 + tanh(z)) is sigmoid(2 z), and 2 * sqrt(2 / pi) is 1.5957691216057308
+        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+
+
+@triton.jit
+def _add_deltas(
+    gate,
+    up,
+    bridge_ptr,
+    plane_stride,
+    row_stride,
+    rank_capacity,
+    arena_ptr,
+    table_ptr,
+    num_slots,
+    first_site,
+    slot,
+    rows,
+    row_mask,
+    columns,
+    column_mask,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return gate and up plus their deltas, or themselves where the block has no adapter.
+
+    Both members' tiles are loaded before either is weighed: one wait on memory, not two.
+    """
+    if slot >= 0:
+        _, gate_bt, gate_bias, gate_rank = load_entry(table_ptr, num_slots, first_site, slot)
+        _, up_bt, up_bias, up_rank = load_entry(table_ptr, num_slots, first_site + 1, slot)
+        for begin in range(0, tl.maximum(gate_rank, up_rank), BLOCK_R):
+            gate_c, gate_rows = load_rank_tile(
+                bridge_ptr,
+                plane_stride,
+                row_stride,
+                arena_ptr,
+                gate_bt,
+                begin,
+                gate_rank,
+                rows,
+                row_mask,
+                columns,
+                column_mask,
+                width,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+            up_c, up_rows = load_rank_tile(
+                bridge_ptr + rank_capacity,
+                plane_stride,
+                row_stride,
+                arena_ptr,
+                up_bt,
+                begin,
+                up_rank,
+                rows,
+                row_mask,
+                columns,
+                column_mask,
+                width,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+            gate = weigh_rank_tile(gate, gate_c, gate_rows, BLOCK_ROWS)
+            up = weigh_rank_tile(up, up_c, up_rows, BLOCK_ROWS)
+        gate = add_bias(gate, arena_ptr, gate_bias, columns, column_mask)
+        up = add_bias(up, arena_ptr, up_bias, columns, column_mask)
+    return gate, up
+
+
+@triton.jit(do_not_specialize=["num_slots", "first_site", "num_rows"])
+def _swiglu_sink_kernel(
+    gate_up_ptr,
+    out_ptr,
+    block_slot_ptr,
+    block_start_ptr,
+    block_len_ptr,
+    perm_ptr,
+    arena_ptr,
+    table_ptr,
+    bridge_ptr,
+    plane_stride,
+    row_stride,
+    rank_capacity,
+    num_slots,
+    first_site,
+    num_rows,
+    width,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    UNUSED_BLOCK: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    HAS_ADAPTERS: tl.constexpr,
+):
+    dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
+    block = tl.program_id(1)
+    if HAS_ADAPTERS:
+        slot, rows, row_mask = load_block(block, block_slot_ptr, block_start_ptr, block_len_ptr, perm_ptr, BLOCK_ROWS)
+        if slot == UNUSED_BLOCK:
+            return
+    else:
+        rows = (block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)).to(tl.int64)
+        row_mask = rows < num_rows
+    columns = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
+    column_mask = columns < width
+    mask = row_mask[:, None] & column_mask[None, :]
+    cells = rows[:, None] * (2 * width) + columns[None, :]
+    gate = tl.load(gate_up_ptr + cells, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(gate_up_ptr + width + cells, mask=mask, other=0.0).to(tl.float32)
+    if HAS_ADAPTERS:
+        gate, up = _add_deltas(
+            gate,
+            up,
+            bridge_ptr,
+            plane_stride,
+            row_stride,
+            rank_capacity,
+            arena_ptr,
+            table_ptr,
+            num_slots,
+            first_site,
+            slot,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    # the activation is rounded before the product, as the CPU path does
+    gated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    tl.store(out_ptr + rows[:, None] * width + columns[None, :], (gated * up).to(dtype), mask=mask)
+
+
+def swiglu_sink(
+    gate_up: Tensor,
+    adapters: SiteAdapters | None,
+    *,
+    activation: str,
+    out: Tensor,
+    config: LaunchConfig | None = None,
+) -> None:
+    """Gate the up projection, as `reference_sinks.swiglu_sink`.
+
+    out[t] = act(g[t]) * u[t], where g, u = gate_up[t] + sum_j c[t, m, j] BT_m[j, :] + bias_m, m = 0 and 1.
+
+    Args:
+        gate_up: [T, 2 F] contiguous, gate | up side by side. out: [T, F].
+        activation: one of `ACTIVATIONS`.
+        config: block_o, block_r (>= 16), num_warps, num_stages are used.
+    """
+    num_rows, width = out.shape
+    assert activation in ACTIVATIONS, f"activation is {activation!r}; there are {ACTIVATIONS}"
+    assert gate_up.shape == (num_rows, 2 * width), f"gate_up of {tuple(gate_up.shape)} for out of {tuple(out.shape)}"
+    assert gate_up.is_contiguous() and out.is_contiguous(), "rows must lie side by side"
+    if num_rows == 0:
+        return
+    route = None if adapters is None else adapters.route
+    block_rows = block_rows_for(num_rows) if route is None else route.block_rows
+    num_blocks = triton.cdiv(num_rows, block_rows) if route is None else route.num_blocks
+    config = config or DEFAULT_SWIGLU_SINK[block_rows]
+    _swiglu_sink_kernel[(triton.cdiv(width, config.block_o), num_blocks)](
+        gate_up,
+        out,
+        None if route is None else route.block_slot,
+        None if route is None else route.block_start,
+        None if route is None else route.block_len,
+        None if route is None else route.perm,
+        None if adapters is None else adapters.tables.arena,
+        None if adapters is None else adapters.tables.rows,
+        None if adapters is None else adapters.bridge,
+        0 if adapters is None else adapters.bridge.stride(0),
+        0 if adapters is None else adapters.bridge.stride(1),
+        0 if adapters is None else adapters.bridge.stride(2),
+        0 if adapters is None else adapters.tables.num_slots,
+        0 if adapters is None else adapters.first_site,
+        num_rows,
+        width,
+        SPLITS=1 if adapters is None else adapters.num_splits,
+        BLOCK_ROWS=block_rows,
+        BLOCK_R=config.block_r,
+        BLOCK_O=config.block_o,
+        UNUSED_BLOCK=UNUSED,
+        ACTIVATION=activation,
+        HAS_ADAPTERS=adapters is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
