@@ -6,6 +6,8 @@ beginning with the half that turns against the other. Invariant: rows without ad
 head's projection, get the bits of a launch without adapters, in which no adapter code is compiled.
 """
 
+from collections.abc import Mapping
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +19,12 @@ from adapter_kernels.gpu.route import UNUSED, block_rows_for
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import SiteAdapters
 
-DEFAULT_QKV_SINK = LaunchConfig(block_r=16, num_warps=4, num_stages=2)
+# by the route's rows per block
+DEFAULT_QKV_SINK: Mapping[int, LaunchConfig] = {
+    1: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
+    16: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
+    64: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
+}
 
 
 @triton.jit
@@ -182,7 +189,7 @@ def qkv_sink(
     sin: Tensor | None,
     norm: QkNormWeights | None,
     dims: QkvDims,
-    config: LaunchConfig = DEFAULT_QKV_SINK,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Finish a qkv projection: as `reference_sinks.qkv_sink`, the results where attention reads them.
 
@@ -193,6 +200,7 @@ def qkv_sink(
         qkv: [T, (H + 2 K) * E] contiguous, E even. q_out: [T, H, E].
         k_cache, v_cache: [num_blocks, block_size, K, E]; slot_mapping: [T] int32, -1: the row is not written there.
         cos, sin: [T, rotary_dim] as `serve.model.rotary.Rotation` holds them, contiguous; None: no rotation.
+        config: block_r (>= 16), num_warps, num_stages are used.
     """
     num_rows, total_heads = qkv.shape[0], dims.num_heads + 2 * dims.num_kv_heads
     assert qkv.shape[1] == total_heads * dims.head_dim and dims.head_dim % 2 == 0, f"qkv of {qkv.shape} for {dims}"
@@ -203,6 +211,7 @@ def qkv_sink(
     route = None if adapters is None else adapters.route
     block_rows = block_rows_for(num_rows) if route is None else route.block_rows
     num_blocks = triton.cdiv(num_rows, block_rows) if route is None else route.num_blocks
+    config = config or DEFAULT_QKV_SINK[block_rows]
     _qkv_sink_kernel[(num_blocks, total_heads)](
         qkv,
         q_out,

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.qkv_sink import qkv_sink
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import SiteAdapters
@@ -105,7 +104,7 @@ def cache_blocks(num_rows: int) -> int:
     return num_rows // BLOCK_SIZE + 2
 
 
-def run(model: Model, inputs: Inputs, adapters: SiteAdapters | None, config: LaunchConfig | None = None) -> Outputs:
+def run(model: Model, inputs: Inputs, adapters: SiteAdapters | None) -> Outputs:
     num_rows, dims = inputs.qkv.shape[0], model.dims
     cache = (cache_blocks(num_rows), BLOCK_SIZE, dims.num_kv_heads, dims.head_dim)
     q, k_cache, v_cache = (
@@ -123,7 +122,6 @@ def run(model: Model, inputs: Inputs, adapters: SiteAdapters | None, config: Lau
         sin=inputs.sin,
         norm=inputs.norm,
         dims=dims,
-        config=config or LaunchConfig(block_r=16),
     )
     return Outputs(q, k_cache.flatten(0, 1), v_cache.flatten(0, 1))
 
