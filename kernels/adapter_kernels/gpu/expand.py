@@ -151,7 +151,8 @@ def expand(
         SPLITS=splits,
         BLOCK_ROWS=route.block_rows,
         BLOCK_O=config.block_o,
-        BLOCK_R=config.block_r,
+        # a tile wider than any rank would only be masked
+        BLOCK_R=min(config.block_r, bridge.shape[3]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

@@ -16,11 +16,11 @@ from adapter_kernels.gpu.route import DeviceRoute
 from adapter_kernels.gpu.tables import DeviceTables
 
 # by the route's rows per block. One row: long vectors, since only bandwidth counts; more: tiles for the tensor cores,
-# in at most 32 KB of shared memory, so that a program fits beside those of the base's GEMM
+# in at most 24 KB of shared memory, so that a program fits beside those of the base's GEMM
 DEFAULT_SHRINK: Mapping[int, LaunchConfig] = {
     1: LaunchConfig(block_k=512, block_r=16, num_warps=4, num_stages=2),
     16: LaunchConfig(block_k=128, block_r=16, num_warps=4, num_stages=3),
-    64: LaunchConfig(block_k=64, block_r=16, num_warps=4, num_stages=3),
+    64: LaunchConfig(block_k=64, block_r=16, num_warps=4, num_stages=2),
 }
 # widths below the first are one plane; up to the second, four; wider ones eight
 _ONE_PLANE_BELOW = 1024
@@ -140,7 +140,8 @@ def shrink(
         bridge.stride(2),
         BLOCK_ROWS=route.block_rows,
         BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
+        # a tile wider than any rank would only be masked
+        BLOCK_R=min(config.block_r, bridge.shape[3]),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

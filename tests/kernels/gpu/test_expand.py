@@ -88,7 +88,7 @@ def qkv_case(num_rows: int, ranks: tuple[int, ...], popularity: str, dtype: torc
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("num_rows", [1, 17])
+@pytest.mark.parametrize("num_rows", RAGGED_ROWS)
 def test_each_row_meets_its_own_rank_rows(num_rows: int, popularity: str) -> None:
     case = qkv_case(num_rows, (17, 3, 8, 0, 16, 1), popularity)
     check(case, expanded(case))
@@ -127,11 +127,12 @@ def test_accumulating_adds_and_leaves_other_rows_their_bits(block_rows: int) -> 
     assert is_close(out[acts], expected[acts], TOLERANCES[torch.float16])
 
 
-def test_default_tiles_on_a_site_of_one_member() -> None:
+@pytest.mark.parametrize("block_rows", [1, 16, 64])
+def test_default_tiles_on_a_site_of_one_member(block_rows: int) -> None:
     tables = random_tables(SHAPES, (16, 3, 8))
     x = random_rows(17, SHAPES["o_proj"][1], torch.float32, seed=1)
     case = Case(x, tables, random_batch(17, 3, "uniform"), first_site(0, "o"), (SHAPES["o_proj"][0],))
-    check(case, expanded(case, config=None))
+    check(case, expanded(case, block_rows=block_rows, config=None))
 
 
 @pytest.mark.parametrize("block_rows", [1, 16])

@@ -72,7 +72,7 @@ def qkv_case(num_rows: int, ranks: tuple[int, ...], popularity: str, dtype: torc
 
 
 @pytest.mark.parametrize("popularity", POPULARITIES)
-@pytest.mark.parametrize("num_rows", [1, 17])
+@pytest.mark.parametrize("num_rows", RAGGED_ROWS)
 def test_each_row_meets_its_own_adapter(num_rows: int, popularity: str) -> None:
     case = qkv_case(num_rows, (17, 3, 8, 0, 16, 1), popularity)
     check(case, shrunk(case))
@@ -100,11 +100,12 @@ def test_planes_sum_to_the_coefficients(block_rows: int) -> None:
     assert bool((bridge[4:, 0, 0, :8] == 0).all())
 
 
-def test_default_tiles_on_a_site_of_one_member() -> None:
+@pytest.mark.parametrize("block_rows", [1, 16, 64])
+def test_default_tiles_on_a_site_of_one_member(block_rows: int) -> None:
     tables = random_tables(SHAPES, (16, 3, 8))
     batch = random_batch(17, 3, "uniform")
     case = Case(random_rows(17, SHAPES["down_proj"][1], torch.float32, seed=1), tables, batch, first_site(0, "down"), 1)
-    check(case, shrunk(case, config=None))
+    check(case, shrunk(case, block_rows=block_rows, config=None))
 
 
 # numpy, under the interpreter, warns of what a GPU does in silence
