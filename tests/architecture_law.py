@@ -45,12 +45,14 @@ NEIGHBOURS = [
 # the engine's torch side; every other file of serve.engine is pure
 TORCH_ENGINE = {
     "adapter_arena",
+    "arena_room",
     "batch",
     "cpu_threads",
     "cuda_graphs",
     "device_arena",
     "device_batch",
     "device_executor",
+    "device_forward",
     "device_memory",
     "device_parts",
     "device_sampler",

@@ -157,23 +157,25 @@ class AdapterTiers:
         """Take a load's end; return the reason when the adapter cannot be served, else None.
 
         An image that proves too large for the bytes left is dropped and stays wanted: its load begins again, now with
-        its size known, when there is room.
+        its size known, when there is room. So does one that the executor had no room for.
         """
         digest, resident = result.digest, self._residents[result.digest]
         assert resident.slot == result.slot, f"adapter {digest} was loaded into slot {result.slot}, not {resident.slot}"
-        error = result.error if result.error is not None else self._too_large(result.num_bytes)
+        error = self._too_large(result.num_bytes) or (None if result.is_out_of_room else result.error)
         resident.num_bytes = 0
+        if result.num_bytes:
+            self._remember(digest, result.num_bytes)
         if result.error is not None:
             # a failed load left no bytes behind
             self._remove(digest)
+            if error is None and digest not in self._unwanted:
+                self.want(digest)
+        elif error is not None or not self._make_room(digest, result.num_bytes, num_slots=0):
+            self._drop(digest)
         else:
-            self._remember(digest, result.num_bytes)
-            if error is not None or not self._make_room(digest, result.num_bytes, num_slots=0):
-                self._drop(digest)
-            else:
-                resident.num_bytes, resident.rank, resident.is_ready = result.num_bytes, result.rank, True
-                self._residents.move_to_end(digest)
-                self.num_loads_total += 1
+            resident.num_bytes, resident.rank, resident.is_ready = result.num_bytes, result.rank, True
+            self._residents.move_to_end(digest)
+            self.num_loads_total += 1
         self._drop_unwanted(digest)
         return error
 

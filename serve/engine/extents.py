@@ -54,6 +54,11 @@ class Extents:
         """The most bytes that `acquire` can give now."""
         return max((hole.num_bytes for hole in self._holes), default=0)
 
+    @property
+    def begins(self) -> set[int]:
+        """Where extents begin; for the one under way, its target."""
+        return set(self._lengths)
+
     def acquire(self, num_bytes: int) -> int | None:
         """Return where an extent of this length begins, in the smallest hole that takes it; None: no hole does."""
         num_bytes = round_up(num_bytes)

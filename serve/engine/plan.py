@@ -132,7 +132,11 @@ class AsyncExecutor(Executor, Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """The end of one adapter load: `error` is None on success, else one line that may be shown to the client."""
+    """The end of one adapter load: `error` is None on success, else one line that may be shown to the client.
+
+    `num_bytes` is what the adapter takes in memory; 0 when a load failed before it learnt that. A load that failed left
+    no bytes. `is_out_of_room`: it failed for want of room alone, and may succeed when others were dropped.
+    """
 
     digest: str
     slot: int
@@ -140,3 +144,4 @@ class LoadResult:
     rank: int
     seconds: float
     error: str | None = None
+    is_out_of_room: bool = False

@@ -148,17 +148,20 @@ class PinnedRing:
             (copies.pinned(num_bytes), None) for _ in range(num_buffers)
         )
 
+    @property
+    def is_ready(self) -> bool:
+        """Say whether `acquire` would return at once."""
+        if not self._free:
+            return False
+        fence = self._free[0][1]
+        return fence is None or fence.is_done()
+
     def acquire(self) -> Tensor:
         """Return the buffer whose copy is oldest, blocking until that ended; give it back with `release`."""
         buffer, fence = self._free.popleft()
         if fence is not None:
             fence.wait()
         return buffer
-
-    def try_acquire(self) -> Tensor | None:
-        """Return the buffer whose copy is oldest when that has ended, else None; never blocks."""
-        fence = self._free[0][1]
-        return None if fence is not None and not fence.is_done() else self._free.popleft()[0]
 
     def release(self, buffer: Tensor, fence: Fence | None) -> None:
         """Give a buffer back; it is written again only after `fence`."""

@@ -44,12 +44,17 @@ def test_a_ring_hands_a_buffer_out_again_only_after_its_copy() -> None:
     late: list[LateFence] = [LateFence(), LateFence()]
     ring.release(first, late[0])
     ring.release(second, late[1])
-    assert ring.try_acquire() is None
+    is_ready = [ring.is_ready]
     late[0].is_passed = True
-    assert ring.try_acquire() is first
+    is_ready.append(ring.is_ready)
+    assert ring.acquire() is first and late[0].num_waits == 1
+    is_ready.append(ring.is_ready)
     assert ring.acquire() is second and late[1].num_waits == 1
+    is_ready.append(ring.is_ready)
     ring.release(first, None)
-    assert ring.try_acquire() is first
+    is_ready.append(ring.is_ready)
+    assert is_ready == [False, True, False, False, True]
+    assert ring.acquire() is first
 
 
 def test_a_drained_ring_has_no_copy_under_way() -> None:

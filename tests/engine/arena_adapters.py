@@ -1,0 +1,78 @@
+"""Adapters for arena tests: random images as a store would hand them out, and reading them back through the tables."""
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.gpu.tables import NO_BIAS, SITES, DeviceTables
+from adapter_kernels.image import AdapterImage
+from adapters_store.base import BaseDims
+from adapters_store.errors import AdapterCorrupt
+from adapters_store.store import LowrankEntry, OpenAdapter
+from tests.kernels.random_adapters import SHAPES, random_image
+
+NUM_LAYERS = 2
+BASE = BaseDims("llama", 16, 40, NUM_LAYERS, 3, 1, 8, 32, True, "sha256:0")
+_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+
+def small_image(seed: int, dtype: torch.dtype = torch.float32, num_sites: int | None = None) -> AdapterImage:
+    """A random image: some sites of some layers, ranks that differ, here and there a bias."""
+    generator = torch.Generator().manual_seed(seed)
+    places = [(layer, site) for layer in range(NUM_LAYERS) for site in SITES]
+    chosen = torch.randperm(len(places), generator=generator)[: num_sites or 1 + seed % len(places)].tolist()
+    ranks = {places[i]: 1 + (i * 7 + seed) % 9 for i in chosen}
+    biased = frozenset(places[i] for i in chosen[::3])
+    return random_image(ranks, generator, dtype, biased)
+
+
+class Images:
+    """What `open_image` finds, by digest."""
+
+    def __init__(self, images: dict[str, AdapterImage]) -> None:
+        self.images = images
+        self.num_opened = 0
+
+    def open(self, digest: str) -> OpenAdapter:
+        """Open an image, or fail as the store does when its files are gone."""
+        self.num_opened += 1
+        if digest not in self.images:
+            raise AdapterCorrupt(f"the files of adapter {digest[:12]} cannot be read; upload it again")
+        image = self.images[digest]
+        entries = tuple(
+            LowrankEntry(rows.layer, rows.site, rows.rank, rows.a_offset, rows.bt_offset, rows.bias_offset)
+            for rows in image.rows
+        )
+        data = memoryview(image.data.numpy().tobytes()).toreadonly()
+        rank = max((rows.rank for rows in image.rows), default=0)
+        return OpenAdapter(digest, _NAMES[image.dtype], rank, len(data), BASE, data, entries)
+
+
+def mismatch(tables: DeviceTables, slot: int, image: AdapterImage | None) -> str | None:
+    """Read a slot through the tables as a kernel does, and compare every tensor bit by bit; no image: it lacks all."""
+    expected = {(rows.layer, rows.site): rows for rows in image.rows} if image is not None else {}
+    for index, entry in enumerate(tables.rows[:, slot].tolist()):
+        place = (index // len(SITES), SITES[index % len(SITES)])
+        rows = expected.get(place)
+        if rows is None or image is None:
+            if entry[2:] != [NO_BIAS, 0]:
+                return f"{place} of slot {slot} is {entry}, and should lack"
+            continue
+        out_dim, in_dim = SHAPES[place[1]]
+        stored = image.site(rows)
+        found = [
+            _read(tables.arena, entry[0], stored.a) if rows.rank else stored.a.to(tables.arena.dtype),
+            _read(tables.arena, entry[1], stored.bt) if rows.rank else stored.bt.to(tables.arena.dtype),
+        ]
+        wanted = [stored.a, stored.bt]
+        if entry[3] != rows.rank or (entry[2] == NO_BIAS) != (stored.bias is None):
+            return f"{place} of slot {slot} is {entry}; the image says rank {rows.rank}"
+        if stored.bias is not None:
+            found.append(_read(tables.arena, entry[2], stored.bias))
+            wanted.append(stored.bias)
+        if not all(torch.equal(a, b.to(a.dtype)) for a, b in zip(found, wanted, strict=True)):
+            return f"{place} of slot {slot} ({in_dim} to {out_dim}) holds other bytes than its image"
+    return None
+
+
+def _read(arena: Tensor, offset: int, like: Tensor) -> Tensor:
+    return arena[offset : offset + like.numel()].view(like.shape)
