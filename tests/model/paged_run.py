@@ -18,7 +18,6 @@ from serve.model.weights import load_decoder
 
 BLOCK_SIZE = 4
 _BLOCKS_PER_SEQUENCE = 32
-_MAX_SEQUENCES = 2
 CPU = torch.device("cpu")
 
 
@@ -30,15 +29,15 @@ def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int | 
 class PagedRun:
     """One cache and the growing sequences in it."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        num_blocks = _BLOCKS_PER_SEQUENCE * _MAX_SEQUENCES
+    def __init__(self, decoder: Decoder, num_sequences: int = 2) -> None:
+        num_blocks = _BLOCKS_PER_SEQUENCE * num_sequences
         self._decoder = decoder
         self._kv = KvCache.build(decoder.spec, num_blocks, BLOCK_SIZE, decoder.dtype, decoder.device)
         for cache in (*self._kv.k, *self._kv.v):
             cache.fill_(float("nan"))
         # sequences interleave, and each runs backwards through the cache
-        self._tables = [list(range(num_blocks - 1 - i, -1, -_MAX_SEQUENCES)) for i in range(_MAX_SEQUENCES)]
-        self._lengths = [0] * _MAX_SEQUENCES
+        self._tables = [list(range(num_blocks - 1 - i, -1, -num_sequences)) for i in range(num_sequences)]
+        self._lengths = [0] * num_sequences
 
     def step(self, tokens: dict[int, list[int]], adapters: AdapterDelta | None = None) -> dict[int, Tensor]:
         """Run the next tokens of some sequences in one step; logits [n, V] of each."""

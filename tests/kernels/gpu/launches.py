@@ -18,6 +18,8 @@ class Launch:
 
     kernel: str
     grid: tuple[int, ...]
+    # what was passed by name: constexpr flags and tiles, warps, stages
+    options: dict[str, object]
 
     @property
     def num_programs(self) -> int:
@@ -40,7 +42,7 @@ def record_launches(*, executed: bool = True) -> Iterator[list[Launch]]:
     class RecordingExecutor(interpreter.GridExecutor):  # type: ignore[misc]
         def __call__(self, *args: object, **kwargs: object) -> None:
             assert not isinstance(self.grid, Callable), "launchers of this package pass plain grids"  # type: ignore[arg-type]
-            launches.append(Launch(self.fn.__name__, tuple(self.grid)))
+            launches.append(Launch(self.fn.__name__, tuple(self.grid), dict(kwargs)))
             if executed:
                 super().__call__(*args, **kwargs)
 

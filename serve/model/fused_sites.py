@@ -1,0 +1,114 @@
+"""A fused site on the GPU: the base GEMM on the main stream, the adapters' small kernels beside it.
+
+Owns the fork before the GEMM, the join after it, and which workspace is used; the op that reads the result is the
+caller's. Invariant: at a site where no adapter of the step acts nothing but the GEMM is launched, and where adapters
+act, nothing of theirs stands between the GEMM and the op that reads it.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.nn import functional
+
+from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.gpu.expand import expand
+from adapter_kernels.gpu.shrink import num_splits, shrink
+from adapter_kernels.gpu.sink_inputs import DeltaInput
+from adapter_kernels.gpu.step import SiteAdapters, StepAdapters
+from adapter_kernels.gpu.tables import first_site
+from serve.model.fused_step import FusedStep
+from serve.model.weight_source import SiteWeights
+
+# of `Workspace.bridges`: one for bridges that a sink reads on the main stream, one for those read on the side stream
+_SINK_BRIDGE = 0
+_DELTA_BRIDGE = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Bridged:
+    """y [T, O] of the base alone, and the bridge to the deltas on top of it; None: no adapter acts here."""
+
+    y: Tensor
+    adapters: SiteAdapters | None
+
+
+@dataclass(frozen=True, slots=True)
+class WithDelta:
+    """y [T, O] of the base alone, and the deltas on top of it; None: no adapter acts here."""
+
+    y: Tensor
+    delta: DeltaInput | None
+
+
+class FusedSite:
+    """One fused site of one layer."""
+
+    def __init__(self, weights: SiteWeights, layer: int, site: str, widths: tuple[int, ...]) -> None:
+        """Take the base weights.
+
+        Args:
+            site: key of `FUSED_SITES`. widths: output columns of each member.
+        """
+        self._key = (layer, site)
+        self._weights = weights
+        self._widths = widths
+        self._first_site = first_site(layer, site)
+        self._num_members = len(FUSED_SITES[site])
+        self._num_splits = num_splits(weights.weight.shape[1])
+
+    def project(self, x: Tensor, step: FusedStep) -> Bridged:
+        """Run base GEMM and, beside it, the shrink; the caller's sink expands."""
+        adapters = self._acting(step)
+        if adapters is None:
+            return Bridged(self._gemm(x), None)
+        with step.side.fork():
+            bridged = self._shrink(x, adapters, step, _SINK_BRIDGE)
+        y = self._gemm(x)
+        step.side.join()
+        return Bridged(y, bridged)
+
+    def project_with_delta(self, x: Tensor, step: FusedStep) -> WithDelta:
+        """Run the base GEMM and, beside it, shrink and expand into the delta buffer; for sites of one member."""
+        adapters = self._acting(step)
+        if adapters is None:
+            return WithDelta(self._gemm(x), None)
+        delta = adapters.workspace.delta(x.shape[0], self._widths[0])
+        with step.side.fork():
+            bridged = self._shrink(x, adapters, step, _DELTA_BRIDGE)
+            self.expand(bridged, delta, step, accumulate=False)
+        y = self._gemm(x)
+        step.side.join()
+        return WithDelta(y, DeltaInput(delta, adapters.tables, adapters.route.slots, self._first_site))
+
+    def expand(self, bridged: SiteAdapters, out: Tensor, step: FusedStep, *, accumulate: bool) -> None:
+        """Launch the expand of all members, into a delta buffer or, accumulating, on top of the base's y."""
+        expand(
+            bridged.bridge,
+            bridged.tables,
+            self._first_site,
+            self._widths,
+            bridged.route,
+            out,
+            accumulate=accumulate,
+            config=step.config("expand", out.shape[1]),
+        )
+
+    def _acting(self, step: FusedStep) -> StepAdapters | None:
+        adapters = step.inputs.adapters
+        return adapters if adapters is not None and self._key in adapters.fused_sites else None
+
+    def _gemm(self, x: Tensor) -> Tensor:
+        return functional.linear(x, self._weights.weight, self._weights.bias)
+
+    def _shrink(self, x: Tensor, adapters: StepAdapters, step: FusedStep, bridge_index: int) -> SiteAdapters:
+        bridge = adapters.workspace.bridge(bridge_index, self._num_splits, x.shape[0], self._num_members)
+        shrink(
+            x,
+            adapters.tables,
+            self._first_site,
+            self._num_members,
+            adapters.route,
+            bridge,
+            config=step.config("shrink", x.shape[1]),
+        )
+        return SiteAdapters(adapters.tables, adapters.route, bridge, self._first_site, self._num_splits)
