@@ -15,11 +15,12 @@ from adapter_kernels.gpu.rank_rows import add_rank_rows, load_block, load_entry
 from adapter_kernels.gpu.route import DeviceRoute
 from adapter_kernels.gpu.tables import DeviceTables
 
-# by the route's rows per block
+# by the route's rows per block; a second stage of 64 rows would take more than 32 KB of shared memory, and a program
+# must fit beside those of the base's GEMM
 DEFAULT_EXPAND: Mapping[int, LaunchConfig] = {
     1: LaunchConfig(block_r=16, block_o=256, num_warps=4, num_stages=2),
     16: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
-    64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
+    64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=1),
 }
 _MAX_MEMBERS = 3
 

@@ -106,7 +106,8 @@ def weigh_rank_tile(acc, c, rank_rows, BLOCK_ROWS: tl.constexpr):
 def add_bias(acc, arena_ptr, bias_offset, columns, column_mask):
     """Return acc plus an adapter's bias, or acc itself where the offset says that there is none (-1)."""
     if bias_offset >= 0:
-        acc += tl.load(arena_ptr + bias_offset + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
+        bias_ptr = arena_ptr + bias_offset
+        acc += tl.load(bias_ptr + columns, mask=column_mask, other=0.0).to(tl.float32)[None, :]
     return acc
 
 
