@@ -24,7 +24,11 @@ def load_rows(cache, rows, valid, kv_head, NUM_KV_HEADS: tl.constexpr, HEAD_DIM:
     """Load cache[rows, kv_head, :] as [BLOCK_N, BLOCK_E], zero where not valid."""
     columns = tl.arange(0, BLOCK_E)
     pointers = cache + rows[:, None] * (NUM_KV_HEADS * HEAD_DIM) + kv_head * HEAD_DIM + columns[None, :]
-    return tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+    if HEAD_DIM == BLOCK_E:
+        # one predicate less per vector
+        return tl.load(pointers, mask=valid[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=valid[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
 @triton.jit

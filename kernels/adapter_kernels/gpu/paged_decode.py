@@ -16,8 +16,8 @@ from adapter_kernels.gpu.attention_tiles import NO_WINDOW, accumulate, cache_row
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.step import DecodePart
 
-# block_k: positions per turn
-DEFAULT_DECODE = LaunchConfig(block_k=64, num_warps=4, num_stages=3)
+# block_k: positions per turn, the most that spills nothing on any target and head dim
+DEFAULT_DECODE = LaunchConfig(block_k=32, num_warps=4, num_stages=3)
 # programs that keep a large device busy; with more sequences than that each program walks several splits
 _TARGET_PROGRAMS = 2048
 # rows of the smallest `tl.dot`
@@ -181,7 +181,7 @@ def paged_decode(
     window: int | None,
     soft_cap: float | None,
     workspace: DecodeWorkspace,
-    config: LaunchConfig = DEFAULT_DECODE,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Attend one token of each sequence to the sequence's positions; rows of context 0 become zeros.
 
@@ -194,6 +194,7 @@ def paged_decode(
         out: as q, q's dtype; rows 0 .. S - 1 are written.
         window: positions a token sees, itself included; None: all. soft_cap: None: off.
         workspace: for at least S sequences unless it has one split.
+        config: None: the default.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -201,6 +202,7 @@ def paged_decode(
     assert q.is_contiguous() and out.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert num_heads % num_kv_heads == 0 and min(q.shape[0], out.shape[0]) >= num_seqs, "shapes of q, out and caches"
     assert num_splits == 1 or workspace.partials.shape[0] >= num_seqs, "the workspace is too small"
+    config = config or DEFAULT_DECODE
     group = num_heads // num_kv_heads
     block_e = triton.next_power_of_2(head_dim)
     visible = NO_WINDOW if window is None else window

@@ -13,8 +13,10 @@ from adapter_kernels.gpu.attention_tiles import NO_WINDOW, accumulate, cache_row
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.step import PrefillPart
 
-# block_k: positions per turn; the query rows of a tile are `PrefillPart.tile_rows`
-DEFAULT_PREFILL = LaunchConfig(block_k=64, num_warps=8, num_stages=2)
+# block_k: positions per turn, the most that spills nothing on any target; a tile's query rows are the part's own
+DEFAULT_PREFILL = LaunchConfig(block_k=32, num_warps=8, num_stages=2)
+# head dims above 128
+DEFAULT_PREFILL_WIDE = LaunchConfig(block_k=16, num_warps=8, num_stages=2)
 
 
 @triton.jit
@@ -69,8 +71,9 @@ def _paged_prefill_kernel(
         k = load_rows(k_cache, cached, valid, head // GROUP, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
         v = load_rows(v_cache, cached, valid, head // GROUP, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
         scores = scores_log2(queries, k, scale, soft_cap, HAS_SOFT_CAP)
+        # what a row sees is valid; rows behind the chunk's end see zeros and are not stored
         behind = own[:, None] - positions[None, :]
-        scores = tl.where(valid[None, :] & (behind >= 0) & (behind < window), scores, float("-inf"))
+        scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
         top, total, acc = accumulate(scores, v, top, total, acc)
     tl.store(out + offsets, (acc / not_zero(total)[:, None]).to(out.dtype.element_ty), mask=in_tile)
 
@@ -85,7 +88,7 @@ def paged_prefill(
     scale: float,
     window: int | None,
     soft_cap: float | None,
-    config: LaunchConfig = DEFAULT_PREFILL,
+    config: LaunchConfig | None = None,
 ) -> None:
     """Attend each row of the chunks to its own sequence's positions up to itself.
 
@@ -96,9 +99,12 @@ def paged_prefill(
         q: [T, H, E] contiguous: the whole step. out: as q; only rows of chunks are written.
         k_cache, v_cache: [num_blocks, block_size, K, E] contiguous, the chunks' own rows already written.
         window: positions a token sees, itself included; None: all. soft_cap: None: off.
+        config: None: the default for this head dim.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
+    if config is None:
+        config = DEFAULT_PREFILL if head_dim <= 128 else DEFAULT_PREFILL_WIDE
     assert q.is_contiguous() and out.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert num_heads % num_kv_heads == 0 and q.shape == out.shape, "shapes of q, out and caches"
     _paged_prefill_kernel[(num_heads, part.tile_seq.shape[0])](
