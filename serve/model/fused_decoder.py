@@ -1,8 +1,8 @@
 """The decoder on the GPU: the same weights and families as `Decoder`, run by the launch plan of docs/kernels.md.
 
-Owns the embedding, the rotations of a step, the order of layers and the head; and the ways to build one, from files
-or at random. Invariant: without adapters in the step no adapter op is launched, and nothing here waits for the device,
-so a whole pass can be captured as a CUDA graph.
+Owns the embedding, the rotations of a step, the order of layers and the head, and the way from a model folder to one;
+`RandomWeights` makes one without files. Invariant: without adapters in the step no adapter op is launched, and nothing
+here waits for the device, so a whole pass can be captured as a CUDA graph.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from serve.model.kv_cache import KvCache
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
 from serve.model.weight_names import WeightNames
-from serve.model.weight_source import CheckpointWeights, RandomWeights
+from serve.model.weight_source import CheckpointWeights
 
 
 class FusedDecoder:
@@ -132,30 +132,6 @@ def load_fused_decoder(
         spec,
         read_fused_weights(source),
         max_model_len=max_model_len,
-        max_step_tokens=max_step_tokens,
-        max_decodes=max_decodes,
-        side=side,
-        configs=configs,
-    )
-
-
-def random_fused_decoder(
-    spec: ModelSpec,
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    seed: int,
-    max_step_tokens: int,
-    max_decodes: int,
-    side: SideStream,
-    configs: LaunchConfigs,
-) -> FusedDecoder:
-    """Make a decoder of a spec's shape with random weights, on the device and without files: for benchmarks."""
-    source = RandomWeights(spec, dtype, device, torch.Generator(device).manual_seed(seed))
-    return FusedDecoder(
-        spec,
-        read_fused_weights(source),
-        max_model_len=None,
         max_step_tokens=max_step_tokens,
         max_decodes=max_decodes,
         side=side,

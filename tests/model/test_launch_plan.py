@@ -15,8 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.launch_config import LaunchConfigs
-from serve.model.fused_decoder import random_fused_decoder
+from serve.model.fused_decoder import FusedDecoder
+from serve.model.fused_weights import read_fused_weights
 from serve.model.spec import ModelSpec, read_spec
+from serve.model.weight_source import RandomWeights
 from tests.kernels.gpu.batches import random_image
 from tests.kernels.gpu.launches import Launch, record_launches
 from tests.model.fused_run import MAX_DECODES, MAX_STEP_TOKENS, Adapters, FusedRun
@@ -99,11 +101,10 @@ def run_step(
 ) -> list[Launch | str]:
     """Launch one step in which sequence 0 has an adapter on these targets; everything that was issued, in order."""
     journal = Journal()
-    decoder = random_fused_decoder(
+    decoder = FusedDecoder(
         spec,
-        torch.float32,
-        CPU,
-        seed=0,
+        read_fused_weights(RandomWeights(spec, torch.float32, CPU, torch.Generator())),
+        max_model_len=None,
         max_step_tokens=MAX_STEP_TOKENS,
         max_decodes=MAX_DECODES,
         side=journal,
