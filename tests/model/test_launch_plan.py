@@ -35,7 +35,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
 DECODE = {0: [5], 1: [6]}
 PREFILL = {0: [5, 6, 7], 1: [8, 9]}
 
-# launches per layer; the side stream's in brackets in the docs
+# launches per layer on the main stream, and beside it
 BASE = {"gemm": 4, "qkv_sink": 1, "add_norm": 2, "swiglu_sink": 1}
 ATTENTION = {"decode": {"paged_decode": 1, "combine": 1}, "prefill": {"paged_prefill": 1}}
 SIDE = {
