@@ -14,6 +14,7 @@ class EngineConfig:
 
     model_dir: Path
     store_dir: Path
+    # "auto" | "cpu" | "cuda" | "interpreter": the CUDA path on the CPU through Triton's interpreter, for tests alone
     device: str = "auto"
     # "auto" takes the checkpoint's own dtype
     dtype: str = "auto"
@@ -21,6 +22,9 @@ class EngineConfig:
     max_model_len: int | None = None
     # None: sized from free memory
     num_kv_blocks: int | None = None
+    # of all device memory, what weights, activations, KV cache and adapters may take together; the rest is for captured
+    # graphs and for others on the device
+    gpu_memory_utilization: float = 0.9
     block_size: int = 16
     max_num_seqs: int = 64
     # token budget of one step: decodes first, then prefill chunks

@@ -18,6 +18,7 @@ class Device(StrEnum):
     AUTO = "auto"
     CPU = "cpu"
     CUDA = "cuda"
+    INTERPRETER = "interpreter"
 
 
 class Dtype(StrEnum):
@@ -77,7 +78,23 @@ ServedModelName = Annotated[
 ]
 Host = Annotated[str, typer.Option(envvar="CHORALE_HOST", help="Address to listen on.")]
 Port = Annotated[int, typer.Option(envvar="CHORALE_PORT", min=0, max=65535, help="Port; 0 takes a free one.")]
-DeviceOption = Annotated[Device, typer.Option("--device", envvar="CHORALE_DEVICE", help="Where the model runs.")]
+DeviceOption = Annotated[
+    Device,
+    typer.Option(
+        "--device",
+        envvar="CHORALE_DEVICE",
+        help="Where the model runs; auto: a GPU if there is one. interpreter: the GPU's code on the CPU, to test it.",
+    ),
+]
+GpuMemoryUtilization = Annotated[
+    float,
+    typer.Option(
+        envvar="CHORALE_GPU_MEMORY_UTILIZATION",
+        min=0.05,
+        max=1.0,
+        help="Share of the GPU's memory for model, KV cache and adapters together.",
+    ),
+]
 DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", envvar="CHORALE_DTYPE", help="What the model computes in; auto: the checkpoint's.")
 ]

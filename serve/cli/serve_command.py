@@ -37,6 +37,7 @@ def serve(
     max_step_tokens: options.MaxStepTokens = _ENGINE.max_step_tokens,
     adapter_host_bytes: options.AdapterHostBytes = _ENGINE.adapter_host_bytes,
     adapter_device_bytes: options.AdapterDeviceBytes = _ENGINE.adapter_device_bytes,
+    gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     max_rank: options.MaxRank = _ENGINE.max_adapter_rank,
     num_threads: options.NumThreads = None,
     prefix_cache: options.PrefixCache = _ENGINE.enable_prefix_cache,
@@ -68,6 +69,7 @@ def serve(
         engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)
         engine = replace(engine, adapter_host_bytes=adapter_host_bytes, adapter_device_bytes=adapter_device_bytes)
         engine = replace(engine, max_adapter_rank=max_rank, enable_prefix_cache=prefix_cache)
+        engine = replace(engine, gpu_memory_utilization=gpu_memory_utilization)
         watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
         config = ServeConfig(api, engine, watchdog)
         run_server(config, preload=preload, grace_s=grace_s)

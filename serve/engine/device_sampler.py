@@ -56,6 +56,11 @@ class Outcome:
         return cls(torch.zeros(2, max_rows, dtype=torch.int32, device=device))
 
     @property
+    def max_rows(self) -> int:
+        """The most rows of logits that a step can have."""
+        return self.words.shape[1]
+
+    @property
     def tokens(self) -> Tensor:
         """[S] int32; of a row that is not finite some token, so that a step chained to it can run."""
         return self.words[0]

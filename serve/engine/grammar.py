@@ -7,6 +7,7 @@ accepted by `accept`, and once a grammar is complete only end tokens are allowed
 import logging
 from collections import OrderedDict
 from collections.abc import Sequence
+from pathlib import Path
 
 import llguidance
 import numpy as np
@@ -35,6 +36,12 @@ class GrammarMasks:
         self._tokenizer = _read_tokenizer(tokenizer_json, vocab_size, eos_token_ids)
         self._compiled: OrderedDict[tuple[str, str], llguidance.LLMatcher] = OrderedDict()
         self._matchers: dict[str, llguidance.LLMatcher] = {}
+
+    @classmethod
+    def of_model(cls, model_dir: Path, vocab_size: int, eos_token_ids: Sequence[int]) -> "GrammarMasks | None":
+        """Read a base's tokenizer; None when it has no tokenizer.json."""
+        path = model_dir / "tokenizer.json"
+        return cls(path.read_text(encoding="utf-8"), vocab_size, eos_token_ids) if path.is_file() else None
 
     def start(self, request_id: str, grammar: Grammar) -> None:
         """Hold a matcher for a sequence; the API has checked that the grammar compiles."""

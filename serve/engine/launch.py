@@ -67,7 +67,7 @@ class EngineProcess:
             server = await loop.create_unix_server(lambda: next(peers, asyncio.Protocol()), sock=_bind(path))
             undo.callback(server.close)
             process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", worker_module, "--socket", str(path)),
+                *(*_environment(config), sys.executable, "-m", worker_module, "--socket", str(path)),
                 stdin=PIPE,
                 # stdout carries the ready line and nothing else
                 stdout=_STDERR,
@@ -181,6 +181,11 @@ class _Connection(asyncio.Protocol):
         self.closed.set()
         if self._transport is not None:
             self._transport.abort()
+
+
+def _environment(config: EngineConfig) -> tuple[str, ...]:
+    """Return the command in front of the child's: env(1), where a variable must be set before it imports anything."""
+    return ("env", "TRITON_INTERPRET=1") if config.device == "interpreter" else ()
 
 
 def _bind(path: Path) -> socket.socket:

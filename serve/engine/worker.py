@@ -1,7 +1,8 @@
 """The engine process: `python -m serve.engine.worker --socket PATH`, its `EngineConfig` as JSON on stdin.
 
-Owns the composition of images, torch executor and pure engine; the process's life is `step_loop`'s. Only this process
-imports torch. Invariant: what the executor learnt at start (`ModelParts`) is what the engine's limits and `Ready` say.
+Owns the composition of images, executor (CPU or device) and pure engine; the process's life is `step_loop`'s. Only this
+process imports torch. Invariant: what the executor learnt at start (`StartFacts`) is what the engine's limits and
+`Ready` say.
 """
 
 import argparse
@@ -10,12 +11,17 @@ import sys
 import time
 from functools import partial
 
+import torch
+
 from adapters_store.blobs import open_image
 from serve.config import EngineConfig
 from serve.engine.engine import Engine
 from serve.engine.executor import TorchExecutor
+from serve.engine.grammar import GrammarMasks
 from serve.engine.limits import EngineLimits
-from serve.engine.model_parts import ModelParts, load_parts
+from serve.engine.model_parts import load_parts
+from serve.engine.plan import Executor
+from serve.engine.start_facts import ModelFacts, StartFacts, choose_device
 from serve.engine.step_loop import BuiltEngine, run_worker
 
 
@@ -25,23 +31,39 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
     Raises:
         StartError: one line that names what is wrong and the way out.
     """
+    device = choose_device(config.device, has_cuda=torch.cuda.is_available())
+    executor, facts = _on_cpu(config) if device == "cpu" else _on_device(config, device)
+    return BuiltEngine(Engine(_limits(config, facts), executor, time.monotonic), facts.ready())
+
+
+def _on_cpu(config: EngineConfig) -> tuple[Executor, StartFacts]:
     parts = load_parts(config)
-    executor = TorchExecutor(parts, partial(open_image, config.store_dir / "objects"))
-    return BuiltEngine(Engine(_limits(config, parts), executor, time.monotonic), parts.ready())
+    return TorchExecutor(parts, partial(open_image, config.store_dir / "objects")), parts.facts
 
 
-def _limits(config: EngineConfig, parts: ModelParts) -> EngineLimits:
+def _on_device(config: EngineConfig, device: str) -> tuple[Executor, StartFacts]:
+    # triton is there only where the GPU path can be chosen: a CPU installation has none
+    from serve.engine.device_parts import load_device_parts  # noqa: PLC0415
+
+    def make_grammars(model: ModelFacts) -> GrammarMasks | None:
+        return GrammarMasks.of_model(config.model_dir, model.spec.dims.vocab_size, model.spec.eos_token_ids)
+
+    parts = load_device_parts(config, device, partial(open_image, config.store_dir / "objects"), make_grammars)
+    return parts.executor, parts.facts
+
+
+def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
     return EngineLimits(
-        num_kv_blocks=parts.num_kv_blocks,
-        block_size=parts.block_size,
-        max_model_len=parts.max_model_len,
+        num_kv_blocks=facts.num_kv_blocks,
+        block_size=facts.block_size,
+        max_model_len=facts.max_model_len,
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
         adapter_host_bytes=config.adapter_host_bytes,
-        adapter_device_bytes=config.adapter_device_bytes,
+        adapter_device_bytes=facts.adapter_device_bytes,
         num_adapter_slots=config.num_adapter_slots,
-        eos_token_ids=parts.spec.eos_token_ids,
+        eos_token_ids=facts.model.spec.eos_token_ids,
         enable_prefix_cache=config.enable_prefix_cache,
     )
 

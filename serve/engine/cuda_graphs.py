@@ -1,0 +1,204 @@
+"""Captured decode passes: one graph per number of rows and per set of fused sites, and which of them a step replays.
+
+Owns the buckets, the families and the choice; the capture itself is a `Recorder`'s. A family is a mask of fused sites:
+none launches no adapter op, all is right for every step, those between only save launches. Invariants: nothing is
+captured while steps are in flight; a graph reads everything from static memory, so it is right for other rows, more
+or fewer adapters and other ranks than there were at its capture.
+"""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from adapter_kernels.delta import FUSED_SITES
+from serve.engine.device_forward import FusedSites, StepOutput
+
+logger = logging.getLogger(__name__)
+
+NO_SITES = 0
+ALL_SITES = (1 << len(FUSED_SITES)) - 1
+_SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
+_BUCKET_STEP = 32
+# runs before a capture: compile kernels, let libraries make their plans
+_NUM_WARM_UPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class GraphKey:
+    """Rows of the bucket and the mask of fused sites (bit i: the i-th key of `FUSED_SITES`)."""
+
+    bucket: int
+    mask: int
+
+
+def decode_buckets(max_decodes: int) -> tuple[int, ...]:
+    """Return the sizes that decode steps are padded to, rising; the last is `max_decodes` itself."""
+    sizes = [*_SMALL_BUCKETS, *range(_SMALL_BUCKETS[-1] + _BUCKET_STEP, max_decodes, _BUCKET_STEP)]
+    return (*(size for size in sizes if size < max_decodes), max_decodes)
+
+
+def site_mask(fused_sites: Iterable[tuple[int, str]]) -> int:
+    """Return which fused sites occur, in any layer."""
+    names = {site for _, site in fused_sites}
+    return sum(1 << i for i, name in enumerate(FUSED_SITES) if name in names)
+
+
+def sites_of_mask(mask: int, num_layers: int) -> FusedSites:
+    """Return the sites of a mask, in every layer."""
+    names = [name for i, name in enumerate(FUSED_SITES) if mask >> i & 1]
+    return frozenset((layer, name) for layer in range(num_layers) for name in names)
+
+
+class GraphChoice:
+    """Which graph a step takes, and which ones are worth capturing when there is time. Pure."""
+
+    def __init__(self) -> None:
+        self._captured: set[GraphKey] = set()
+        self._refused: set[GraphKey] = set()
+        # in the order of the first step that asked
+        self._wanted: dict[GraphKey, None] = {}
+
+    def add(self, key: GraphKey) -> None:
+        """Note a graph as captured."""
+        self._captured.add(key)
+        self._wanted.pop(key, None)
+
+    def choose(self, bucket: int, mask: int) -> GraphKey | None:
+        """Return the narrowest captured graph that is right for the step; None: run it without one.
+
+        Between its exact family and the one of all sites nothing is tried: few families keep start and memory small.
+        """
+        exact = GraphKey(bucket, mask)
+        if exact in self._captured:
+            return exact
+        if exact not in self._refused:
+            self._wanted.setdefault(exact)
+        superset = GraphKey(bucket, ALL_SITES)
+        return superset if superset in self._captured else None
+
+    def next_wanted(self) -> GraphKey | None:
+        """Return the graph that a step missed first."""
+        return next(iter(self._wanted), None)
+
+    def refuse(self, key: GraphKey) -> None:
+        """Never want this graph again: it could not be captured."""
+        self._refused.add(key)
+        self._wanted.pop(key, None)
+
+
+class Recorded(Protocol):
+    """A captured pass."""
+
+    @property
+    def output(self) -> StepOutput:
+        """What every replay fills."""
+        ...
+
+    def replay(self) -> None:
+        """Queue the pass on what static memory holds now."""
+        ...
+
+
+class Recorder(Protocol):
+    """Captures passes."""
+
+    def record(self, run: Callable[[], StepOutput]) -> Recorded:
+        """Capture what `run` launches; `run` is called several times."""
+        ...
+
+
+class DecodeGraphs:
+    """The graphs of one engine."""
+
+    def __init__(self, recorder: Recorder, prepare: Callable[[GraphKey], Callable[[], StepOutput]]) -> None:
+        """Start without graphs.
+
+        Args:
+            prepare: put a step of padding into static memory and return the pass over it.
+        """
+        self._recorder = recorder
+        self._prepare = prepare
+        self._choice = GraphChoice()
+        self._graphs: dict[GraphKey, Recorded] = {}
+
+    def capture(self, key: GraphKey) -> None:
+        """Capture one graph; no step may be in flight."""
+        self._graphs[key] = self._recorder.record(self._prepare(key))
+        self._choice.add(key)
+
+    def find(self, bucket: int, mask: int) -> Recorded | None:
+        """Return the graph for a step, or None when it must run without one."""
+        key = self._choice.choose(bucket, mask)
+        return None if key is None else self._graphs[key]
+
+    def capture_pending(self) -> bool:
+        """Capture the graph that steps missed first; False when none is missing. No step may be in flight."""
+        key = self._choice.next_wanted()
+        if key is None:
+            return False
+        try:
+            self.capture(key)
+        except RuntimeError:
+            # most likely no memory: the graph of all sites serves these steps as well, with a few launches more
+            logger.exception("the graph of %d rows and site mask %d could not be captured", key.bucket, key.mask)
+            self._choice.refuse(key)
+        return True
+
+
+class CudaRecorder:
+    """Captures on one stream into one memory pool, which all graphs share: they never run at the same time."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def record(self, run: Callable[[], StepOutput]) -> Recorded:
+        """Warm up, then capture."""
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(_NUM_WARM_UPS):
+                run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        # thread_local: the adapter loader goes on copying meanwhile
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            output = run()
+        return CudaRecorded(graph, output)
+
+
+@dataclass(frozen=True, slots=True)
+class CudaRecorded:
+    """A captured graph."""
+
+    graph: torch.cuda.CUDAGraph
+    output: StepOutput
+
+    def replay(self) -> None:
+        """Queue the graph on the current stream."""
+        self.graph.replay()
+
+
+class RerunRecorder:
+    """What a graph does, without one: a replay runs the pass again and leaves its results where the first one did.
+
+    For Triton's interpreter: shows that a pass depends on static memory alone.
+    """
+
+    def record(self, run: Callable[[], StepOutput]) -> Recorded:
+        """Run once."""
+        return _Rerun(run, run())
+
+
+@dataclass(frozen=True, slots=True)
+class _Rerun:
+    run: Callable[[], StepOutput]
+    output: StepOutput
+
+    def replay(self) -> None:
+        again = self.run()
+        for old, new in ((self.output.hidden, again.hidden), (self.output.logits, again.logits)):
+            if old is not None and new is not None and old.data_ptr() != new.data_ptr():
+                old.copy_(new)

@@ -1,0 +1,84 @@
+"""The largest steps that serving may bring, run once at start: kernels are compiled and memory is seen.
+
+Owns the rows of those steps; measures nothing itself. Invariant: K/V goes to block 0 alone, so any cache will do, and
+nothing of a trial is left in the executor.
+"""
+
+from serve.engine.device_batch import StepBounds
+from serve.engine.plan import Executor, LoadResult, Row, SampleSpec, StepPlan
+from serve.messages import SamplingParams
+
+# prompt positions whose log-probabilities are asked for: a few groups of rows, all are alike
+_NUM_TARGETS = 64
+_NUM_LOGPROBS = 20
+
+
+class RanklessAdapters:
+    """Adapters for a trial: slot 0 acts at every site, with rank 0: every adapter op is launched and adds nothing."""
+
+    def __init__(self, num_layers: int, site_names: tuple[str, ...]) -> None:
+        self._sites = frozenset((layer, name) for layer in range(num_layers) for name in site_names)
+
+    def start_load(self, digest: str, slot: int) -> None:
+        """Nothing can be loaded during a trial."""
+        raise NotImplementedError("no adapter is loaded during a trial")
+
+    def poll(self) -> list[LoadResult]:
+        """Nothing was loaded."""
+        return []
+
+    def drop(self, slot: int) -> None:
+        """Nothing is held."""
+
+    def fused_sites(self, slot: int) -> frozenset[tuple[int, str]]:
+        """Every site."""
+        return self._sites
+
+    def close(self) -> None:
+        """Nothing runs."""
+
+
+def run_trial(executor: Executor, bounds: StepBounds, max_model_len: int) -> None:
+    """Run a step of chunks and one of decodes, each as large as can be, without adapters and with them."""
+    for adapter_slot in (None, 0):
+        for rows in (_chunks(bounds, max_model_len, adapter_slot), _decodes(bounds, adapter_slot)):
+            executor.execute(StepPlan(rows, {} if adapter_slot is None else {adapter_slot: ""}))
+            for row in rows:
+                executor.release_request(row.request_id)
+
+
+def _chunks(bounds: StepBounds, max_model_len: int, adapter_slot: int | None) -> list[Row]:
+    rows: list[Row] = []
+    budget = bounds.max_step_tokens
+    while budget and len(rows) < bounds.max_num_seqs:
+        length = min(budget, max_model_len)
+        budget -= length
+        targets = [0] * min(length - 1, _NUM_TARGETS) if not rows else None
+        rows.append(
+            Row(
+                request_id=f"trial-{len(rows)}",
+                token_ids=[0] * length,
+                start=0,
+                block_table=[0] * bounds.max_blocks_per_seq,
+                adapter_slot=adapter_slot,
+                sample=_spec(len(rows)),
+                num_prompt_logprobs=None if targets is None else _NUM_LOGPROBS,
+                prompt_targets=targets,
+            )
+        )
+    return rows
+
+
+def _decodes(bounds: StepBounds, adapter_slot: int | None) -> list[Row]:
+    return [
+        Row(f"trial-{i}", [0], 0, [0] * bounds.max_blocks_per_seq, adapter_slot, _spec(i))
+        for i in range(bounds.max_decodes)
+    ]
+
+
+def _spec(seed: int) -> SampleSpec:
+    # draws over the whole sorted vocabulary take the most memory
+    params = SamplingParams(
+        max_tokens=1, seed=seed, temperature=0.9, top_p=0.9, repetition_penalty=1.1, num_logprobs=_NUM_LOGPROBS
+    )
+    return SampleSpec(params, [0], [])

@@ -1,0 +1,101 @@
+"""What start-up learns and the rest of the engine must agree on: one value for limits, heartbeat and `Ready`.
+
+Owns the start-up decisions that need the model's config but not its weights. Invariant: a config that cannot work is a
+`StartError` before the weights are read.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from serve.config import EngineConfig
+from serve.errors import StartError
+from serve.messages import Ready
+from serve.model.spec import ModelSpec, read_spec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """The base as it will be served."""
+
+    spec: ModelSpec
+    dtype_name: str
+    # prompt plus output of one sequence, by the model and the operator
+    max_model_len: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return _DTYPES[self.dtype_name]
+
+
+@dataclass(frozen=True, slots=True)
+class StartFacts:
+    """What a started executor can do."""
+
+    model: ModelFacts
+    # "cpu", "cuda" or "interpreter"
+    device: str
+    block_size: int
+    num_kv_blocks: int
+    # what the adapters' memory really holds, at most what the config allows
+    adapter_device_bytes: int
+
+    @property
+    def max_model_len(self) -> int:
+        """Prompt plus output of one sequence, at most what the KV cache holds."""
+        return min(self.model.max_model_len, self.num_kv_blocks * self.block_size)
+
+    def ready(self) -> Ready:
+        """Say what start-up learnt."""
+        spec = self.model.spec
+        return Ready(
+            base_fingerprint=spec.dims.weights_fingerprint,
+            max_model_len=self.max_model_len,
+            num_kv_blocks=self.num_kv_blocks,
+            block_size=self.block_size,
+            dtype=self.model.dtype_name,
+            device=self.device,
+            eos_token_ids=list(spec.eos_token_ids),
+            vocab_size=spec.dims.vocab_size,
+            hidden_size=spec.dims.hidden_size,
+        )
+
+
+def read_model_facts(config: EngineConfig) -> ModelFacts:
+    """Read the model's config.
+
+    Raises:
+        StartError: one line that names what is wrong and the way out.
+    """
+    spec = read_spec(config.model_dir)
+    return ModelFacts(spec, spec.dtype if config.dtype == "auto" else config.dtype, _max_model_len(config, spec))
+
+
+def choose_device(name: str, *, has_cuda: bool) -> str:
+    """Return "cpu", "cuda" or "interpreter" for a config's `device`.
+
+    Raises:
+        StartError: a GPU is asked for and there is none.
+    """
+    if name == "auto":
+        return "cuda" if has_cuda else "cpu"
+    if name == "cuda" and not has_cuda:
+        raise StartError(
+            "--device cuda: no CUDA device was found (torch.cuda.is_available() is false); use --device cpu, or check "
+            "the driver and that torch is a CUDA build"
+        )
+    return name
+
+
+def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:
+    limit = spec.max_position_embeddings
+    if config.max_model_len is None:
+        return limit
+    if not 1 <= config.max_model_len <= limit:
+        raise StartError(
+            f"--max-model-len {config.max_model_len}: the model has positions for 1 to {limit}; choose within"
+        )
+    return config.max_model_len
