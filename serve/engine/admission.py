@@ -27,7 +27,8 @@ class StepDraft:
 
     def add(self, seq: Sequence) -> None:
         """Run as many of the sequence's next tokens as the budget allows."""
-        count = min(self.budget, seq.num_tokens - seq.num_computed)
+        # none is left when the next token is in flight: it is run chained
+        count = min(self.budget, seq.num_left or 1)
         self.rows.append(seq.next_row(count))
         self.seqs.append(seq)
         self.budget -= count

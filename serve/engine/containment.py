@@ -19,6 +19,10 @@ class ContainedExecutor:
         self._executor = executor
         self._was_lost = False
 
+    def note_success(self) -> None:
+        """Take note that a step ran well: the engine is alive, and the next failure counts as a first one."""
+        self._was_lost = False
+
     def execute(self, plan: StepPlan) -> list[RowResult | None]:
         """Run a plan; on failure once more, then each adapter's rows alone.
 
@@ -34,7 +38,7 @@ class ContainedExecutor:
             except Exception:
                 logger.exception("a step of %d rows failed (%s attempt)", len(plan.rows), attempt)
             else:
-                self._was_lost = False
+                self.note_success()
                 return results
         return self._execute_by_adapter(plan)
 

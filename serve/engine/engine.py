@@ -1,13 +1,14 @@
 """The engine: commands in, one step at a time, events out.
 
 Owns the order of a step and nothing else: what runs is the scheduler's decision, how it runs is the executor's. Single
-thread; no torch; the clock is injected. Invariant: every command's answers leave through `step`, in order.
+thread; no torch; the clock is injected. On an asynchronous executor the next step is decided and submitted before the
+last one is waited for. Invariant: every command's answers leave through `step`, in order.
 """
 
 from collections.abc import Callable
 
-from serve.engine.containment import ContainedExecutor
 from serve.engine.limits import EngineLimits
+from serve.engine.pipeline import StepPipeline
 from serve.engine.plan import Executor
 from serve.engine.scheduler import Scheduler
 from serve.messages import Abort, Command, Embed, Event, LoadAdapter, Stats, Submit, UnloadAdapter
@@ -19,7 +20,7 @@ class Engine:
     def __init__(self, limits: EngineLimits, executor: Executor, clock: Callable[[], float]) -> None:
         self._limits = limits
         self._executor = executor
-        self._contained = ContainedExecutor(executor)
+        self._pipeline = StepPipeline(executor)
         self._scheduler = Scheduler(limits, executor, clock)
         self._events: list[Event] = []
 
@@ -41,10 +42,13 @@ class Engine:
     def has_work(self) -> bool:
         """Say whether a step could do anything; true while a load is under way, though the step may then be empty."""
         live = self._scheduler.live
-        return bool(self._events or live.by_id or live.tiers.is_loading)
+        return bool(self._events or live.by_id or self._pipeline or live.tiers.is_loading)
 
     def step(self) -> list[Event]:
-        """Run one step: finished loads, one plan, one execution; return all events since the last step, in order.
+        """Run one step: finished loads, plans, one step's results; return all events since the last call, in order.
+
+        A synchronous executor has one plan executed. An asynchronous one is given plans until two are submitted, and
+        the results are those of the older one.
 
         Raises:
             Exception: the executor lost the step as a whole, twice and in every part; the process must be replaced.
@@ -52,10 +56,14 @@ class Engine:
         events, self._events = self._events, []
         for load in self._executor.poll_loads():
             events += self._scheduler.finish_load(load)
-        plan = self._scheduler.schedule()
-        if plan.rows:
-            results = self._contained.execute(plan)
-            events += self._scheduler.finish_step(plan, results)
+        while not self._pipeline.is_full:
+            step = self._scheduler.schedule(is_ahead=bool(self._pipeline))
+            if step is None:
+                break
+            self._pipeline.push(step)
+        if self._pipeline:
+            step, results = self._pipeline.pop()
+            events += self._scheduler.finish_step(step, results)
         return events
 
     def stats(self) -> Stats:
@@ -82,5 +90,5 @@ class Engine:
         )
 
     def check_invariants(self) -> None:
-        """Recompute all bookkeeping from the live sequences; AssertionError on the first difference."""
-        self._scheduler.live.check_invariants()
+        """Recompute all bookkeeping from sequences and steps in flight; AssertionError on the first difference."""
+        self._scheduler.live.check_invariants(self._pipeline)

@@ -1,24 +1,28 @@
 """The life of sequences: who waits, who runs, and what each one holds of the shared rooms.
 
 Owns every hand-over between a sequence and the KV blocks, the adapter tiers and the waiting line; no other file takes
-or gives back for a sequence. Invariant: a WAITING sequence holds nothing but its place, a RUNNING one holds its block
-table and one pin of its adapter, an ENDED one holds nothing, and the executor was told once to forget it.
+or gives back for a sequence. Invariants: a WAITING sequence holds nothing but its place and has no row in flight; a
+RUNNING one holds its block table and one pin of its adapter; an ENDED one holds what it held until its last row in
+flight has come back, then nothing, and the executor was told once to forget it. So nothing that a step in flight
+names is handed out, dropped or published, whatever happens meanwhile.
 """
 
 from bisect import insort
 from collections import Counter
+from collections.abc import Iterable
 
 from serve.engine.adapter_tiers import AdapterTiers, Residency
 from serve.engine.fairness import VirtualTokens, WaitingLine
 from serve.engine.kv_blocks import KvBlocks
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import Executor
+from serve.engine.planned_step import PlannedStep
 from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Submit
 
 
 class LiveSequences:
-    """All accepted sequences that have not ended, and the rooms they hold things of."""
+    """All accepted sequences that have not ended or still hold something, and the rooms they hold things of."""
 
     def __init__(self, limits: EngineLimits, executor: Executor) -> None:
         self.limits = limits
@@ -29,6 +33,8 @@ class LiveSequences:
         # by right to run: the last one is the first to be preempted
         self.running: list[Sequence] = []
         self.by_id: dict[str, Sequence] = {}
+        # ended with rows in flight
+        self.leaving: list[Sequence] = []
         self.num_admissions = 0
         self.num_preemptions = 0
         self._num_arrivals = 0
@@ -73,10 +79,16 @@ class LiveSequences:
         self.num_admissions += 1
         return True
 
-    def grow(self, seq: Sequence) -> bool:
-        """Make room for the newest token, preempting the youngest while blocks are short; False if that was `seq`."""
-        num_blocks = self._num_blocks_for(seq.num_tokens)
+    def grow(self, seq: Sequence, *, may_preempt: bool) -> bool:
+        """Make room for the next token, preempting the youngest while blocks are short.
+
+        Returns:
+            False when `seq` itself was preempted; without `may_preempt`, when blocks are short.
+        """
+        num_blocks = self._num_blocks_for(seq.num_computed + seq.num_in_flight + 1)
         while not self.kv.extend(seq.block_table, num_blocks):
+            if not may_preempt:
+                return False
             victim = self.running[-1]
             self._preempt(victim)
             if victim is seq:
@@ -84,23 +96,27 @@ class LiveSequences:
         return True
 
     def end(self, seq: Sequence) -> None:
-        """Give back everything a sequence holds; the caller sends its one terminal event."""
+        """Take a sequence out; the caller sends its one terminal event.
+
+        Everything it holds is given back at once, or by `let_go` when rows of it are in flight.
+        """
         assert seq.state is not SequenceState.ENDED, f"sequence {seq.request_id} ends twice"
-        was_running = seq.state is SequenceState.RUNNING
+        (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
         seq.state = SequenceState.ENDED
         del self.by_id[seq.request_id]
-        try:
-            self._executor.release_request(seq.request_id)
-        finally:
-            if was_running:
-                self._stop_running(seq)
-            else:
-                self.waiting.remove(seq)
-            if seq.adapter_digest is not None:
-                self.tiers.leave(seq.adapter_digest)
+        if seq.num_in_flight:
+            self.leaving.append(seq)
+        else:
+            self._forget(seq)
+
+    def let_go(self, seq: Sequence) -> None:
+        """Give back what an ended sequence still holds, now that a row of it came back, if that was the last one."""
+        if seq.num_in_flight == 0:
+            self.leaving.remove(seq)
+            self._forget(seq)
 
     def wipe(self, seq: Sequence) -> None:
-        """Zero what a suspect running sequence wrote and nobody else reads, and keep it out of the prefix cache."""
+        """Zero what a suspect sequence wrote and nobody else reads, and keep it out of the prefix cache."""
         suspect = self.kv.retract(seq.block_table)
         if suspect:
             self._executor.zero_blocks(suspect)
@@ -119,36 +135,68 @@ class LiveSequences:
         """Prompt tokens that a prefix hit may cover: full blocks, and never the last token, whose logits are needed."""
         return (len(seq.prompt_ids) - 1) // self.kv.block_size * self.kv.block_size
 
-    def check_invariants(self) -> None:
-        """Recompute who holds what from the sequences alone and compare with the rooms' books."""
+    def check_invariants(self, steps: Iterable[PlannedStep]) -> None:
+        """Recompute who holds what from the sequences and the steps in flight, and compare with the rooms' books."""
         for seq in self.running:
             assert seq.state is SequenceState.RUNNING and self.by_id[seq.request_id] is seq, "a stranger runs"
-            first_open = seq.num_computed // self.kv.block_size
-            for block_id in seq.block_table[first_open:]:
-                assert not self.kv.is_published(block_id), f"block {block_id} is published before it was verified"
-            assert seq.num_computed <= len(seq.block_table) * self.kv.block_size, "tokens lie outside the block table"
         for seq in self.waiting:
             assert seq.state is SequenceState.WAITING and self.by_id[seq.request_id] is seq, "a stranger waits"
             assert not seq.block_table and seq.adapter_slot is None, f"{seq.request_id} waits and holds something"
+        for seq in self.leaving:
+            assert seq.state is SequenceState.ENDED and seq.num_in_flight > 0, f"{seq.request_id} leaves for ever"
         assert len(self.running) + len(self.waiting) == len(self.by_id), "a live sequence neither runs nor waits"
         assert self.running == sorted(self.running, key=_age), "the running sequences are out of order"
-        self.kv.check_invariants(seq.block_table for seq in self.running)
-        pinned = Counter(seq.adapter_digest for seq in self.running if seq.adapter_digest is not None)
-        users = Counter(seq.adapter_digest for seq in self.by_id.values() if seq.adapter_digest is not None)
+        holders = [*self.running, *self.leaving]
+        for seq in holders:
+            self._check_table(seq)
+        self._check_in_flight(steps, holders)
+        self.kv.check_invariants(seq.block_table for seq in holders)
+        pinned = Counter(seq.adapter_digest for seq in holders if seq.adapter_digest is not None)
+        live = [*self.by_id.values(), *self.leaving]
+        users = Counter(seq.adapter_digest for seq in live if seq.adapter_digest is not None)
         self.tiers.check_invariants(pinned, users)
+
+    def _check_table(self, seq: Sequence) -> None:
+        first_open = seq.num_computed // self.kv.block_size
+        for block_id in seq.block_table[first_open:]:
+            assert not self.kv.is_published(block_id), f"block {block_id} is published before it was verified"
+        num_written = seq.num_computed + seq.num_in_flight
+        assert num_written <= len(seq.block_table) * self.kv.block_size, "tokens lie outside the block table"
+
+    def _check_in_flight(self, steps: Iterable[PlannedStep], holders: list[Sequence]) -> None:
+        in_flight: Counter[Sequence] = Counter()
+        for step in steps:
+            for seq, row in zip(step.seqs, step.plan.rows, strict=True):
+                is_next = row.start == seq.num_computed + in_flight[seq]
+                assert is_next or seq.state is SequenceState.ENDED, f"{row.request_id} has a gap in flight"
+                assert row.adapter_slot == seq.adapter_slot, f"{row.request_id} runs in a slot it does not pin"
+                in_flight[seq] += len(row.token_ids)
+        assert in_flight == Counter({seq: seq.num_in_flight for seq in holders if seq.num_in_flight}), (
+            "the tokens in flight differ from the holders' books"
+        )
 
     def _preempt(self, seq: Sequence) -> None:
         """Take everything from a running sequence but its output; it returns to the head of its line."""
-        self._stop_running(seq)
+        # its late token would be lost, or sampled again
+        assert seq.num_in_flight == 0, f"sequence {seq.request_id} is preempted with a row in flight"
+        self.running.remove(seq)
+        self._give_back(seq)
         seq.forget_progress()
         seq.state = SequenceState.WAITING
         self.waiting.join(seq)
         self.num_preemptions += 1
 
-    def _stop_running(self, seq: Sequence) -> None:
-        self.running.remove(seq)
+    def _forget(self, seq: Sequence) -> None:
+        try:
+            self._executor.release_request(seq.request_id)
+        finally:
+            self._give_back(seq)
+            if seq.adapter_digest is not None:
+                self.tiers.leave(seq.adapter_digest)
+
+    def _give_back(self, seq: Sequence) -> None:
         self.kv.release(seq.block_table)
-        if seq.adapter_digest is not None:
+        if seq.adapter_digest is not None and seq.adapter_slot is not None:
             self.tiers.unpin(seq.adapter_digest)
             seq.adapter_slot = None
 

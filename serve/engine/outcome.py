@@ -1,14 +1,15 @@
 """What one row's result means for its sequence: progress, events, an end or a failure.
 
 Owns the order of a sequence's events: Started, then Tokens, then one terminal event. Decides nothing about other rows.
-Invariant: blocks are published only for rows that came back finite; a failed row's blocks are wiped before release.
+Invariant: blocks are published only for rows that came back finite; a failed row's blocks are wiped before release,
+also when its sequence ended while the row was in flight and nothing else of its result matters.
 """
 
 from dataclasses import dataclass, field
 
 from serve.engine.lifecycle import LiveSequences
 from serve.engine.plan import Row, RowResult
-from serve.engine.sequence import Sequence
+from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embedded, Event, Failed, Finished, FinishReason, Started, Tokens
 
 
@@ -27,6 +28,12 @@ def finish_row(
     live: LiveSequences, counters: Counters, seq: Sequence, row: Row, result: RowResult | None
 ) -> list[Event]:
     """Apply one row's result to its sequence and return the events it causes, in order."""
+    seq.num_in_flight -= len(row.token_ids)
+    if result is None or not result.is_finite:
+        live.wipe(seq)
+    if seq.state is SequenceState.ENDED:
+        live.let_go(seq)
+        return []
     if result is None or not result.is_finite:
         return [_fail(live, seq, is_lost=result is None)]
     live.advance(seq, len(row.token_ids))
@@ -51,7 +58,6 @@ def finish_row(
 
 
 def _fail(live: LiveSequences, seq: Sequence, *, is_lost: bool) -> Failed:
-    live.wipe(seq)
     live.end(seq)
     cause = "the engine could not run this step" if is_lost else "the model produced numbers that are not finite"
     carrier = "the base model" if seq.adapter_digest is None else f"adapter {seq.adapter_digest[:12]}"

@@ -1,8 +1,10 @@
 """What runs next, and what a finished step means: continuous batching with chunked prefill under a token budget.
 
 Owns the order inside a step (decodes, running prefills, admissions) and the translation of row results into events.
-No torch, no clock of its own. Invariant: the oldest running sequence is in every plan and is never preempted for
-another, so every accepted sequence ends; each ends in exactly one terminal event.
+No torch, no clock of its own. A step may be decided ahead, while the one before is in flight: its sampled tokens are
+then unknown, and a sequence goes on with a chained row. Preemption waits until nothing is in flight.
+Invariant: the oldest running sequence is in every plan (or in flight) and is never preempted for another, so every
+accepted sequence ends; each ends in exactly one terminal event.
 """
 
 import logging
@@ -15,10 +17,15 @@ from serve.engine.lifecycle import LiveSequences
 from serve.engine.limits import EngineLimits
 from serve.engine.outcome import Counters, finish_row
 from serve.engine.plan import Executor, LoadResult, RowResult, StepPlan
-from serve.engine.sequence import Sequence, SequenceState
+from serve.engine.planned_step import PlannedStep
+from serve.engine.sequence import SequenceState
 from serve.messages import Embed, Event, Failed, Finished, FinishReason, Submit
 
 logger = logging.getLogger(__name__)
+
+# a sequence that must see its last token runs in every second step of those decided ahead, and deciding ahead saves the
+# others a few percent: they wait for it unless they are this many times as many
+MIN_ROWS_PER_SITTING_OUT = 8
 
 
 class Scheduler:
@@ -29,7 +36,6 @@ class Scheduler:
         self.counters = Counters()
         self._limits = limits
         self._clock = clock
-        self._planned: list[Sequence] = []
 
     def submit(self, command: Submit | Embed) -> list[Event]:
         """Take a command into the waiting line, or refuse it with its terminal event."""
@@ -47,31 +53,40 @@ class Scheduler:
         self.live.end(seq)
         return [Finished(request_id, FinishReason.ABORTED)]
 
-    def schedule(self) -> StepPlan:
-        """Choose the rows of the next step; its results must come back through `finish_step` before the next call."""
+    def schedule(self, *, is_ahead: bool) -> PlannedStep | None:
+        """Choose the rows of the next step; steps come back through `finish_step` in the order they were chosen.
+
+        Args:
+            is_ahead: one step is in flight, chosen and not finished. None is in flight otherwise.
+        Returns:
+            None when nothing is to be run, or when the step in flight must be finished first.
+        """
         draft = StepDraft(budget=self._limits.max_step_tokens)
         num_preemptions = self.live.num_preemptions
-        self._plan_decodes(draft)
+        if not self._plan_decodes(draft, is_ahead=is_ahead):
+            return None
         self._plan_prefills(draft)
         # what was just taken from one sequence is not given to another in the same step
         is_open = self.live.num_preemptions == num_preemptions
         admit_waiting(self.live, draft, self._clock(), is_open=is_open)
-        self._planned = draft.seqs
+        if not draft.rows:
+            return None
+        for seq, row in zip(draft.seqs, draft.rows, strict=True):
+            seq.num_in_flight += len(row.token_ids)
         slot_digests = {
             seq.adapter_slot: seq.adapter_digest
             for seq in draft.seqs
             if seq.adapter_slot is not None and seq.adapter_digest is not None
         }
-        return StepPlan(draft.rows, slot_digests)
+        return PlannedStep(StepPlan(draft.rows, slot_digests), draft.seqs)
 
-    def finish_step(self, plan: StepPlan, results: SequenceOf[RowResult | None]) -> list[Event]:
-        """Apply the results of the last plan, in its order; None stands for a row whose execution failed."""
+    def finish_step(self, step: PlannedStep, results: SequenceOf[RowResult | None]) -> list[Event]:
+        """Apply a step's results, in its order; None stands for a row whose execution failed."""
         events: list[Event] = []
         self.counters.num_steps += 1
-        for seq, row, result in zip(self._planned, plan.rows, results, strict=True):
+        for seq, row, result in zip(step.seqs, step.plan.rows, results, strict=True):
             assert result is None or result.request_id == row.request_id, "results are out of the plan's order"
             events += finish_row(self.live, self.counters, seq, row, result)
-        self._planned = []
         return events
 
     def finish_load(self, result: LoadResult) -> list[Event]:
@@ -93,13 +108,26 @@ class Scheduler:
                     seq.load_wait_since_s = None
         return []
 
-    def _plan_decodes(self, draft: StepDraft) -> None:
+    def _plan_decodes(self, draft: StepDraft, *, is_ahead: bool) -> bool:
+        """Add the sequences whose next row is one token; False when the step in flight must be finished first."""
+        num_sitting_out = 0
         # oldest first: the victims of `grow` are the youngest, so never one that is planned already
         for seq in list(self.live.running):
             if draft.budget == 0:
-                return
-            if seq.state is SequenceState.RUNNING and seq.is_decoding and self.live.grow(seq):
+                break
+            if seq.state is not SequenceState.RUNNING or not seq.is_decoding:
+                continue
+            if is_ahead and seq.num_left == 0:
+                if seq.ends_in_flight(self._limits):
+                    continue
+                if seq.needs_last_token:
+                    num_sitting_out += 1
+                    continue
+            if self.live.grow(seq, may_preempt=not is_ahead):
                 draft.add(seq)
+            elif is_ahead:
+                return False
+        return num_sitting_out * MIN_ROWS_PER_SITTING_OUT <= len(draft.rows)
 
     def _plan_prefills(self, draft: StepDraft) -> None:
         for seq in self.live.running:

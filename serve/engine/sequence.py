@@ -1,7 +1,8 @@
 """One sequence as the engine sees it: its tokens, how far they are computed, and what it holds.
 
 Owns the state of one accepted `Submit` or `Embed`; blocks, pins and lines belong to their own rooms.
-Invariant: positions `< num_computed` have their K/V written through `block_table`, in steps verified finite.
+Invariants: positions `< num_computed` have their K/V written through `block_table`, in steps verified finite; the next
+`num_in_flight` ones are being written by steps in flight, and may reach one position past the known tokens per step.
 """
 
 from dataclasses import dataclass, field
@@ -38,8 +39,12 @@ class Sequence:
     state: SequenceState = SequenceState.WAITING
     output_ids: list[int] = field(default_factory=list)
     sample_spec: SampleSpec | None = None
+    # what is sampled next depends on the last token itself: it must be known on the host, so no row is chained
+    needs_last_token: bool = False
     # progress
     num_computed: int = 0
+    # tokens of rows that were planned and have not come back
+    num_in_flight: int = 0
     is_started: bool = False
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     hidden_sum: list[float] = field(default_factory=list)
@@ -66,6 +71,7 @@ class Sequence:
         seq.cache_salt = command.cache_salt
         seq.priority = command.priority
         seq.group_id = command.group_id
+        seq.needs_last_token = _needs_last_token(command.sampling)
         if command.sampling.max_tokens > 0:
             seq.sample_spec = SampleSpec(command.sampling, seq.prompt_ids, seq.output_ids)
         return seq
@@ -74,6 +80,11 @@ class Sequence:
     def num_tokens(self) -> int:
         """Tokens known so far: prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
+
+    @property
+    def num_left(self) -> int:
+        """Known tokens that no row has run or is running. 0 of a running sequence: its next token is in flight."""
+        return len(self.prompt_ids) + len(self.output_ids) - self.num_computed - self.num_in_flight
 
     @property
     def age_key(self) -> tuple[int, int]:
@@ -87,8 +98,9 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Say whether only the newest token is still to be run."""
-        return bool(self.output_ids) and self.num_computed == self.num_tokens - 1
+        """Say whether only the newest token is still to be run, be it known or in flight."""
+        num_left = self.num_left
+        return num_left == 0 or (num_left == 1 and bool(self.output_ids))
 
     @property
     def needs_every_position(self) -> bool:
@@ -100,12 +112,14 @@ class Sequence:
 
     def next_row(self, count: int) -> Row:
         """Describe the run of the next `count` tokens; the row reads this sequence's own lists."""
-        start, stop = self.num_computed, self.num_computed + count
-        is_last = stop == self.num_tokens
-        num_logprobs = None if self.is_started or self.sampling is None else self.sampling.num_prompt_logprobs
+        start = self.num_computed + self.num_in_flight
+        stop, num_tokens = start + count, self.num_tokens
+        is_last, is_chained = stop >= num_tokens, start == num_tokens
+        params = None if self.is_started or is_chained else self.sampling
+        num_logprobs = None if params is None else params.num_prompt_logprobs
         return Row(
             request_id=self.request_id,
-            token_ids=self._tokens(start, stop),
+            token_ids=[-1] if is_chained else self._tokens(start, stop),
             start=start,
             block_table=self.block_table,
             adapter_slot=self.adapter_slot,
@@ -113,6 +127,7 @@ class Sequence:
             embed=self.pooling if is_last or self.pooling == "mean" else None,
             num_prompt_logprobs=num_logprobs,
             prompt_targets=None if num_logprobs is None else self.prompt_ids[start + 1 : stop + 1],
+            is_chained=is_chained,
         )
 
     def prefix_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
@@ -129,6 +144,13 @@ class Sequence:
         self.num_computed = 0
         # new lists: the old one may lie in a `Started` that was sent already
         self.prompt_logprobs, self.hidden_sum = [], []
+
+    def ends_in_flight(self, limits: EngineLimits) -> bool:
+        """Say whether the sequence is known to end with the row in flight that runs its last known token."""
+        if self.sampling is None or self.sample_spec is None:
+            return True
+        num_output = len(self.output_ids) + 1
+        return num_output >= self.sampling.max_tokens or len(self.prompt_ids) + num_output >= limits.max_sequence_tokens
 
     def finish_reason(self, limits: EngineLimits) -> FinishReason | None:
         """Judge the newest output token: did it end the sequence, and why?"""
@@ -156,3 +178,8 @@ class Sequence:
         if stop <= num_prompt:
             return self.prompt_ids[start:stop]
         return self.prompt_ids[start:] + self.output_ids[: stop - num_prompt]
+
+
+def _needs_last_token(params: SamplingParams) -> bool:
+    has_penalty = params.repetition_penalty != 1.0 or params.presence_penalty or params.frequency_penalty
+    return params.grammar is not None or bool(has_penalty)

@@ -34,28 +34,42 @@ class PlannedRow:
     request_id: str
     start: int
     num_tokens: int
+    is_chained: bool
 
 
 class RecordingExecutor(FakeExecutor):
     """A fake executor that remembers its plans."""
 
-    def __init__(self, limits: EngineLimits, files: dict[str, AdapterFile]) -> None:
-        super().__init__(limits.num_kv_blocks, limits.block_size, files)
+    def __init__(self, limits: EngineLimits, files: dict[str, AdapterFile], *, is_async: bool) -> None:
+        super().__init__(limits.num_kv_blocks, limits.block_size, files, is_async=is_async)
         self.plans: list[list[PlannedRow]] = []
 
     def execute(self, plan: StepPlan) -> list[RowResult]:
         """Record, then run."""
-        self.plans.append([PlannedRow(row.request_id, row.start, len(row.token_ids)) for row in plan.rows])
+        self._record(plan)
         return super().execute(plan)
+
+    def submit(self, plan: StepPlan) -> None:
+        """Record, then begin."""
+        self._record(plan)
+        super().submit(plan)
+
+    def _record(self, plan: StepPlan) -> None:
+        self.plans.append(
+            [PlannedRow(row.request_id, row.start, len(row.token_ids), row.is_chained) for row in plan.rows]
+        )
 
 
 class EngineBench:
     """One engine, its executor, its clock, and everything it said."""
 
+    # how the executors of new benches run; the fixture `both_modes` turns it
+    is_async = False
+
     def __init__(self, limits: EngineLimits = LIMITS, files: dict[str, AdapterFile] | None = None) -> None:
         self.limits = limits
         self.files = files if files is not None else {digest: AdapterFile(10) for digest in (A, B, C)}
-        self.executor = RecordingExecutor(limits, self.files)
+        self.executor = RecordingExecutor(limits, self.files, is_async=self.is_async)
         self.now_s = 0.0
         self.engine = Engine(limits, self.executor, lambda: self.now_s)
         self.events: dict[str, list[Event]] = {}

@@ -1,7 +1,8 @@
 """An executor without torch: keeps K/V by block, adapters by slot, and refuses plans that a real one would spoil.
 
-Owns the model of device memory in tests. Invariant: a row reads only what its block table names, and each read is
-checked: written before, by the same adapter and salt, in a block that no non-finite row left behind.
+Owns the model of device memory in tests. With `is_async` it is also a device that runs submitted steps in order while
+the host goes on. Invariants: a row reads only what its block table names, and each read is checked: written before, by
+the same adapter and salt, in a block that no non-finite row left behind; what a step in flight names is left alone.
 """
 
 from collections import Counter, deque
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
 from serve.messages import TokenLogprobs
-from tests.engine.toy_model import adapter_number, hidden_of, kv_of, kv_seed, logprob_of, sample_token
+from tests.engine.toy_model import VOCAB_SIZE, adapter_number, hidden_of, kv_of, kv_seed, logprob_of, sample_token
 
 
 class PlanViolation(BaseException):
@@ -43,10 +44,32 @@ class AdapterFile:
     num_failures: int = 0
 
 
-class FakeExecutor:
-    """`serve.engine.plan.Executor` over the toy model."""
+@dataclass(frozen=True, slots=True)
+class RowInFlight:
+    """What a row of a submitted step names, as it was when it was submitted, and what it will come back with."""
 
-    def __init__(self, num_blocks: int, block_size: int, files: dict[str, AdapterFile]) -> None:
+    row: Row
+    block_table: list[int]
+    written_blocks: set[int]
+    result: RowResult
+
+
+@dataclass(frozen=True, slots=True)
+class StepInFlight:
+    """A submitted step; `is_lost`: its collection raises."""
+
+    rows: dict[str, RowInFlight]
+    slots: set[int]
+    is_lost: bool
+
+
+class FakeExecutor:
+    """`serve.engine.plan.AsyncExecutor` over the toy model; synchronous unless `is_async`."""
+
+    def __init__(
+        self, num_blocks: int, block_size: int, files: dict[str, AdapterFile], *, is_async: bool = False
+    ) -> None:
+        self.is_async = is_async
         self._block_size = block_size
         self._cells: list[list[Cell | None]] = [[None] * block_size for _ in range(num_blocks)]
         self._files = files
@@ -55,15 +78,49 @@ class FakeExecutor:
         # what the tests tell of each request: its salt, and the first position that comes out not finite
         self.salts: dict[str, str] = {}
         self.poisoned_from: dict[str, int] = {}
-        # the next `execute` calls that raise; then every one that names this adapter does
+        # the next steps that are lost; then every one that names this adapter is
         self.num_lost_steps = 0
         self.broken_digest: str | None = None
+        # where a lost step raises in the asynchronous mode
+        self.loses_at_submit = False
+        self._in_flight: deque[StepInFlight] = deque()
         self.released: Counter[str] = Counter()
         self.max_bytes_loaded = 0
         self.num_rows = 0
 
     def execute(self, plan: StepPlan) -> list[RowResult]:
-        """Run one step of the toy model."""
+        """Run one step of the toy model, alone."""
+        if self._in_flight:
+            raise PlanViolation("a plan is executed while submitted steps are in flight")
+        results = self._run_plan(plan)
+        # lost after the writes: the second attempt must not mind them
+        if self._is_lost(plan):
+            raise StepLost("the step was lost")
+        return results
+
+    def submit(self, plan: StepPlan) -> None:
+        """Run one step of the toy model and keep its results back."""
+        if not self.is_async or len(self._in_flight) == 2:
+            raise PlanViolation(f"a step is submitted behind {len(self._in_flight)} others")
+        is_lost = self._is_lost(plan)
+        if is_lost and self.loses_at_submit:
+            raise StepLost("the step could not be submitted")
+        rows = {}
+        for row, result in zip(plan.rows, self._run_plan(plan), strict=True):
+            first, last = self._written(row)
+            rows[row.request_id] = RowInFlight(row, list(row.block_table), set(row.block_table[first:last]), result)
+        self._in_flight.append(StepInFlight(rows, set(plan.slot_digests), is_lost))
+
+    def collect(self) -> list[RowResult]:
+        """Hand out the results of the oldest submitted step."""
+        if not self._in_flight:
+            raise PlanViolation("a step is collected that was not submitted")
+        step = self._in_flight.popleft()
+        if step.is_lost:
+            raise StepLost("the submitted step was lost")
+        return [in_flight.result for in_flight in step.rows.values()]
+
+    def _run_plan(self, plan: StepPlan) -> list[RowResult]:
         if not plan.rows:
             raise PlanViolation("an empty plan was executed")
         names = [row.request_id for row in plan.rows]
@@ -73,19 +130,21 @@ class FakeExecutor:
             if self._loaded.get(slot) != digest:
                 raise PlanViolation(f"slot {slot} is named as {digest} and holds {self._loaded.get(slot)}")
         self._check_writers(plan)
-        results = [self._run(row, plan) for row in plan.rows]
-        # lost after the writes: the second attempt must not mind them
+        for row in plan.rows:
+            self._check_against_flight(row)
+        return [self._run(row, plan) for row in plan.rows]
+
+    def _is_lost(self, plan: StepPlan) -> bool:
         if self.num_lost_steps > 0:
             self.num_lost_steps -= 1
-            raise StepLost("the step was lost")
-        if self.broken_digest is not None and self.broken_digest in plan.slot_digests.values():
-            raise StepLost("an adapter broke the step")
-        return results
+            return True
+        return self.broken_digest is not None and self.broken_digest in plan.slot_digests.values()
 
     def start_load(self, digest: str, slot: int) -> None:
         """Queue a load."""
         if slot in self._loaded or slot in {other for _, other, _ in self._loading}:
             raise PlanViolation(f"slot {slot} is loaded over")
+        self._check_slot_is_at_rest(slot)
         if digest in self._loaded.values() or digest in {other for other, _, _ in self._loading}:
             raise PlanViolation(f"{digest} is loaded twice")
         self._loading.append((digest, slot, self._files[digest].num_polls))
@@ -108,11 +167,14 @@ class FakeExecutor:
 
     def drop(self, digest: str, slot: int) -> None:
         """Free a slot."""
+        self._check_slot_is_at_rest(slot)
         if self._loaded.pop(slot, None) != digest:
             raise PlanViolation(f"{digest} is dropped from slot {slot}, where it is not")
 
     def release_request(self, request_id: str) -> None:
         """Count the goodbye."""
+        if any(request_id in step.rows for step in self._in_flight):
+            raise PlanViolation(f"{request_id} is released with a row in flight")
         self.released[request_id] += 1
 
     def zero_blocks(self, block_ids: list[int]) -> None:
@@ -133,22 +195,56 @@ class FakeExecutor:
     def _check_writers(self, plan: StepPlan) -> None:
         writers: Counter[int] = Counter()
         for row in plan.rows:
-            stop = row.start + len(row.token_ids)
-            first, last = row.start // self._block_size, (stop - 1) // self._block_size
-            if last >= len(row.block_table):
+            first, last = self._written(row)
+            if last > len(row.block_table):
                 raise PlanViolation(f"{row.request_id} writes behind its block table")
-            writers.update(row.block_table[first : last + 1])
+            writers.update(row.block_table[first:last])
         for row in plan.rows:
+            first, last = self._written(row)
             for index, block_id in enumerate(row.block_table):
-                mine = (
-                    row.start // self._block_size <= index <= (row.start + len(row.token_ids) - 1) // self._block_size
-                )
+                mine = first <= index < last
                 if writers[block_id] > mine:
                     raise PlanViolation(f"block {block_id} of {row.request_id} is written by another row of the step")
 
+    def _written(self, row: Row) -> tuple[int, int]:
+        """Return which part of its block table a row writes."""
+        return row.start // self._block_size, -(-(row.start + len(row.token_ids)) // self._block_size)
+
+    def _check_slot_is_at_rest(self, slot: int) -> None:
+        if any(slot in step.slots for step in self._in_flight):
+            raise PlanViolation(f"slot {slot} is changed while a step in flight names it")
+
+    def _check_against_flight(self, row: Row) -> None:
+        """Refuse a row that does not go on where its last one in flight ends, or that touches what others write."""
+        for step in self._in_flight:
+            for request_id, other in step.rows.items():
+                if request_id != row.request_id and not other.written_blocks.isdisjoint(row.block_table):
+                    raise PlanViolation(f"{row.request_id} holds a block that {request_id} writes in flight")
+        mine = self._in_flight[-1].rows.get(row.request_id) if self._in_flight else None
+        if mine is not None and row.start != mine.row.start + len(mine.row.token_ids):
+            raise PlanViolation(f"{row.request_id} does not go on where its row in flight ends")
+        if row.is_chained:
+            self._check_chained(row, mine)
+        elif not row.token_ids or min(row.token_ids) < 0:
+            raise PlanViolation(f"{row.request_id} runs {row.token_ids}")
+
+    def _check_chained(self, row: Row, mine: RowInFlight | None) -> None:
+        if mine is None or mine.row.sample is None or row.token_ids != [-1] or row.sample is None:
+            raise PlanViolation(f"{row.request_id} is chained to nothing, or is no decode row")
+        params = row.sample.params
+        penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
+        if params.grammar is not None or penalties != (1.0, 0.0, 0.0):
+            raise PlanViolation(f"{row.request_id} is chained and needs its last token to sample")
+
+    def _tokens(self, row: Row) -> list[int]:
+        if not row.is_chained:
+            return row.token_ids
+        step = self._in_flight[-1]
+        sampled = step.rows[row.request_id].result.token_id
+        # a device samples something from NaN, too, and anything in a step that is lost
+        return [0 if sampled is None else (sampled + step.is_lost) % VOCAB_SIZE]
+
     def _run(self, row: Row, plan: StepPlan) -> RowResult:
-        if not row.token_ids:
-            raise PlanViolation(f"{row.request_id} runs no token")
         self.num_rows += 1
         digest = None if row.adapter_slot is None else plan.slot_digests[row.adapter_slot]
         adapter, salt = adapter_number(digest), self.salts.get(row.request_id, "")
@@ -156,7 +252,7 @@ class FakeExecutor:
         begin = len(chain)
         poisoned_from = self.poisoned_from.get(row.request_id)
         is_finite = True
-        for offset, token_id in enumerate(row.token_ids):
+        for offset, token_id in enumerate(self._tokens(row)):
             position = begin + offset
             chain.append(kv_of(chain[-1] if chain else kv_seed(adapter), token_id, adapter))
             is_finite = is_finite and (poisoned_from is None or position < poisoned_from)
@@ -186,7 +282,7 @@ class FakeExecutor:
     def _result(self, row: Row, chain: list[int], begin: int) -> RowResult:
         token_id, hidden, logprobs = None, None, None
         if row.sample is not None:
-            params, output_index = row.sample.params, len(row.sample.output_ids)
+            params, output_index = row.sample.params, len(row.sample.output_ids) + row.is_chained
             allows_eos = output_index >= params.min_tokens
             token_id = sample_token(chain, params.seed, output_index, allows_eos=allows_eos)
         if row.embed is not None:

@@ -48,11 +48,11 @@ def _parent_missing_from_the_hash(patch: pytest.MonkeyPatch) -> None:
 
 def _abort_keeps_the_blocks(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: LiveSequences, seq: Sequence) -> None:
-        self.running.remove(seq)
-        if seq.adapter_digest is not None:
+        if seq.adapter_digest is not None and seq.adapter_slot is not None:
             self.tiers.unpin(seq.adapter_digest)
+            seq.adapter_slot = None
 
-    patch.setattr(LiveSequences, "_stop_running", wrong)
+    patch.setattr(LiveSequences, "_give_back", wrong)
 
 
 def _preemption_keeps_the_pin(patch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,8 @@ from tests.engine.bench import A, B, EngineBench
 from tests.engine.fake_executor import StepLost
 from tests.engine.toy_model import run_alone
 
+pytestmark = pytest.mark.usefixtures("both_modes")
+
 
 def test_a_step_that_fails_once_is_run_again_and_nobody_notices(caplog: pytest.LogCaptureFixture) -> None:
     bench = EngineBench()

@@ -20,11 +20,16 @@ from serve.messages import (
 from tests.engine.bench import LIMITS, A, B, EngineBench
 from tests.engine.toy_model import EOS_ID, run_alone, sample_token
 
+pytestmark = pytest.mark.usefixtures("both_modes")
+# two steps in flight: see test_two_in_flight
+one_at_a_time = pytest.mark.parametrize("both_modes", [False], indirect=True, ids=["sync"])
+
 
 def _kinds(events: list[Event]) -> list[type]:
     return [type(event) for event in events]
 
 
+@one_at_a_time
 def test_an_abort_frees_everything_within_one_step_and_ends_once() -> None:
     bench = EngineBench()
     bench.submit("r", [1] * 30, A, max_tokens=50)
@@ -64,6 +69,7 @@ def test_a_non_finite_row_fails_alone_and_leaves_nothing_in_the_prefix_cache() -
     assert isinstance(started, Started) and started.num_cached_tokens == 0
 
 
+@one_at_a_time
 def test_a_long_prompt_is_cut_into_chunks_behind_the_decodes() -> None:
     bench = EngineBench(replace(LIMITS, max_step_tokens=8))
     bench.submit("short", [1, 2], max_tokens=9)

@@ -62,6 +62,7 @@ def _play(commands: tuple[str, ...]) -> None:
     assert (stats.num_kv_blocks_in_use, stats.num_adapter_pins) == (0, 0), commands
 
 
+@pytest.mark.usefixtures("both_modes")
 def test_every_sequence_of_four_commands_ends_well() -> None:
     for commands in itertools.product(COMMANDS, repeat=4):
         _play(commands)
@@ -69,6 +70,7 @@ def test_every_sequence_of_four_commands_ends_well() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("both_modes")
 def test_every_sequence_of_six_commands_ends_well() -> None:
     for commands in itertools.product(COMMANDS, repeat=6):
         _play(commands)
@@ -95,10 +97,12 @@ def _calls_of_a_decode_step(num_sequences: int) -> int:
     for _ in range(80):
         for load in bench.executor.poll_loads():
             scheduler.finish_load(load)
-        plan, scheduled = _counted(scheduler.schedule)
-        results = bench.executor.execute(plan)
-        _, finished = _counted(partial(scheduler.finish_step, plan, results))
-        if len(plan.rows) == num_sequences and all(len(row.token_ids) == 1 for row in plan.rows):
+        step, scheduled = _counted(partial(scheduler.schedule, is_ahead=False))
+        assert step is not None
+        rows = step.plan.rows
+        results = bench.executor.execute(step.plan)
+        _, finished = _counted(partial(scheduler.finish_step, step, results))
+        if len(rows) == num_sequences and all(len(row.token_ids) == 1 for row in rows):
             counts.append(scheduled + finished)
     assert len(counts) > 50
     return int(median(counts))

@@ -6,12 +6,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from serve.engine import scheduler
 from tests.engine.planted_bugs import PLANTS, Plant
+from tests.engine.planted_overlap_bugs import OVERLAP_PLANTS
 from tests.engine.traces import run_trace
 
 NUM_TRACES = 2000
+NUM_ASYNC_TRACES = 1000
 NUM_LONG_TRACES = 100_000
-# each planted bug was seen within 60 traces when this was written; the rest is room for changed traces
+# each planted bug was seen within 120 traces when this was written; the rest is room for changed traces
 MAX_TRACES_PER_BUG = 400
 
 
@@ -23,10 +26,10 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def _run_traces(seeds: range) -> Counter[str]:
+def _run_traces(seeds: range, *, is_async: bool = False) -> Counter[str]:
     seen: Counter[str] = Counter()
     for seed in seeds:
-        stats = run_trace(seed)
+        stats = run_trace(seed, is_async=is_async)
         seen["preemptions"] += stats.num_preemptions_total
         seen["prefix hits"] += stats.num_prefix_hit_tokens_total
         seen["loads"] += stats.num_adapter_loads_total
@@ -34,24 +37,43 @@ def _run_traces(seeds: range) -> Counter[str]:
     return seen
 
 
-def test_every_request_of_every_trace_gets_what_it_gets_alone() -> None:
-    seen = _run_traces(range(NUM_TRACES))
+@pytest.mark.parametrize(("is_async", "num_traces"), [(False, NUM_TRACES), (True, NUM_ASYNC_TRACES)])
+def test_every_request_of_every_trace_gets_what_it_gets_alone(is_async: bool, num_traces: int) -> None:
+    seen = _run_traces(range(num_traces), is_async=is_async)
     # a checker that met no preemption proves nothing about preemption
     assert min(seen["preemptions"], seen["prefix hits"], seen["loads"], seen["evictions"]) > 100, seen
 
 
+def test_traces_end_well_when_penalised_sequences_sit_out_every_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    # else a handful of sequences always waits for the ones that cannot be chained
+    monkeypatch.setattr(scheduler, "MIN_ROWS_PER_SITTING_OUT", 0)
+    _run_traces(range(NUM_TRACES, NUM_TRACES + 300), is_async=True)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_every_request_of_a_long_run_of_traces_gets_what_it_gets_alone() -> None:
-    _run_traces(range(NUM_TRACES, NUM_TRACES + NUM_LONG_TRACES))
+@pytest.mark.parametrize("is_async", [False, True])
+def test_every_request_of_a_long_run_of_traces_gets_what_it_gets_alone(is_async: bool) -> None:
+    _run_traces(range(NUM_TRACES, NUM_TRACES + NUM_LONG_TRACES), is_async=is_async)
 
 
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS.keys())
 def test_the_checker_catches_a_planted_bug(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
+    _expect_a_finding(plant, monkeypatch, is_async=False)
+
+
+@pytest.mark.parametrize("plant", (PLANTS | OVERLAP_PLANTS).values(), ids=(PLANTS | OVERLAP_PLANTS).keys())
+def test_the_checker_catches_a_planted_bug_with_two_steps_in_flight(
+    plant: Plant, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _expect_a_finding(plant, monkeypatch, is_async=True)
+
+
+def _expect_a_finding(plant: Plant, monkeypatch: pytest.MonkeyPatch, *, is_async: bool) -> None:
     plant(monkeypatch)
     for seed in range(MAX_TRACES_PER_BUG):
         try:
-            run_trace(seed)
+            run_trace(seed, is_async=is_async)
         # PlanViolation is no Exception, and a plant may break anything
         except BaseException as finding:
             assert not isinstance(finding, KeyboardInterrupt)
