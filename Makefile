@@ -4,6 +4,7 @@ PORT   ?= 8000
 MODEL  ?= deploy/demo/chorale-demo
 STORE  ?= .chorale/store
 ARGS   ?=
+PART   ?=
 
 VENV    := .venv
 BIN     := $(VENV)/bin
@@ -14,9 +15,11 @@ CLIENTS := .venv-clients/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 PYTEST  := $(BIN)/python -m pytest
+# gpu-check runs where a CUDA build of torch is: .venv has the CPU's
+GPU_PYTHON ?= $(PYTHON)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint test-long test-clients bench-cpu
+.PHONY: help setup serve demo test lint test-long test-clients bench-cpu gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -46,6 +49,9 @@ test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)
+
+gpu-check: ## on a machine with a GPU: tests, benchmark grid, targets (PART=kernels|engine|grid|loads, GPU_PYTHON, ARGS)
+	PYTHONPATH=.:kernels $(GPU_PYTHON) -m scripts.gpu_check $(addprefix --part ,$(PART)) $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

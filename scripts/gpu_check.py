@@ -1,0 +1,97 @@
+"""`make gpu-check`: kernels, engine, benchmark grid and loads on a GPU, in one command of under nine minutes.
+
+Owns the order of the parts, their time and the summary; each part is a process of its own, so that one which hangs or
+dies costs no other. Imports nothing that is not in the standard library. Run it again to go on where it stopped.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from scripts.gpu_check_report import PARTS, PartResult, read_part, result_path, table
+
+REPO_ROOT = Path(__file__).resolve().parents[1]
+# what each part gets of the nine minutes; the rest is for starting processes
+BUDGETS_S = {"kernels": 110.0, "engine": 90.0, "grid": 230.0, "loads": 60.0}
+# over its budget a part may finish the unit it is in, then it is killed
+GRACE_S = 45.0
+DEFAULT_OUT = {"cuda": REPO_ROOT / "docs" / "benchmarks", "interpreter": REPO_ROOT / ".chorale" / "gpu-check"}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the command line says."""
+
+    parts: list[str]
+    device: str
+    out: Path
+    commit: str
+    is_fresh: bool
+
+
+def main() -> int:
+    """Run the parts; 0 when every part ran whole and no target was missed, else 1."""
+    options = _options()
+    begin = time.monotonic()
+    statuses = {part: run_part(part, options) for part in options.parts}
+    found = [result for part in options.parts if (result := read_part(options.out, part)) is not None]
+    summary = table(found)
+    (options.out / "gpu-check.txt").write_text(summary + "\n", encoding="utf-8")
+    print(f"\n{summary}\n{time.monotonic() - begin:.0f} s; JSON and this table are in {options.out}")
+    for part, status in statuses.items():
+        if status:
+            print(f"{part}: ended with status {status}; what it had measured is kept, run it again to go on")
+    return 0 if not any(statuses.values()) and len(found) == len(options.parts) and all(map(is_clean, found)) else 1
+
+
+def is_clean(result: PartResult) -> bool:
+    """Did every unit run, and no measure miss its target?"""
+    measures = [measure for unit in result.units for measure in unit.measures]
+    return (
+        not result.not_run
+        and all(unit.error is None for unit in result.units)
+        and all(m.is_met is not False for m in measures)
+    )
+
+
+def run_part(part: str, options: Options) -> int:
+    """Run one part as a child in this interpreter; returns its status, 124 when it had to be killed."""
+    options.out.mkdir(parents=True, exist_ok=True)
+    print(f"== {part} -> {result_path(options.out, part)}", flush=True)
+    command = [sys.executable, "-m", f"scripts.gpu_check_{part}", "--device", options.device]
+    command += ["--out", str(options.out), "--commit", options.commit, "--budget-s", str(BUDGETS_S[part])]
+    command += ["--fresh"] if options.is_fresh else []
+    try:
+        return subprocess.run(
+            command, cwd=REPO_ROOT, env=environment(options.device), timeout=BUDGETS_S[part] + GRACE_S
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return 124
+
+
+def environment(device: str) -> dict[str, str]:
+    """Return the child's environment: our packages on the path, kernels interpreted only where that is asked for."""
+    own = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    paths = [str(REPO_ROOT), str(REPO_ROOT / "kernels"), own.get("PYTHONPATH", "")]
+    own["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
+    return own | ({"TRITON_INTERPRET": "1"} if device == "interpreter" else {})
+
+
+def _options() -> Options:
+    parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
+    parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; default: all, in order")
+    parser.add_argument("--device", choices=list(DEFAULT_OUT), default="cuda", help="interpreter: tiny, no times")
+    parser.add_argument("--out", type=Path, help="folder of the results; default: docs/benchmarks")
+    parser.add_argument("--commit", default="", help="commit id, where the checkout has no git")
+    parser.add_argument("--fresh", action="store_true", help="measure everything anew")
+    args = parser.parse_args()
+    out = (args.out or DEFAULT_OUT[args.device]).absolute()
+    return Options(args.part or list(PARTS), args.device, out, args.commit, args.fresh)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
