@@ -56,10 +56,13 @@ TORCH_ENGINE = {
     "device_memory",
     "device_parts",
     "device_sampler",
+    "device_timing",
     "executor",
     "model_parts",
+    "random_steps",
     "runner",
     "sampler",
+    "tune",
     "worker",
 }
 TORCH_PACKAGES = {"accelerate", "peft", "torch", "transformers", "triton"}
