@@ -19,12 +19,16 @@ from adapter_kernels.gpu.route import UNUSED, block_rows_for
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import SiteAdapters
 
-# by the route's rows per block
+# by the route's rows per block, for heads of 128; ranks are few, so a pipeline would have nothing to do
 DEFAULT_QKV_SINK: Mapping[int, LaunchConfig] = {
-    1: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
-    16: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
-    64: LaunchConfig(block_r=16, num_warps=4, num_stages=2),
+    1: LaunchConfig(block_r=32, num_warps=4, num_stages=1),
+    16: LaunchConfig(block_r=32, num_warps=4, num_stages=1),
+    64: LaunchConfig(block_r=16, num_warps=4, num_stages=1),
 }
+# elements of a tile of rank rows: 16 bytes for each of 256 threads (4 warps of an MI300)
+_MIN_RANK_TILE = 2048
+# lanes of a head that 4 warps have the registers for, with 64 rows
+_MAX_LANES = 128
 
 
 @triton.jit
@@ -200,7 +204,7 @@ def qkv_sink(
         qkv: [T, (H + 2 K) * E] contiguous, E even. q_out: [T, H, E].
         k_cache, v_cache: [num_blocks, block_size, K, E]; slot_mapping: [T] int32, -1: the row is not written there.
         cos, sin: [T, rotary_dim] as `serve.model.rotary.Rotation` holds them, contiguous; None: no rotation.
-        config: block_r (>= 16), num_warps, num_stages are used.
+        config: block_r (>= 16), num_warps, num_stages are used; narrow heads get more ranks, wide ones more warps.
     """
     num_rows, total_heads = qkv.shape[0], dims.num_heads + 2 * dims.num_kv_heads
     assert qkv.shape[1] == total_heads * dims.head_dim and dims.head_dim % 2 == 0, f"qkv of {qkv.shape} for {dims}"
@@ -212,6 +216,7 @@ def qkv_sink(
     block_rows = block_rows_for(num_rows) if route is None else route.block_rows
     num_blocks = triton.cdiv(num_rows, block_rows) if route is None else route.num_blocks
     config = config or DEFAULT_QKV_SINK[block_rows]
+    block_half = max(8, triton.next_power_of_2(dims.head_dim // 2))
     _qkv_sink_kernel[(num_blocks, total_heads)](
         qkv,
         q_out,
@@ -240,15 +245,15 @@ def qkv_sink(
         0.0 if norm is None else norm.eps,
         HEAD_DIM=dims.head_dim,
         TURN=rotary_dim // 2,
-        BLOCK_HALF=max(8, triton.next_power_of_2(dims.head_dim // 2)),
+        BLOCK_HALF=block_half,
         SPLITS=1 if adapters is None else adapters.num_splits,
         BLOCK_ROWS=block_rows,
-        BLOCK_R=config.block_r,
+        BLOCK_R=max(config.block_r, min(32, _MIN_RANK_TILE // (2 * block_half))),
         UNUSED_BLOCK=UNUSED,
         HAS_NORM=norm is not None,
         CASTS_FIRST=norm is not None and norm.cast_first,
         HAS_ROTATION=cos is not None,
         HAS_ADAPTERS=adapters is not None,
-        num_warps=config.num_warps,
+        num_warps=config.num_warps * max(1, 2 * block_half // _MAX_LANES),
         num_stages=config.num_stages,
     )

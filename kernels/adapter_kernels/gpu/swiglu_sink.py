@@ -17,11 +17,12 @@ from adapter_kernels.gpu.route import UNUSED, block_rows_for
 from adapter_kernels.gpu.step import SiteAdapters
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
-# by the route's rows per block
+# by the route's rows per block; block_r * block_o is 16 bytes for each of 256 threads (4 warps of an MI300)
 DEFAULT_SWIGLU_SINK: Mapping[int, LaunchConfig] = {
-    1: LaunchConfig(block_r=16, block_o=256, num_warps=4, num_stages=2),
+    1: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
     16: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
-    64: LaunchConfig(block_r=16, block_o=64, num_warps=4, num_stages=2),
+    # one stage: a second one costs 80 KiB of shared memory and hides nothing that other blocks do not
+    64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=1),
 }
 
 
@@ -68,7 +69,8 @@ def _add_deltas(
 ):
     """Return gate and up plus their deltas, or themselves where the block has no adapter.
 
-    Both members' tiles are loaded before either is weighed: one wait on memory, not two.
+    Both members' tiles are loaded before either is weighed, one wait on memory and not two; with 64 rows, where the
+    registers do not suffice for that and more blocks than one wait at a time, one after the other.
     """
     if slot >= 0:
         _, gate_bt, gate_bias, gate_rank = load_entry(table_ptr, num_slots, first_site, slot)
@@ -91,6 +93,8 @@ def _add_deltas(
                 BLOCK_ROWS,
                 BLOCK_R,
             )
+            if BLOCK_ROWS == 64:
+                gate = weigh_rank_tile(gate, gate_c, gate_rows, BLOCK_ROWS)
             up_c, up_rows = load_rank_tile(
                 bridge_ptr + rank_capacity,
                 plane_stride,
@@ -108,7 +112,8 @@ def _add_deltas(
                 BLOCK_ROWS,
                 BLOCK_R,
             )
-            gate = weigh_rank_tile(gate, gate_c, gate_rows, BLOCK_ROWS)
+            if BLOCK_ROWS < 64:
+                gate = weigh_rank_tile(gate, gate_c, gate_rows, BLOCK_ROWS)
             up = weigh_rank_tile(up, up_c, up_rows, BLOCK_ROWS)
         gate = add_bias(gate, arena_ptr, gate_bias, columns, column_mask)
         up = add_bias(up, arena_ptr, up_bias, columns, column_mask)
