@@ -33,7 +33,7 @@ class SiteTensors:
 
 
 class ImageError(ValueError):
-    """An offset table does not fit its image."""
+    """An offset table does not fit its image, or its weights do not fit the model's dtype."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,3 +68,11 @@ class AdapterImage:
                 f"{self.data.numel()} bytes; the canonical file is damaged, upload the adapter again"
             )
         return self.data[offset : offset + num_bytes].view(self.dtype).view(num_rows, width)
+
+
+def not_finite(layer: int, site: str, dtype: torch.dtype) -> str:
+    """Say that a weight is NaN or infinite in the dtype that the model computes in, and the way out."""
+    return (
+        f"layer {layer}, {site}: a weight is not finite in {dtype}, this server's dtype; "
+        "serve with --dtype float32 or bfloat16, or rescale the adapter"
+    )

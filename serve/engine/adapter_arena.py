@@ -13,7 +13,7 @@ from queue import SimpleQueue
 
 import torch
 
-from adapter_kernels.image import AdapterImage, ImageError, SiteRows
+from adapter_kernels.image import AdapterImage, ImageError, SiteRows, not_finite
 from adapter_kernels.route import Placement
 from adapter_kernels.slab import CAPACITY, Profile, Slab
 from adapters_store.errors import StoreError
@@ -143,8 +143,5 @@ def _non_finite(placement: Placement) -> str | None:
         tensors += [t for member in rows.members for t in (member.bt, member.bias) if t is not None]
         for tensor in tensors:
             if not torch.isfinite(tensor[position]).all():
-                return (
-                    f"layer {layer}, {site}: a weight is not finite in {placement.slab.dtype}, this server's dtype; "
-                    "serve with --dtype float32 or bfloat16, or rescale the adapter"
-                )
+                return not_finite(layer, site, placement.slab.dtype)
     return None

@@ -57,6 +57,55 @@ def test_a_failed_load_gives_its_slot_back_and_may_be_tried_again() -> None:
     assert bench.tiers.residency(A) is Residency.READY
 
 
+def _out_of_room(bench: Bench, digest: str, num_bytes: int) -> str | None:
+    slot = bench.loader.slots.pop(digest)
+    return bench.tiers.finish_load(LoadResult(digest, slot, num_bytes, 0, 0.1, "no room", is_out_of_room=True))
+
+
+def test_a_load_that_found_no_room_begins_again_at_once_with_its_size_known() -> None:
+    bench = Bench(num_slots=3, max_bytes=10)
+    bench.load(A, num_bytes=4)
+    bench.load(B, num_bytes=4)
+    bench.tiers.begin_walk()
+    assert bench.tiers.want(C) is Residency.LOADING
+    assert bench.loader.dropped == []
+    assert _out_of_room(bench, C, 6) is None
+    # now its bytes count before they are there
+    assert bench.loader.dropped == [A] and bench.tiers.residency(C) is Residency.LOADING
+    assert bench.finish(C, num_bytes=6) is None
+    bench.tiers.check_invariants(Counter(), Counter())
+
+
+def test_a_load_that_found_no_room_waits_while_nothing_can_be_evicted() -> None:
+    bench = Bench(num_slots=2, max_bytes=10)
+    bench.load(A, num_bytes=6)
+    bench.tiers.pin(A)
+    bench.tiers.begin_walk()
+    bench.tiers.want(B)
+    assert _out_of_room(bench, B, 6) is None
+    assert bench.tiers.residency(B) is Residency.ABSENT
+    assert bench.tiers.want(B) is Residency.ABSENT
+    bench.tiers.unpin(A)
+    bench.tiers.begin_walk()
+    assert bench.tiers.want(B) is Residency.LOADING and bench.loader.dropped == [A]
+
+
+def test_a_load_that_can_never_find_room_is_refused() -> None:
+    bench = Bench(max_bytes=10)
+    bench.tiers.want(A)
+    error = _out_of_room(bench, A, 11)
+    assert error is not None and "11 bytes" in error
+    assert bench.tiers.refusal(A) == error and bench.tiers.residency(A) is Residency.ABSENT
+
+
+def test_an_unloaded_adapter_is_not_begun_again_for_want_of_room() -> None:
+    bench = Bench(max_bytes=10)
+    bench.tiers.prefetch(A)
+    bench.tiers.unload(A)
+    assert _out_of_room(bench, A, 4) is None
+    assert bench.tiers.residency(A) is Residency.ABSENT and bench.loader.slots == {}
+
+
 def test_an_adapter_larger_than_the_budget_is_refused_with_both_numbers() -> None:
     bench = Bench(max_bytes=10)
     bench.tiers.want(A)

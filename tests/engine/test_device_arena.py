@@ -36,11 +36,15 @@ class Device:
     """An arena on streams that the test advances."""
 
     def __init__(
-        self, images: dict[str, AdapterImage], num_units: int = 400, dtype: torch.dtype = torch.float32
+        self,
+        images: dict[str, AdapterImage],
+        num_units: int = 400,
+        dtype: torch.dtype = torch.float32,
+        num_slots: int = NUM_SLOTS,
     ) -> None:
         self.streams, self.loader, self.store = TwoStreams(), QueuedLoader(), Images(images)
         memory = torch.full((num_units * UNIT,), 255, dtype=torch.uint8).view(dtype)
-        built = DeviceTables.build(NUM_LAYERS, NUM_SLOTS, memory)
+        built = DeviceTables.build(NUM_LAYERS, num_slots, memory)
         self.tables = StreamTables(built.arena, built.rows, built._staging, built._lacking, self.streams)
         self.arena = DeviceArena(
             self.tables,
@@ -127,6 +131,17 @@ def test_a_failed_load_leaves_no_bytes_and_no_table_row(image: AdapterImage | No
     assert device.mismatch(1, None) is None and "write" not in device.streams.log
     device.store.images["a"] = small_image(14)
     assert device.load("a", 1).error is None
+
+
+def test_no_copy_is_under_way_any_more_when_a_load_failed() -> None:
+    # the extent's next owner may be written on the main stream, which does not wait for the copy stream
+    image = random_image({(0, "q_proj"): 20}, torch.Generator().manual_seed(0))
+    image.site(image.rows[0]).bt[-1, -1] = float("nan")
+    device = Device({"a": image})
+    device.arena.start_load("a", 0)
+    device.loader.run_all()
+    assert device.streams.log.count("upload") > 2 and not device.streams.copy
+    assert "not finite" in str(device.settle()[0].error)
 
 
 def test_an_image_for_a_deeper_model_fails_alone() -> None:

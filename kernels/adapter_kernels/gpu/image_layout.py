@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.gpu.tables import ALIGNMENT_BYTES
-from adapter_kernels.image import ImageError, SiteRows
+from adapter_kernels.image import ImageError, SiteRows, not_finite
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +88,7 @@ class ImageLayout:
         for piece in self.pieces:
             low, high = max(begin, piece.target), min(end, piece.target + piece.num_elements * self.dtype.itemsize)
             if high > low and not _is_finite(out[low - begin : high - begin].view(self.dtype)):
-                raise ImageError(
-                    f"layer {piece.layer}, {piece.site}: a weight is not finite in {self.dtype}, this server's dtype; "
-                    "serve with --dtype float32 or bfloat16, or rescale the adapter"
-                )
+                raise ImageError(not_finite(piece.layer, piece.site, self.dtype))
 
     def _copy(self, span: _Span, low: int, out: Tensor, scratch: Tensor) -> None:
         """Write the part of a span that begins at byte `low` of the laid-out image."""
