@@ -36,7 +36,8 @@ def _head_dims(part, lanes, HALF: tl.constexpr, TURN: tl.constexpr):
     """Return the dim of each lane of a half (0 or 1): its TURN turning dims first, then those that pass."""
     if TURN == HALF:
         return part * HALF + lanes
-    return tl.where(lanes < TURN, part * TURN, TURN + part * (HALF - TURN)) + lanes
+    else:
+        return tl.where(lanes < TURN, part * TURN, TURN + part * (HALF - TURN)) + lanes
 
 
 @triton.jit
