@@ -9,10 +9,10 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
-import triton
 
 from adapter_kernels.gpu.launch_config import LaunchConfig, LaunchConfigs, shape_class, table_text
 from adapter_kernels.gpu.route import block_rows_for
@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
         return 2
     rows = tune(bench, make_steps(bench), lambda line: print(line, flush=True))
     name = torch.cuda.get_device_name(device)
-    measured = f"{args.model.name}, torch {torch.__version__}, triton {triton.__version__}"
+    measured = f"{args.model.name}, torch {torch.__version__}, triton {version('triton')}"
     args.out.write_text(table_text([name], measured, rows), encoding="utf-8")
     print(f"{args.out}: {len(rows)} rows for {name}; to pin them, put the file into adapter_kernels/gpu/configs")
     return 0
