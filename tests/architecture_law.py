@@ -6,6 +6,7 @@ Invariant: every function here is shown to bite by a planted violation in `tests
 
 import ast
 import re
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from tests.import_graph import (
     other_modules,
     path_to,
     product_modules,
+    reachable,
 )
 
 # room -> floor; a module belongs to the room with the longest matching prefix. Rooms of one floor never see each other.
@@ -56,16 +58,24 @@ TORCH_ENGINE = {
     "device_memory",
     "device_parts",
     "device_sampler",
+    "device_trial",
     "device_timing",
     "executor",
     "model_parts",
     "random_steps",
     "runner",
     "sampler",
+    "start_facts",
     "tune",
     "worker",
 }
 TORCH_PACKAGES = {"accelerate", "peft", "torch", "transformers", "triton"}
+
+# the one package that launches kernels
+TRITON_ROOM = "adapter_kernels.gpu"
+# a machine with a GPU may have these and nothing else of what we depend on
+GPU_CHECK_PACKAGES = {"numpy", "safetensors", "tokenizers", "torch", "triton"}
+OUR_PACKAGES = {"adapter_kernels", "adapters_store", "scripts", "serve", "tests"}
 
 MAX_FILE_LINES = 300
 MAX_TEST_FILE_LINES = 400
@@ -245,12 +255,34 @@ def errors_are_never_swallowed(root: Path) -> Iterator[str]:
                 yield f"{module.path}:{node.lineno}: swallows every exception"
 
 
+def triton_stays_in_its_room(root: Path) -> Iterator[str]:
+    """Only adapter_kernels.gpu imports triton."""
+    for module in product_modules(root).values():
+        if "triton" in _tops(module) and not module.name.startswith(f"{TRITON_ROOM}."):
+            yield f"{module.path}: imports triton; kernels belong to {TRITON_ROOM}"
+
+
+def gpu_check_needs_few_packages(root: Path) -> Iterator[str]:
+    """From scripts/gpu_check*.py no import path leads to a package that a bare machine with a GPU lacks."""
+    modules = product_modules(root) | {
+        _dotted(module): module for module in other_modules(root, ["scripts", "tests"]) if module.num_lines
+    }
+    graph = executed_edges(modules)
+    starts = {name for name in modules if name.startswith("scripts.gpu_check")}
+    for name in sorted(starts.union(*(reachable(graph, start) for start in starts))):
+        foreign = _tops(modules[name]) - sys.stdlib_module_names - GPU_CHECK_PACKAGES - OUR_PACKAGES
+        if foreign:
+            yield f"{modules[name].path}: scripts/gpu_check*.py would import {', '.join(sorted(foreign))}"
+
+
 LAW: dict[str, Callable[[Path], Iterator[str]]] = {
     rule.__name__: rule
     for rule in (
         imports_go_down,
         imports_have_no_cycle,
         torch_stays_behind_the_engine,
+        triton_stays_in_its_room,
+        gpu_check_needs_few_packages,
         imports_are_absolute,
         kernels_is_no_package,
         files_and_functions_are_short,
@@ -267,6 +299,10 @@ LAW: dict[str, Callable[[Path], Iterator[str]]] = {
 
 def _all(root: Path) -> list[Module]:
     return [*product_modules(root).values(), *other_modules(root, ["scripts", "tests"])]
+
+
+def _dotted(module: Module) -> str:
+    return module.path.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
 
 
 def _room(name: str) -> str | None:

@@ -118,3 +118,14 @@ def path_to(graph: dict[str, set[str]], start: str, goals: set[str]) -> list[str
             seen.add(target)
             trails.append([*trail, target])
     return None
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    """Return every module that importing `start` may import, itself excluded unless it is in a cycle."""
+    found: set[str] = set()
+    waiting = [start]
+    while waiting:
+        fresh = graph.get(waiting.pop(), set()) - found
+        found |= fresh
+        waiting += fresh
+    return found

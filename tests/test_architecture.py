@@ -52,6 +52,17 @@ PLANTED: list[tuple[str, dict[str, str]]] = [
     ),
     ("torch_stays_behind_the_engine", {"adapters_store/a.py": "from safetensors.torch import load_file"}),
     ("torch_stays_behind_the_engine", {"serve/cli/a.py": "import transformers"}),
+    ("triton_stays_in_its_room", {"serve/engine/runner.py": "import triton"}),
+    ("triton_stays_in_its_room", {"kernels/adapter_kernels/a.py": "import triton.language as tl"}),
+    ("gpu_check_needs_few_packages", {"scripts/gpu_check.py": "import httpx"}),
+    (
+        "gpu_check_needs_few_packages",
+        {
+            "scripts/gpu_check_engine.py": "from tests.engine import cases",
+            "tests/engine/cases.py": "import serve.model.a",
+        }
+        | {"serve/model/a.py": "def f():\n    import msgspec"},
+    ),
     ("imports_are_absolute", {"serve/engine/a.py": "from . import b", "serve/engine/b.py": ""}),
     ("imports_are_absolute", {"serve/engine/a.py": "from kernels.adapter_kernels import route"}),
     ("kernels_is_no_package", {"kernels/__init__.py": ""}),
@@ -103,6 +114,11 @@ LAWFUL = {
     "adapters_store/base.py": DOC + "import subprocess\nsubprocess.run(['ls'], shell=False)",
     "adapters_store/convert/peft.py": DOC + "import torch\nimport adapters_store.base",
     "kernels/adapter_kernels/route.py": DOC + "import torch\nr = 1",
+    "kernels/adapter_kernels/gpu/shrink.py": DOC + "import triton\nfrom adapter_kernels import route",
+    "scripts/gpu_check_grid.py": DOC
+    + "import os, torch, triton\nfrom tests.cases import x\nimport serve.engine.runner",
+    "scripts/demo.py": DOC + "import httpx",
+    "tests/cases.py": DOC + "import numpy\nx = 1",
     "tests/test_a.py": DOC + "import pickle\ntry:\n    f()\nexcept OSError:\n    pass\n" + "x = 1\n" * 390,
 }
 
