@@ -22,6 +22,8 @@ NO_SITES = 0
 ALL_SITES = (1 << len(FUSED_SITES)) - 1
 _SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _BUCKET_STEP = 32
+# each holds some megabytes of device memory: 20 buckets in 2 families at start, and room for what traffic brings
+_MAX_GRAPHS = 128
 # runs before a capture: compile kernels, let libraries make their plans
 _NUM_WARM_UPS = 2
 
@@ -74,7 +76,7 @@ class GraphChoice:
         exact = GraphKey(bucket, mask)
         if exact in self._captured:
             return exact
-        if exact not in self._refused:
+        if exact not in self._refused and len(self._captured) + len(self._wanted) < _MAX_GRAPHS:
             self._wanted.setdefault(exact)
         superset = GraphKey(bucket, ALL_SITES)
         return superset if superset in self._captured else None

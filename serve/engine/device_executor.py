@@ -19,32 +19,11 @@ from serve.engine.device_results import PromptLogprobs, ResultLayout, plan_promp
 from serve.engine.device_sampler import draw, find_logprobs
 from serve.engine.packed_words import Int32s, Words
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
-from serve.engine.sampling_plan import MAX_GROUP_ROWS, BitMask, DrawGroup, plan_draws
+from serve.engine.sampling_plan import MAX_GROUP_ROWS, BitMask, DrawGroup, Grammars, plan_draws
 from serve.engine.step_packing import BlockArrays, PackedStep, pack_step
 from serve.engine.token_history import TokenHistories
-from serve.messages import Grammar
 
 MAX_IN_FLIGHT = NUM_HOST_BUFFERS - 1
-
-
-class Grammars(Protocol):
-    """The matchers of constrained sequences."""
-
-    def start(self, request_id: str, grammar: Grammar) -> None:
-        """Hold a matcher for a sequence."""
-        ...
-
-    def mask(self, request_id: str) -> BitMask:
-        """Return the allowed next tokens as bits."""
-        ...
-
-    def accept(self, request_id: str, token_id: int) -> None:
-        """Advance by a sampled token."""
-        ...
-
-    def release(self, request_id: str) -> None:
-        """Forget a sequence."""
-        ...
 
 
 class DeviceAdapters(Protocol):

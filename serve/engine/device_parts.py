@@ -35,14 +35,15 @@ from serve.engine.cuda_graphs import (
 )
 from serve.engine.device_arena import DeviceArena
 from serve.engine.device_batch import StepBounds, WordBuffers
-from serve.engine.device_executor import DeviceAdapters, DeviceExecutor, Grammars
+from serve.engine.device_executor import DeviceAdapters, DeviceExecutor
 from serve.engine.device_forward import DeviceForward, StepOutput
 from serve.engine.device_memory import DeviceMemory, Shares, Wishes, share_out, usable_bytes
 from serve.engine.device_sampler import Outcome
 from serve.engine.device_trial import RanklessAdapters, run_trial
 from serve.engine.host_images import HostImages
 from serve.engine.packed_words import Words
-from serve.engine.start_facts import ModelFacts, StartFacts, read_model_facts
+from serve.engine.sampling_plan import Grammars
+from serve.engine.start_facts import MakeGrammars, ModelFacts, StartFacts, no_grammars, read_model_facts
 from serve.engine.step_packing import BlockArrays, pack_step
 from serve.model.fused_decoder import FusedDecoder, load_fused_decoder
 from serve.model.kv_cache import KvCache, bytes_per_block
@@ -52,8 +53,6 @@ logger = logging.getLogger(__name__)
 # the interpreter's KV cache and arena: a share of the host's free memory
 _INTERPRETER_SHARE = 0.2
 _MIN_RANK_CAPACITY = 16
-
-MakeGrammars = Callable[[ModelFacts], Grammars | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def load_device_parts(
     config: EngineConfig,
     device_name: str,
     open_image: Callable[[str], OpenAdapter],
-    make_grammars: MakeGrammars,
+    make_grammars: MakeGrammars = no_grammars,
 ) -> DeviceParts:
     """Load the model onto the device.
 

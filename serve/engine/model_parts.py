@@ -13,8 +13,8 @@ import torch
 from adapters_store.base import SITES
 from serve.config import EngineConfig
 from serve.engine.cpu_threads import start_threads
-from serve.engine.grammar import GrammarMasks
-from serve.engine.start_facts import ModelFacts, StartFacts, read_model_facts
+from serve.engine.sampling_plan import Grammars
+from serve.engine.start_facts import MakeGrammars, ModelFacts, StartFacts, no_grammars, read_model_facts
 from serve.errors import StartError
 from serve.model.decoder import Decoder
 from serve.model.kv_cache import KvCache, bytes_per_block
@@ -40,10 +40,10 @@ class ModelParts:
     shapes: dict[str, tuple[int, int]]
     dtype: torch.dtype
     # None when the base has no tokenizer.json: then no grammar reaches the engine
-    grammars: GrammarMasks | None
+    grammars: Grammars | None
 
 
-def load_parts(config: EngineConfig) -> ModelParts:
+def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) -> ModelParts:
     """Load the model.
 
     Raises:
@@ -63,7 +63,7 @@ def load_parts(config: EngineConfig) -> ModelParts:
         block_size=config.block_size,
         shapes={site: spec.dims.site_shape(site) for site in SITES},
         dtype=dtype,
-        grammars=GrammarMasks.of_model(config.model_dir, spec.dims.vocab_size, spec.eos_token_ids),
+        grammars=make_grammars(model),
     )
 
 

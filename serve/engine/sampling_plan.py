@@ -7,6 +7,7 @@ so the device's part is a pure function of the logits.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 from serve.engine.packed_words import Field, Words
 from serve.engine.plan import Row, SampleSpec
 from serve.engine.token_history import TokenHistories
-from serve.messages import SamplingParams
+from serve.messages import Grammar, SamplingParams
 
 # rows that are worked on at once: bounds the fp32 and fp64 copies of their logits, [rows, V] each
 MAX_GROUP_ROWS = 32
@@ -22,6 +23,26 @@ _MASK_64 = (1 << 64) - 1
 
 # bit mask over the vocabulary (little-endian bits of int32 words) of the tokens a row may take
 BitMask = NDArray[np.int32]
+
+
+class Grammars(Protocol):
+    """The matchers of constrained sequences."""
+
+    def start(self, request_id: str, grammar: Grammar) -> None:
+        """Hold a matcher for a sequence."""
+        ...
+
+    def mask(self, request_id: str) -> BitMask:
+        """Return the allowed next tokens as bits."""
+        ...
+
+    def accept(self, request_id: str, token_id: int) -> None:
+        """Advance by a sampled token."""
+        ...
+
+    def release(self, request_id: str) -> None:
+        """Forget a sequence."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

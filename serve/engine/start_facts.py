@@ -4,11 +4,13 @@ Owns the start-up decisions that need the model's config but not its weights. In
 `StartError` before the weights are read.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from serve.config import EngineConfig
+from serve.engine.sampling_plan import Grammars
 from serve.errors import StartError
 from serve.messages import Ready
 from serve.model.spec import ModelSpec, read_spec
@@ -29,6 +31,15 @@ class ModelFacts:
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return _DTYPES[self.dtype_name]
+
+
+# the grammars of a base; None: it has no tokenizer, or nobody will send one
+MakeGrammars = Callable[[ModelFacts], Grammars | None]
+
+
+def no_grammars(model: ModelFacts) -> Grammars | None:
+    """Serve without structured output, as benchmarks do: llguidance need not be installed."""
+    return None
 
 
 @dataclass(frozen=True, slots=True)

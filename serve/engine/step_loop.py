@@ -62,6 +62,8 @@ class BuiltEngine:
 
     engine: StepEngine
     ready: Ready
+    # a piece of work for when there is nothing else to do, within the heartbeat; False: there is none left
+    rest: Callable[[], bool] | None = None
 
 
 BuildEngine = Callable[[EngineConfig], BuiltEngine]
@@ -101,7 +103,7 @@ def run_worker(socket_path: str, config_json: bytes, build: BuildEngine) -> int:
             return 2
         try:
             channel.send([built.ready])
-            step_loop(built.engine, channel, time.monotonic)
+            step_loop(built.engine, channel, time.monotonic, built.rest)
         except (BrokenPipeError, ConnectionResetError):
             return 0
         except FrameError:
@@ -114,8 +116,10 @@ def run_worker(socket_path: str, config_json: bytes, build: BuildEngine) -> int:
     return 0
 
 
-def step_loop(engine: StepEngine, channel: Channel, clock: Callable[[], float]) -> None:
-    """Drain commands, step, send; return on `Shutdown` or when the parent is gone."""
+def step_loop(
+    engine: StepEngine, channel: Channel, clock: Callable[[], float], rest: Callable[[], bool] | None = None
+) -> None:
+    """Drain commands, step, send, and rest while there is nothing to do; return on `Shutdown` or without a parent."""
     heartbeat_at = clock()
     was_busy = False
     wait_s = 0.0
@@ -137,7 +141,8 @@ def step_loop(engine: StepEngine, channel: Channel, clock: Callable[[], float]) 
             channel.send(events)
         was_busy = is_busy_after
         if not is_busy_after:
-            wait_s = max(0.0, heartbeat_at - clock())
+            did_rest = rest is not None and rest()
+            wait_s = 0.0 if did_rest else max(0.0, heartbeat_at - clock())
         else:
             wait_s = IDLE_WAIT_S if not events and now - started_at < IDLE_STEP_S else 0.0
 

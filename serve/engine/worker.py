@@ -32,24 +32,32 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
         StartError: one line that names what is wrong and the way out.
     """
     device = choose_device(config.device, has_cuda=torch.cuda.is_available())
-    executor, facts = _on_cpu(config) if device == "cpu" else _on_device(config, device)
-    return BuiltEngine(Engine(_limits(config, facts), executor, time.monotonic), facts.ready())
+    return _on_cpu(config) if device == "cpu" else _on_device(config, device)
 
 
-def _on_cpu(config: EngineConfig) -> tuple[Executor, StartFacts]:
-    parts = load_parts(config)
-    return TorchExecutor(parts, partial(open_image, config.store_dir / "objects")), parts.facts
+def _on_cpu(config: EngineConfig) -> BuiltEngine:
+    parts = load_parts(config, partial(_grammars, config))
+    executor = TorchExecutor(parts, partial(open_image, config.store_dir / "objects"))
+    return BuiltEngine(_engine(config, parts.facts, executor), parts.facts.ready())
 
 
-def _on_device(config: EngineConfig, device: str) -> tuple[Executor, StartFacts]:
+def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
     # triton is there only where the GPU path can be chosen: a CPU installation has none
     from serve.engine.device_parts import load_device_parts  # noqa: PLC0415
 
-    def make_grammars(model: ModelFacts) -> GrammarMasks | None:
-        return GrammarMasks.of_model(config.model_dir, model.spec.dims.vocab_size, model.spec.eos_token_ids)
+    image = partial(open_image, config.store_dir / "objects")
+    parts = load_device_parts(config, device, image, partial(_grammars, config))
+    # graphs that steps missed are captured while nobody waits for a token
+    rest = parts.executor.capture_pending
+    return BuiltEngine(_engine(config, parts.facts, parts.executor), parts.facts.ready(), rest)
 
-    parts = load_device_parts(config, device, partial(open_image, config.store_dir / "objects"), make_grammars)
-    return parts.executor, parts.facts
+
+def _grammars(config: EngineConfig, model: ModelFacts) -> GrammarMasks | None:
+    return GrammarMasks.of_model(config.model_dir, model.spec.dims.vocab_size, model.spec.eos_token_ids)
+
+
+def _engine(config: EngineConfig, facts: StartFacts, executor: Executor) -> Engine:
+    return Engine(_limits(config, facts), executor, time.monotonic)
 
 
 def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:

@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors.numpy import save_file
 
+from adapter_kernels.gpu.paged_decode import DecodeWorkspace
+from adapter_kernels.image import AdapterImage
 from serve.config import EngineConfig
+from serve.engine.device_executor import DeviceExecutor
 from serve.engine.plan import AsyncExecutor, Executor, Row, RowResult, SampleSpec, StepPlan
 from serve.messages import SamplingParams
-from tests.engine.arena_adapters import NUM_LAYERS
-from tests.kernels.random_adapters import SHAPES
+from tests.kernels.random_adapters import SHAPES, random_image
 
+# one layer: each costs the interpreter a third of a second per step
+NUM_LAYERS = 1
 HIDDEN, INTERMEDIATE, NUM_HEADS, NUM_KV_HEADS, HEAD_DIM, VOCAB = 16, 40, 3, 1, 8, 70
 EOS = 69
 BLOCK_SIZE = 4
@@ -73,6 +78,19 @@ def write_model(folder: Path) -> EngineConfig:
         max_adapter_rank=16,
         num_threads=1,
     )
+
+
+def image(seed: int, ranks: dict[str, int], biased: str = "") -> AdapterImage:
+    """An adapter with these ranks by site."""
+    generator = torch.Generator().manual_seed(seed)
+    sites = {(0, site): rank for site, rank in ranks.items()}
+    return random_image(sites, generator, biased=frozenset({(0, biased)} & sites.keys()))
+
+
+def use_one_split(executor: DeviceExecutor) -> None:
+    """Let decodes attend in one split: the contexts are short, and the interpreter pays for empty splits too."""
+    decoder = executor._forward.decoder
+    decoder._decode_workspace = DecodeWorkspace.build(8, NUM_HEADS, HEAD_DIM, decoder.device, num_splits=1)
 
 
 def load(executor: Executor, digest: str, slot: int) -> None:
