@@ -15,7 +15,7 @@ import torch
 
 from adapter_kernels.gpu.copies import CudaCopies, InlineCopies
 from adapter_kernels.gpu.launch_config import LaunchConfigs
-from adapter_kernels.gpu.streams import CudaSide, InlineSide
+from adapter_kernels.gpu.streams import CudaSide
 from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, SITES, DeviceTables
 from adapters_store.store import LowrankEntry, OpenAdapter
 from scripts.gpu_check_model import make_spec
@@ -82,7 +82,9 @@ class Bench:
 
     @cached_property
     def step(self) -> Callable[[], object]:
-        """One decode step of a batch without adapters, captured where there is a GPU."""
+        """One decode step of a batch without adapters, captured; part `grid` has run it where there is no GPU."""
+        if self.place.is_tiny:
+            return _nothing
         generator = torch.Generator(self.place.device).manual_seed(0)
         decoder = FusedDecoder(
             self.spec,
@@ -90,17 +92,16 @@ class Bench:
             max_model_len=None,
             max_step_tokens=_BATCH,
             max_decodes=_BATCH,
-            side=InlineSide() if self.place.is_tiny else CudaSide(self.place.device),
+            side=CudaSide(self.place.device),
             configs=LaunchConfigs.for_device(self.place.name),
         )
-        batch, context = (2, 16) if self.place.is_tiny else (_BATCH, _CONTEXT)
-        kv = random_kv(self.spec, batch * context, self.dtype, self.place.device)
-        inputs = decode_step(self.spec, batch, context, None, self.place.device).inputs
+        kv = random_kv(self.spec, _BATCH * _CONTEXT, self.dtype, self.place.device)
+        inputs = decode_step(self.spec, _BATCH, _CONTEXT, None, self.place.device).inputs
 
         def run() -> None:
             decoder.logits(decoder.hidden(inputs, kv))
 
-        return run if self.place.is_tiny else capture(run)
+        return capture(run)
 
     def run_step(self) -> float:
         """Run a step to its end and return its milliseconds."""
@@ -218,6 +219,10 @@ def _late(name: str, alone: list[float], loads: list[Loaded], bench: Bench) -> M
     cause = f"{len(beside)} steps, slowest {max(beside, default=0.0):.2f} ms, usually {usual_ms:.2f} ms"
     target = None if bench.place.is_tiny else 0.0
     return Measure(name, num_late, "steps", 0.0, target, num_samples=max(1, len(beside)), cause=cause)
+
+
+def _nothing() -> None:
+    return None
 
 
 def _aligned(num_bytes: int) -> int:

@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `adapters ...`, `version`.
+"""The `chorale` command: `serve`, `adapters ...`, `tune`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -9,6 +9,7 @@ import typer
 
 from serve.cli.adapters_command import adapters_app
 from serve.cli.serve_command import serve
+from serve.cli.tune_command import tune
 
 app = typer.Typer(
     name="chorale",
@@ -20,6 +21,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(serve)
+app.command()(tune)
 app.add_typer(adapters_app)
 
 
