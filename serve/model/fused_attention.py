@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.gpu.kv_write import kv_write
-from adapter_kernels.gpu.paged_decode import DEFAULT_DECODE, paged_decode
-from adapter_kernels.gpu.paged_prefill import DEFAULT_PREFILL, paged_prefill
+from adapter_kernels.gpu.paged_decode import paged_decode
+from adapter_kernels.gpu.paged_prefill import paged_prefill
 from adapter_kernels.gpu.qkv_sink import qkv_sink
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from serve.model.fused_sites import Bridged, FusedSite, WithDelta
@@ -125,7 +125,7 @@ class FusedAttention:
                 window=self._window,
                 soft_cap=self._soft_cap,
                 workspace=step.decode_workspace,
-                config=step.config("paged_decode", self._head_dim) or DEFAULT_DECODE,
+                config=step.config("paged_decode", self._head_dim),
             )
         if step.inputs.prefills is not None:
             paged_prefill(
@@ -137,5 +137,5 @@ class FusedAttention:
                 scale=self._scale,
                 window=self._window,
                 soft_cap=self._soft_cap,
-                config=step.config("paged_prefill", self._head_dim) or DEFAULT_PREFILL,
+                config=step.config("paged_prefill", self._head_dim),
             )

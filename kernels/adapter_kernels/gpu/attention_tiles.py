@@ -13,6 +13,12 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
+def within(x, begin, end):
+    """begin <= x < end for int32 with begin <= end, as one comparison: what is below wraps round to above."""
+    return (x - begin).to(tl.uint32, bitcast=True) < (end - begin).to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def cache_rows(block_ids, positions, valid, BLOCK_SIZE: tl.constexpr):
     """Flat cache row of each position: block_ids[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE, int64."""
     ids = tl.load(block_ids + positions // BLOCK_SIZE, mask=valid, other=0)

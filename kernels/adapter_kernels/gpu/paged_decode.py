@@ -12,16 +12,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapter_kernels.gpu.attention_tiles import NO_WINDOW, accumulate, cache_rows, load_rows, not_zero, scores_log2
+from adapter_kernels.gpu.attention_tiles import (
+    NO_WINDOW,
+    accumulate,
+    cache_rows,
+    load_rows,
+    not_zero,
+    scores_log2,
+    within,
+)
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.step import DecodePart
 
-# block_k: positions per turn, the most that spills nothing on any target and head dim
-DEFAULT_DECODE = LaunchConfig(block_k=32, num_warps=4, num_stages=3)
 # programs that keep a large device busy; with more sequences than that each program walks several splits
 _TARGET_PROGRAMS = 2048
 # rows of the smallest `tl.dot`
 _MIN_DOT_ROWS = 16
+
+
+def default_decode(head_dim: int) -> LaunchConfig:
+    """Tiles of 8192 elements (block_k positions of one head), at most 64 positions: no target spills or overflows."""
+    block_k = min(64, 8192 // triton.next_power_of_2(head_dim))
+    return LaunchConfig(block_k=block_k, num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +128,7 @@ def _paged_decode_kernel(
         tile = first_tile + split * split_tiles
         for n in range(tile, tl.minimum(tile + split_tiles, end_tile)):
             positions = n * BLOCK_N + tl.arange(0, BLOCK_N)
-            valid = (positions >= begin) & (positions < context)
+            valid = within(positions, begin, context)
             rows = cache_rows(table, positions, valid, BLOCK_SIZE)
             k = load_rows(k_cache, rows, valid, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
             v = load_rows(v_cache, rows, valid, kv_head, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
@@ -194,7 +206,7 @@ def paged_decode(
         out: as q, q's dtype; rows 0 .. S - 1 are written.
         window: positions a token sees, itself included; None: all. soft_cap: None: off.
         workspace: for at least S sequences unless it has one split.
-        config: None: the default.
+        config: None: the default for this head dim.
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
@@ -202,7 +214,7 @@ def paged_decode(
     assert q.is_contiguous() and out.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert num_heads % num_kv_heads == 0 and min(q.shape[0], out.shape[0]) >= num_seqs, "shapes of q, out and caches"
     assert num_splits == 1 or workspace.partials.shape[0] >= num_seqs, "the workspace is too small"
-    config = config or DEFAULT_DECODE
+    config = config or default_decode(head_dim)
     group = num_heads // num_kv_heads
     block_e = triton.next_power_of_2(head_dim)
     visible = NO_WINDOW if window is None else window

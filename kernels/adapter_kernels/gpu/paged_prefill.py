@@ -9,17 +9,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapter_kernels.gpu.attention_tiles import NO_WINDOW, accumulate, cache_rows, load_rows, not_zero, scores_log2
+from adapter_kernels.gpu.attention_tiles import (
+    NO_WINDOW,
+    accumulate,
+    cache_rows,
+    load_rows,
+    not_zero,
+    scores_log2,
+    within,
+)
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.step import PrefillPart
 
-# block_k: positions per turn, the most that spills nothing on any target; a tile's query rows are the part's own
-DEFAULT_PREFILL = LaunchConfig(block_k=32, num_warps=8, num_stages=2)
-# head dims above 128
-DEFAULT_PREFILL_WIDE = LaunchConfig(block_k=16, num_warps=8, num_stages=2)
+
+def default_prefill(head_dim: int) -> LaunchConfig:
+    """Tiles of 4096 elements (block_k positions of one head), at most 64 positions: next to nothing spills anywhere."""
+    block_k = min(64, 4096 // triton.next_power_of_2(head_dim))
+    return LaunchConfig(block_k=block_k, num_warps=8, num_stages=2)
 
 
-@triton.jit
+# a window of 1 is no case of its own
+@triton.jit(do_not_specialize=["window"])
 def _paged_prefill_kernel(
     q,
     k_cache,
@@ -66,14 +76,14 @@ def _paged_prefill_kernel(
     acc = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
     for n in range(begin // BLOCK_N, tl.cdiv(end, BLOCK_N)):
         positions = n * BLOCK_N + tl.arange(0, BLOCK_N)
-        valid = (positions >= begin) & (positions < end)
+        valid = within(positions, begin, end)
         cached = cache_rows(table, positions, valid, BLOCK_SIZE)
         k = load_rows(k_cache, cached, valid, head // GROUP, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
         v = load_rows(v_cache, cached, valid, head // GROUP, NUM_KV_HEADS, HEAD_DIM, BLOCK_E)
         scores = scores_log2(queries, k, scale, soft_cap, HAS_SOFT_CAP)
         # what a row sees is valid; rows behind the chunk's end see zeros and are not stored
-        behind = own[:, None] - positions[None, :]
-        scores = tl.where((behind >= 0) & (behind < window), scores, float("-inf"))
+        seen = within(own[:, None] - positions[None, :], 0, window)
+        scores = tl.where(seen, scores, float("-inf"))
         top, total, acc = accumulate(scores, v, top, total, acc)
     tl.store(out + offsets, (acc / not_zero(total)[:, None]).to(out.dtype.element_ty), mask=in_tile)
 
@@ -103,8 +113,7 @@ def paged_prefill(
     """
     num_heads, head_dim = q.shape[1:]
     block_size, num_kv_heads = k_cache.shape[1:3]
-    if config is None:
-        config = DEFAULT_PREFILL if head_dim <= 128 else DEFAULT_PREFILL_WIDE
+    config = config or default_prefill(head_dim)
     assert q.is_contiguous() and out.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous()
     assert num_heads % num_kv_heads == 0 and q.shape == out.shape, "shapes of q, out and caches"
     _paged_prefill_kernel[(num_heads, part.tile_seq.shape[0])](
