@@ -1,7 +1,7 @@
-"""Fixtures that every room's tests share: the real data, a store folder, the real server.
+"""Fixtures that every room's tests share: the real data, a store folder, the real server on each device.
 
-Owns where things lie and how long they live; what is tested belongs to the rooms. Invariant: whatever a fixture starts
-it stops, also when the test failed.
+Owns where things lie and how long they live; what is tested belongs to the rooms. Invariants: whatever a fixture starts
+it stops, also when the test failed; a test that needs a device which is not here skips before anything is started.
 """
 
 import os
@@ -11,7 +11,7 @@ from typing import Protocol
 
 import pytest
 
-from tests.live_server import REPO_ROOT, LiveServer, start_server, stop_server
+from tests.live_server import DEVICES, REPO_ROOT, LiveServer, missing_device, start_server, stop_server
 
 # before anything imports triton: kernels run on CPU tensors; what compiles them does so in a process of its own
 os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -40,9 +40,27 @@ def store_dir(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
+@pytest.fixture(scope="session", params=DEVICES)
+def device(request: pytest.FixtureRequest) -> str:
+    """Return the device that the real server runs on; every test of the real server runs once on each."""
+    if (reason := missing_device(request.param)) is not None:
+        pytest.skip(reason)
+    return str(request.param)
+
+
 @pytest.fixture(scope="module")
-def live_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
-    """Hand out a function that starts real servers; all of them are stopped at the end of the module."""
+def live_server(device: str, any_server: StartServer) -> StartServer:
+    """Hand out a function that starts real servers on the test's device, stopped at the end of the module."""
+
+    def start(model_dir: Path, *options: str, store_dir: Path | None = None) -> LiveServer:
+        return any_server(model_dir, "--device", device, *options, store_dir=store_dir)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def any_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartServer]:
+    """Hand out a function that starts real servers whose options name the device; as `live_server` otherwise."""
     servers: list[LiveServer] = []
 
     def start(model_dir: Path, *options: str, store_dir: Path | None = None) -> LiveServer:

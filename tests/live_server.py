@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -26,6 +27,9 @@ HEARTBEAT_S = 0.8
 # the outside clients live in an environment of their own, without the server's packages
 SERVER_PYTHON = os.environ.get("CHORALE_PYTHON", sys.executable)
 READY_LINE = re.compile(r"^chorale ready (http://\S+)$")
+
+# on which devices the whole HTTP suite runs
+DEVICES = ("cpu", "cuda")
 
 # the gauges that the documented contract promises to be 0 at rest
 REST_GAUGES = (
@@ -128,6 +132,16 @@ class LiveServer:
     def log_tail(self) -> str:
         """Return the last lines of the server's log."""
         return "\n".join(self.log_path.read_text(encoding="utf-8", errors="replace").splitlines()[-40:])
+
+
+@cache
+def missing_device(device: str) -> str | None:
+    """Return why a server cannot run on this device here, or None; the interpreter that would serve is asked."""
+    if device == "cpu":
+        return None
+    check = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    is_missing = subprocess.run([SERVER_PYTHON, "-c", check], capture_output=True).returncode != 0
+    return "needs a CUDA device: torch.cuda.is_available() is false" if is_missing else None
 
 
 def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str) -> LiveServer:

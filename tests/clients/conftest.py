@@ -13,11 +13,12 @@ from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
+def server(device: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """Serve `tiny` with adapters `voice` and `spare`; tests may delete `spare`."""
     folder: Path = tmp_path_factory.mktemp("clients")
     model_dir = write_tiny_model(folder / "tiny")
-    started = start_server(folder / "server.log", model_dir, folder / "store", "--dtype", "float32")
+    options = ("--device", device, "--dtype", "float32")
+    started = start_server(folder / "server.log", model_dir, folder / "store", *options)
     try:
         for seed, name in enumerate(("voice", "spare")):
             response = started.upload(name, write_tiny_adapter(folder, name, rank=8, seed=seed).folder)
