@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.expand import expand
-from adapter_kernels.gpu.shrink import num_splits, shrink
+from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput
 from adapter_kernels.gpu.step import SiteAdapters, StepAdapters
 from adapter_kernels.gpu.tables import first_site
@@ -101,7 +101,8 @@ class FusedSite:
         return functional.linear(x, self._weights.weight, self._weights.bias)
 
     def _shrink(self, x: Tensor, adapters: StepAdapters, step: FusedStep, bridge_index: int) -> SiteAdapters:
-        bridge = adapters.workspace.bridge(bridge_index, self._num_splits, x.shape[0], self._num_members)
+        planes = num_planes(self._num_splits, adapters.route.block_rows)
+        bridge = adapters.workspace.bridge(bridge_index, planes, x.shape[0], self._num_members)
         shrink(
             x,
             adapters.tables,
@@ -111,4 +112,4 @@ class FusedSite:
             bridge,
             config=step.config("shrink", x.shape[1]),
         )
-        return SiteAdapters(adapters.tables, adapters.route, bridge, self._first_site, self._num_splits)
+        return SiteAdapters(adapters.tables, adapters.route, bridge, self._first_site, planes)

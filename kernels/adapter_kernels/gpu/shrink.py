@@ -1,7 +1,7 @@
 """Shrink: project each row down to its adapter's rank, for all members of a fused site in one launch.
 
 Owns the kernel and how many split-K planes a site has. Invariant: a row's coefficients depend on the row and its
-adapter alone; the number of planes is fixed by the input's width, never by the batch.
+adapter alone; the number of planes is fixed by the input's width and the route's form, never by who is in the batch.
 """
 
 from collections.abc import Mapping
@@ -25,6 +25,7 @@ DEFAULT_SHRINK: Mapping[int, LaunchConfig] = {
 # widths below the first are one plane; up to the second, four; wider ones eight
 _ONE_PLANE_BELOW = 1024
 _FOUR_PLANES_BELOW = 8192
+_MAX_SPLIT_BLOCK_ROWS = 16
 
 
 def num_splits(in_features: int) -> int:
@@ -32,6 +33,15 @@ def num_splits(in_features: int) -> int:
     if in_features < _ONE_PLANE_BELOW:
         return 1
     return 4 if in_features < _FOUR_PLANES_BELOW else 8
+
+
+def num_planes(splits: int, block_rows: int) -> int:
+    """Return how many of a site's planes a route of this form needs: one for the large blocks of a prefill.
+
+    Many blocks keep the device busy without more programs, and every reader would sum the planes again: 8k rows, 4
+    planes and the tiles of three sinks are 470 MB of reads per layer of an 8 B model.
+    """
+    return 1 if block_rows > _MAX_SPLIT_BLOCK_ROWS else splits
 
 
 @triton.jit(do_not_specialize=["first_site", "num_slots"])
@@ -112,7 +122,7 @@ def shrink(
     Args:
         x: [T, D] contiguous, the arena's dtype.
         first_site: table index of the fused site's first member; the others follow.
-        bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_splits(D)`, capacity >= every rank.
+        bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_planes(num_splits(D), ..)`, capacity >= every rank.
         config: block_k, block_r (>= 16), num_warps, num_stages are used.
     """
     num_rows, in_dim = x.shape

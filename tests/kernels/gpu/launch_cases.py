@@ -21,7 +21,7 @@ from adapter_kernels.gpu.paged_prefill import paged_prefill
 from adapter_kernels.gpu.qkv_sink import qkv_sink
 from adapter_kernels.gpu.route import DeviceRoute, RouteBuffers, block_rows_for, build_route
 from adapter_kernels.gpu.sampling import chain_tokens
-from adapter_kernels.gpu.shrink import num_splits, shrink
+from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput, NormWeights, QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import DecodePart, PrefillPart, SiteAdapters
 from adapter_kernels.gpu.swiglu_sink import swiglu_sink
@@ -83,9 +83,10 @@ def tables(dtype: torch.dtype) -> DeviceTables:
 
 
 def site_adapters(dtype: torch.dtype, shape: Shape, site: str, num_rows: int) -> SiteAdapters:
-    splits = num_splits(shape.in_width(site))
-    bridge = empty(splits, num_rows, len(FUSED_SITES[site]), RANK_CAPACITY, dtype=torch.float32)
-    return SiteAdapters(tables(dtype), route(num_rows), bridge, 0, splits)
+    own_route = route(num_rows)
+    planes = num_planes(num_splits(shape.in_width(site)), own_route.block_rows)
+    bridge = empty(planes, num_rows, len(FUSED_SITES[site]), RANK_CAPACITY, dtype=torch.float32)
+    return SiteAdapters(tables(dtype), own_route, bridge, 0, planes)
 
 
 def shrink_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, site: str, num_rows: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from adapter_kernels import reference
 from adapter_kernels.gpu.launch_config import LaunchConfig
-from adapter_kernels.gpu.shrink import num_splits, shrink
+from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.tables import DeviceTables, first_site
 from tests.kernels.gpu.batches import (
     POPULARITIES,
@@ -153,6 +153,10 @@ def test_the_grid_knows_the_step_and_not_the_residents(num_rows: int) -> None:
 
 def test_the_number_of_planes_is_the_sites() -> None:
     assert [num_splits(width) for width in (896, 1023, 1024, 4096, 8191, 8192, 14336)] == [1, 1, 4, 4, 4, 8, 8]
+
+
+def test_planes_are_one_where_blocks_are_many() -> None:
+    assert [num_planes(8, block_rows) for block_rows in (1, 16, 64)] == [8, 8, 1]
 
 
 @pytest.mark.slow
