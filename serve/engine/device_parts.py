@@ -22,6 +22,7 @@ from adapter_kernels.gpu.step import Workspace
 from adapter_kernels.gpu.streams import CudaSide, InlineSide
 from adapter_kernels.gpu.tables import DeviceTables
 from adapters_store.base import SITES
+from adapters_store.errors import UnsupportedAdapter
 from adapters_store.store import OpenAdapter
 from serve.config import EngineConfig
 from serve.engine.cuda_graphs import (
@@ -147,9 +148,9 @@ class _Start:
         forward = self._forward(shares.num_kv_blocks, shares.arena_bytes)
         is_cuda = self.device.type == "cuda"
         copies: Copies = CudaCopies(self.device) if is_cuda else InlineCopies()
-        spec = self.model.spec
+        spec, host_bytes = self.model.spec, self.config.adapter_host_bytes
         shapes = {site: spec.dims.site_shape(site) for site in SITES}
-        images = HostImages(open_image, self.config.adapter_host_bytes)
+        images = HostImages(partial(_open_within_rank, open_image, self.config.max_adapter_rank), host_bytes)
         arena = DeviceArena(forward.tables, shapes, spec.dims.num_hidden_layers, self.model.dtype, images.open, copies)
         graphs = None
         if is_cuda:
@@ -218,6 +219,15 @@ def prepare_capture(
     sent = buffers.send(words, Words())
     sites = sites_of_mask(key.mask, forward.decoder.spec.dims.num_hidden_layers)
     return partial(forward.run, packed, sent.step, sites)
+
+
+def _open_within_rank(open_image: Callable[[str], OpenAdapter], max_rank: int, digest: str) -> OpenAdapter:
+    """Open an image that the workspace has room for: a store may hold adapters from before `--max-rank` was lowered."""
+    adapter = open_image(digest)
+    rank = max((entry.rank for entry in adapter.entries), default=0)
+    if rank > max_rank:
+        raise UnsupportedAdapter(f"the adapter has rank {rank}; this server accepts up to {max_rank} (--max-rank)")
+    return adapter
 
 
 def _workspace(config: EngineConfig, model: ModelFacts, device: torch.device) -> Workspace:

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import stat
 import struct
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 from serve.config import EngineConfig
 from serve.engine.ipc import encode_config, encode_frame, event_reader
 from serve.engine.launch import _bind
+from serve.engine.step_loop import Channel, step_loop
 from serve.messages import Command, Event, Finished, Ready, SamplingParams, Shutdown, Stats, Submit, Tokens
 
 
@@ -145,3 +147,34 @@ def test_no_orphan_survives_a_parent_that_is_killed() -> None:
         parent.kill()
         parent.communicate()
     engine.wait(30.0)
+
+
+class IdleEngine:
+    """An engine without work."""
+
+    def handle(self, command: Command) -> None:
+        raise NotImplementedError
+
+    def has_work(self) -> bool:
+        return False
+
+    def step(self) -> list[Event]:
+        raise NotImplementedError
+
+    def stats(self) -> Stats:
+        return Stats(0, 0, 0, 1, 0, 16, 0, [], 0, 0, 0, 0, 0, 0, 0, [])
+
+
+def test_an_idle_loop_rests_until_there_is_nothing_left_or_a_command_comes() -> None:
+    parent, child = socket.socketpair()
+    answers = [True, True, False]
+
+    def rest() -> bool:
+        answer = answers.pop(0)
+        if not answers:
+            parent.sendall(encode_frame([Shutdown()]))
+        return answer
+
+    with parent, child:
+        step_loop(IdleEngine(), Channel(child), time.monotonic, rest)
+    assert not answers
