@@ -32,7 +32,8 @@ class EngineConfig:
     # the bound on queued sequences; beyond it the API answers 429
     max_waiting: int = 512
     adapter_host_bytes: int = 4 << 30
-    adapter_device_bytes: int = 2 << 30
+    # None: 2 GiB on a CPU, a quarter of what the model leaves free on a GPU
+    adapter_device_bytes: int | None = None
     # slots are indices: the byte budgets bind first, this only bounds the tables
     num_adapter_slots: int = 4096
     max_adapter_rank: int = 256

@@ -110,7 +110,12 @@ AdapterHostBytes = Annotated[
     int, typer.Option(envvar="CHORALE_ADAPTER_HOST_BYTES", min=0, help="Bytes of adapters held in host memory.")
 ]
 AdapterDeviceBytes = Annotated[
-    int, typer.Option(envvar="CHORALE_ADAPTER_DEVICE_BYTES", min=0, help="Bytes of adapters held on the device.")
+    int | None,
+    typer.Option(
+        envvar="CHORALE_ADAPTER_DEVICE_BYTES",
+        min=0,
+        help="Bytes of adapters held on the device; default: 2 GiB on a CPU, a quarter of what is free on a GPU.",
+    ),
 ]
 MaxRank = Annotated[int, typer.Option(envvar="CHORALE_MAX_RANK", min=1, help="Largest rank an adapter may have.")]
 NumThreads = Annotated[

@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from serve.errors import StartError
 
-# adapters get at most this share of what is left, unless the KV cache cannot use the rest
-_ARENA_SHARE = 0.5
+# of what is left: what adapters get unasked, and the most they may ask for, unless the KV cache cannot use the rest
+_DEFAULT_ARENA_SHARE = 0.25
+_MAX_ARENA_SHARE = 0.5
 # extents are multiples of this
 _ARENA_ALIGNMENT = 128
 _MIB = 1 << 20
@@ -32,7 +33,8 @@ class Wishes:
     # every sequence at full length
     max_useful_blocks: int
     block_bytes: int
-    adapter_bytes: int
+    # None: a share of what is left
+    adapter_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +70,9 @@ def share_out(usable: int, wishes: Wishes) -> Shares:
     """
     if wishes.num_kv_blocks is not None:
         return _around_fixed_cache(usable, wishes, wishes.num_kv_blocks)
+    wished = _wished(usable, wishes)
     unused_by_cache = usable - wishes.max_useful_blocks * wishes.block_bytes
-    arena = min(wishes.adapter_bytes, max(int(usable * _ARENA_SHARE), unused_by_cache))
+    arena = min(wished, max(int(usable * _MAX_ARENA_SHARE), unused_by_cache))
     num_blocks = min((usable - arena) // wishes.block_bytes, wishes.max_useful_blocks)
     if num_blocks < 1:
         raise StartError(
@@ -88,7 +91,11 @@ def _around_fixed_cache(usable: int, wishes: Wishes, num_blocks: int) -> Shares:
             f"--kv-blocks {num_blocks} take {cache_bytes // _MIB} MiB and {usable // _MIB} MiB are free, enough for "
             f"{usable // wishes.block_bytes} blocks; lower it or raise --gpu-memory-utilization"
         )
-    return Shares(num_blocks, _aligned(min(wishes.adapter_bytes, usable - cache_bytes)))
+    return Shares(num_blocks, _aligned(min(_wished(usable, wishes), usable - cache_bytes)))
+
+
+def _wished(usable: int, wishes: Wishes) -> int:
+    return int(usable * _DEFAULT_ARENA_SHARE) if wishes.adapter_bytes is None else wishes.adapter_bytes
 
 
 def _aligned(num_bytes: int) -> int:

@@ -23,6 +23,8 @@ from serve.model.weights import load_decoder
 
 # of the memory that is free after loading: the rest is for adapters, activations and the machine's other work
 _KV_MEMORY_SHARE = 0.4
+# on a CPU the adapters' memory grows as it is used: a bound, not a reservation
+_ADAPTER_BYTES = 2 << 30
 # a 512 x 512 product of 32 rows takes 40 us on one core, as long as waking a second one may (2026-11)
 _MIN_THREADED_WEIGHTS = 512 * 512
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -56,7 +58,7 @@ def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) 
     decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=model.max_model_len)
     num_blocks = _num_kv_blocks(config, model)
     return ModelParts(
-        facts=StartFacts(model, "cpu", config.block_size, num_blocks, config.adapter_device_bytes),
+        facts=StartFacts(model, "cpu", config.block_size, num_blocks, _adapter_bytes(config)),
         spec=spec,
         decoder=decoder,
         kv=KvCache.build(spec, num_blocks, config.block_size, dtype, cpu),
@@ -65,6 +67,10 @@ def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) 
         dtype=dtype,
         grammars=make_grammars(model),
     )
+
+
+def _adapter_bytes(config: EngineConfig) -> int:
+    return _ADAPTER_BYTES if config.adapter_device_bytes is None else config.adapter_device_bytes
 
 
 def _num_threads(spec: ModelSpec) -> int:

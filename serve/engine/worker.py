@@ -68,7 +68,8 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         max_num_seqs=config.max_num_seqs,
         max_step_tokens=config.max_step_tokens,
         max_waiting=config.max_waiting,
-        adapter_host_bytes=config.adapter_host_bytes,
+        # on a device the host tier is the page cache under the files: only the arena binds
+        adapter_host_bytes=config.adapter_host_bytes if facts.device == "cpu" else facts.adapter_device_bytes,
         adapter_device_bytes=facts.adapter_device_bytes,
         num_adapter_slots=config.num_adapter_slots,
         eos_token_ids=facts.model.spec.eos_token_ids,

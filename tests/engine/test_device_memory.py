@@ -35,6 +35,11 @@ def test_adapters_get_what_they_may_and_the_cache_the_rest() -> None:
     assert share_out(10 * GIB, wishes(adapter_bytes=0)) == Shares(10 * 1024, 128)
 
 
+def test_adapters_get_a_quarter_when_nobody_asks() -> None:
+    assert share_out(8 * GIB, wishes(adapter_bytes=None)) == Shares(6 * 1024, 2 * GIB)
+    assert share_out(8 * GIB, wishes(adapter_bytes=None, num_kv_blocks=1024)) == Shares(1024, 2 * GIB)
+
+
 def test_a_fixed_number_of_blocks_is_kept_and_adapters_fit_around_it() -> None:
     assert share_out(3 * GIB, wishes(num_kv_blocks=1024)) == Shares(1024, 2 * GIB)
     assert share_out(2 * GIB, wishes(num_kv_blocks=1024)) == Shares(1024, GIB)
@@ -51,7 +56,13 @@ def test_too_little_for_one_block_is_refused_with_the_numbers() -> None:
 
 def test_whatever_is_given_away_fits() -> None:
     for usable in range(BLOCK * 2, BLOCK * 40, 700_001):
-        for fields in ({}, {"adapter_bytes": 5 * BLOCK + 77}, {"max_useful_blocks": 3}, {"num_kv_blocks": 2}):
+        for fields in (
+            {},
+            {"adapter_bytes": None},
+            {"adapter_bytes": 5 * BLOCK + 77},
+            {"max_useful_blocks": 3},
+            {"num_kv_blocks": 2},
+        ):
             shares = share_out(usable, wishes(**fields))
             assert shares.num_kv_blocks * BLOCK + shares.arena_bytes <= usable + 128
             assert shares.arena_bytes % 128 == 0
