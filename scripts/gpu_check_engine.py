@@ -81,7 +81,8 @@ class Bench:
         if self._place.is_tiny:
             return config
         # tensor cores want heads of at least 16
-        return dataclasses.replace(config, model_dir=write_tiny_model(folder / "small"), max_model_len=48)
+        small = dataclasses.replace(config, model_dir=write_tiny_model(folder / "small"), max_model_len=48)
+        return dataclasses.replace(small, adapter_device_bytes=4 << 20)
 
 
 def units(place: Place) -> list[Unit]:

@@ -164,10 +164,12 @@ def units(place: Place) -> list[Unit]:
     found = [Unit("rates", partial(_measure_rates, place))]
     for name in extent.models:
         model = Model(name, extent, place)
-        for rank in extent.ranks:
-            found.append(Unit(f"{name}/decode/r{rank}", partial(_decode_cells, model, extent, rank)))
-        found.append(Unit(f"{name}/prefill", partial(_prefill_cells, model, extent)))
+        decodes = [Unit(f"{name}/decode/r{rank}", partial(_decode_cells, model, extent, rank)) for rank in extent.ranks]
+        # what has a target comes first, should the time run out
+        found.append(decodes[0])
         found.append(Unit(f"{name}/untouched", partial(_untouched_cells, model, extent)))
+        found.append(Unit(f"{name}/prefill", partial(_prefill_cells, model, extent)))
+        found += decodes[1:]
     return found
 
 

@@ -6,6 +6,7 @@ Owns the child's side of `gpu_check.py`. Invariant: `--device cuda` without a GP
 
 import argparse
 import dataclasses
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -30,9 +31,9 @@ class Place:
     is_tiny: bool
 
     def wait(self) -> None:
-        """Return when the device has done all it was given."""
+        """Return when the current stream has done all it was given; what other streams copy goes on."""
         if not self.is_tiny:
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()
 
 
 def run_part(part: str, units: Callable[[Place], list[Unit]], arguments: list[str]) -> int:
@@ -84,7 +85,14 @@ def _place(device: str) -> Place:
 def _driver(place: Place) -> str:
     if place.is_tiny:
         return "none"
-    return f"CUDA {torch.version.cuda}" if torch.version.hip is None else f"ROCm {torch.version.hip}"
+    if torch.version.hip is not None:
+        return f"ROCm {torch.version.hip}"
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
+    try:
+        driver = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        driver = ""
+    return f"{driver or 'unknown'}, CUDA {torch.version.cuda}"
 
 
 def main_of(part: str, units: Callable[[Place], list[Unit]]) -> None:
