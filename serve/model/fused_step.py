@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_kernels.gpu.launch_config import LaunchConfig, LaunchConfigs, shape_class
+from adapter_kernels.gpu.launch_config import LaunchConfig, LaunchConfigs
 from adapter_kernels.gpu.paged_decode import DecodeWorkspace
 from adapter_kernels.gpu.route import block_rows_for
 from adapter_kernels.gpu.step import DeviceStep
@@ -71,4 +71,4 @@ class FusedStep:
 
     def config(self, op: str, width: int) -> LaunchConfig | None:
         """Return the pinned tiles of a launch whose tiles walk along `width`; None: the op's own default."""
-        return self.configs.rows.get((op, shape_class(width, block_rows_for(self.inputs.num_rows))))
+        return self.configs.pick(op, width, block_rows_for(self.inputs.num_rows))

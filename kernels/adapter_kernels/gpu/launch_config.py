@@ -16,6 +16,9 @@ CONFIG_DIR = Path(__file__).parent / "configs"
 TUNED_OPS = ("expand", "paged_decode", "paged_prefill", "qkv_sink", "shrink", "swiglu_sink")
 BLOCK_ROWS = (1, 16, 64)
 
+# attention knows no route: one class each, or a sequence's bits would depend on how many rows its step has
+_ATTENTION_BLOCK_ROWS = {"paged_decode": 16, "paged_prefill": 64}
+
 # upper ends of the width classes: widths between two of them want the same tiles
 _WIDTH_CLASSES = (("narrow", 2048), ("middle", 8192))
 _WIDEST_CLASS = "wide"
@@ -52,6 +55,11 @@ def shape_class(width: int, block_rows: int) -> str:
     return f"{name}/{block_rows}"
 
 
+def row_key(op: str, width: int, block_rows: int) -> tuple[str, str]:
+    """Name a launch's row of the pinned tables."""
+    return op, shape_class(width, _ATTENTION_BLOCK_ROWS.get(op, block_rows))
+
+
 @dataclass(frozen=True, slots=True)
 class LaunchConfigs:
     """The pinned rows of one GPU: (op, shape class) -> config."""
@@ -83,7 +91,7 @@ class LaunchConfigs:
 
     def pick(self, op: str, width: int, block_rows: int) -> LaunchConfig | None:
         """Return the pinned config of this op and shape; None leaves the choice to the op."""
-        return self.rows.get((op, shape_class(width, block_rows)))
+        return self.rows.get(row_key(op, width, block_rows))
 
 
 def table_text(devices: list[str], measured: str, rows: Mapping[tuple[str, str], LaunchConfig]) -> str:
@@ -123,7 +131,9 @@ def _rows(path: Path, ops: object) -> Iterator[tuple[tuple[str, str], LaunchConf
         for shape, values in _items(path, f"ops.{op}", shapes):
             key = f"ops.{op}.{shape}"
             if _SHAPE_CLASS.fullmatch(shape) is None:
-                raise LaunchConfigError(f"{path.name}: {key}: a shape class is narrow, middle or wide, then /1, /16 or /64")
+                raise LaunchConfigError(
+                    f"{path.name}: {key}: a shape class is narrow, middle or wide and /1, /16 or /64"
+                )
             yield (op, shape), _config(path, key, values)
 
 

@@ -11,6 +11,7 @@ from adapter_kernels.gpu.launch_config import (
     LaunchConfig,
     LaunchConfigError,
     LaunchConfigs,
+    row_key,
     shape_class,
     table_text,
 )
@@ -110,3 +111,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     path = write(tmp_path, "new.json", table_text(["GPU C"], "here", rows))
     assert LaunchConfigs.from_file(path).rows == rows
     assert LaunchConfigs.for_device("GPU C", tmp_path).rows == rows
+
+
+def test_attention_has_the_same_tiles_however_many_rows_a_step_has() -> None:
+    for op in ("paged_decode", "paged_prefill"):
+        assert len({row_key(op, 128, block_rows) for block_rows in (1, 16, 64)}) == 1
+    assert len({row_key("shrink", 128, block_rows) for block_rows in (1, 16, 64)}) == 3
