@@ -65,7 +65,8 @@ def test_each_op_is_tuned_on_top_of_those_before_it(tmp_path: Path) -> None:
     adapters = RandomAdapters.build(bench.spec, 4, 2, bench.dtype, CPU, max_rows=8)
     steps = [decode_step(bench.spec, rows, 20, adapters.route([0, 1, -1][:rows]), CPU) for rows in (3, 2)]
     found = tune(bench, steps, lines.append)
-    ops = {"shrink", "expand", "qkv_sink", "swiglu_sink", "paged_decode"}
+    # decode attention has one row, measured in a step of 17 to 256 rows
+    ops = {"shrink", "expand", "qkv_sink", "swiglu_sink"}
     assert found == {(op, "narrow/1"): candidates(op, 1)[-1] for op in ops}
     # two steps of one shape class are tuned once
     assert len(lines) == len(ops)

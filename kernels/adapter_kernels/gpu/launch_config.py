@@ -132,7 +132,7 @@ def _rows(path: Path, ops: object) -> Iterator[tuple[tuple[str, str], LaunchConf
             key = f"ops.{op}.{shape}"
             if _SHAPE_CLASS.fullmatch(shape) is None:
                 raise LaunchConfigError(
-                    f"{path.name}: {key}: a shape class is narrow, middle or wide and /1, /16 or /64"
+                    f"{path.name}: {key}: a shape class is narrow, middle or wide, /1, /16 or /64"
                 )
             yield (op, shape), _config(path, key, values)
 

@@ -122,7 +122,7 @@ def shrink(
     Args:
         x: [T, D] contiguous, the arena's dtype.
         first_site: table index of the fused site's first member; the others follow.
-        bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_planes(num_splits(D), ..)`, capacity >= every rank.
+        bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_planes(num_splits(D), ..)`, capacity >= ranks.
         config: block_k, block_r (>= 16), num_warps, num_stages are used.
     """
     num_rows, in_dim = x.shape
