@@ -21,6 +21,10 @@ from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTE
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 ALIGNMENT = 128
+NO_EFFECT = (
+    "every low-rank product and bias of this adapter is zero, so it would answer like the base; "
+    "was it saved before training?"
+)
 _PADDING_DTYPE = "U8"
 
 
@@ -123,11 +127,7 @@ def check_file(path: Path, manifest: Manifest) -> None:
     if file_bytes != manifest.file_bytes or digest.hexdigest() != manifest.file_sha256:
         raise CorruptUpload(f"{IMAGE_NAME} does not match the hash in its manifest", param=IMAGE_NAME)
     if not any(_acts(module, has_values) for module in manifest.modules):
-        raise AdapterWithoutEffect(
-            "every low-rank product and bias of this adapter is zero, so it would answer like the base; "
-            "was it saved before training?",
-            param="adapter_model.safetensors",
-        )
+        raise AdapterWithoutEffect(NO_EFFECT, param="adapter_model.safetensors")
 
 
 def _module_tensors(module: Module, base: BaseDims) -> list[tuple[str, tuple[int, ...]]]:

@@ -24,6 +24,8 @@ _START_SECONDS = 60
 # far below what numpy does on one core; an honest conversion never meets it
 _MIN_BYTES_PER_SECOND = 10 << 20
 _SLACK_BYTES = 64 << 20
+# as much as an upload itself may have by default
+_MAX_UNFOLDED_BYTES = 2 << 30
 
 
 def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> None:
@@ -34,9 +36,11 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
         StoreFull, StorageFailed: it could not write.
     """
     source_bytes = sum(entry.stat().st_size for entry in os.scandir(source) if entry.is_file(follow_symlinks=False))
-    timeout_s = _START_SECONDS + source_bytes // _MIN_BYTES_PER_SECOND
+    # shared projections, Kronecker and Hadamard products of a few bytes make images of any size that the ranks allow
+    unfolded_bytes = min(options.max_image_bytes(), _MAX_UNFOLDED_BYTES)
+    timeout_s = _START_SECONDS + max(source_bytes, unfolded_bytes) // _MIN_BYTES_PER_SECOND
     # a 16-bit source doubles in a float32 image; fused projections repeat A
-    max_file_bytes = 6 * source_bytes + _SLACK_BYTES
+    max_file_bytes = max(6 * source_bytes, unfolded_bytes) + _SLACK_BYTES
     command = [sys.executable, "-B", "-s", "-P", "-m", "adapters_store.convert"]
     command += [str(source), str(target), options.to_json(), str(max_file_bytes), str(timeout_s)]
     outcome_path = target.parent / _OUTCOME_NAME

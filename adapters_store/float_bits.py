@@ -14,7 +14,8 @@ Float32 = npt.NDArray[np.float32]
 # serving dtypes -> the names that safetensors gives them
 FILE_DTYPES: Final = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
-ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1}
+# the dtypes of a header: floats, padding bytes, and the positions that some foreign formats hold
+ITEM_BYTES: Final = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I16": 2, "I32": 4, "I64": 8}
 
 # unit roundoff of each format
 ROUNDOFF: Final = {"F32": 2.0**-24, "F16": 2.0**-11, "BF16": 2.0**-8}

@@ -19,10 +19,11 @@ _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,256}\Z")
 
 @dataclass(frozen=True, slots=True)
 class HeaderLimits:
-    """What a header may cost: its bytes and its number of tensors."""
+    """What a header may cost: its bytes and its number of tensors. `allows_empty` lets a dimension be 0."""
 
     max_header_bytes: int
     max_tensors: int
+    allows_empty: bool = False
 
 
 # an 88.9 MB header costs the stock library 5 s and 1.2 GB (TRUST A04); real PEFT headers stay below 300 KB
@@ -71,7 +72,9 @@ def read_header(file: BinaryIO, file_bytes: int, limits: HeaderLimits, *, what: 
     _check_metadata(entries.pop("__metadata__", {}), what)
     if not 1 <= len(entries) <= limits.max_tensors:
         raise CorruptUpload(f"{what} holds {len(entries)} tensors; 1 to {limits.max_tensors} are read", param=what)
-    slots = sorted((_slot(name, entry, what) for name, entry in entries.items()), key=lambda slot: slot.begin)
+    slots = sorted(
+        (_slot(name, entry, limits, what) for name, entry in entries.items()), key=lambda slot: (slot.begin, slot.end)
+    )
     _check_contiguous(slots, file_bytes - data_start, what)
     return Header(tensors=tuple(slots), data_start=data_start)
 
@@ -88,7 +91,7 @@ def _check_metadata(metadata: Json, what: str) -> None:
         raise CorruptUpload(f"__metadata__ of {what} must map strings to strings", param=what)
 
 
-def _slot(name: str, entry: Json, what: str) -> TensorSlot:
+def _slot(name: str, entry: Json, limits: HeaderLimits, what: str) -> TensorSlot:
     if not _NAME.match(name):
         raise CorruptUpload(f"{what} holds a tensor with the name {ascii(name)[:80]}, which is not allowed", param=what)
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
@@ -99,7 +102,7 @@ def _slot(name: str, entry: Json, what: str) -> TensorSlot:
         raise CorruptUpload(f"{name} has dtype {ascii(dtype)[:40]}; read here: {known}", param=name)
     shape = _naturals(entry["shape"])
     offsets = _naturals(entry["data_offsets"])
-    if shape is None or len(shape) > _MAX_DIMS or 0 in shape:
+    if shape is None or len(shape) > _MAX_DIMS or (0 in shape and not limits.allows_empty):
         raise CorruptUpload(f"{name} has a shape that is not 0 to {_MAX_DIMS} positive whole numbers", param=name)
     if offsets is None or len(offsets) != 2:
         raise CorruptUpload(f"data_offsets of {name} are not two whole numbers", param=name)

@@ -81,6 +81,7 @@ class AdapterStore:
         *,
         served_name: str = "",
         max_rank: int = 256,
+        max_product_rank: int = 0,
         max_upload_bytes: int = 2 << 30,
         image_dtype: str = "bfloat16",
         files: FileSystem | None = None,
@@ -92,6 +93,8 @@ class AdapterStore:
         Args:
             base: the base that new adapters are for; `resolve` and `list` show adapters of bases of its shape.
             served_name: the base's name in the API: no adapter may take it, and `served_name:x` means adapter x.
+            max_rank, max_product_rank: largest rank of a module, and of one whose rank is a product of ranks (LoHa,
+                LoKr) if that is larger; the server's kernels must have room for both.
             image_dtype: dtype of new images, "float32", "bfloat16" or "float16": the server's serving dtype.
             files, convert, clock: replaced by tests.
         Raises:
@@ -103,7 +106,7 @@ class AdapterStore:
         files = files if files is not None else FileSystem()
         store = cls(
             root,
-            ConvertOptions(base=base, dtype=image_dtype, max_rank=max_rank),
+            ConvertOptions(base, image_dtype, max_rank, max_product_rank),
             SqliteRegistry(root / "registry.sqlite"),
             served_name=served_name,
             max_upload_bytes=max_upload_bytes,
@@ -239,7 +242,7 @@ class AdapterStore:
         self.check_name(name)
         self._convert(upload.source, upload.object, self._options)
         with storage_errors():
-            manifest = check_adapter(upload.object, self._options.base, self._options.dtype, self._options.max_rank)
+            manifest = check_adapter(upload.object, self._options.base, self._options.dtype, self._options.largest_rank)
         new = self._new_version(name, manifest)
         self.sweep()
         with storage_errors():

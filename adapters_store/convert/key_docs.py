@@ -1,11 +1,15 @@
-"""Prints the table of PEFT keys as Markdown: `python -m adapters_store.convert.key_docs`, pasted into docs/adapters.md.
+"""The generated end of docs/adapters.md: `python -m adapters_store.convert.key_docs` prints it.
 
 Owns the rendering only; a test compares it with the page, so the page cannot grow stale.
 """
 
-from adapters_store.convert.peft_keys import RULES, Use
+from adapters_store.convert.peft_keys import Rules, Use
+from adapters_store.convert.peft_types import PEFT_TYPES
+from adapters_store.convert.tuner import Served
 
-_HEADINGS = {
+HEADING = "## Every kind of adapter that PEFT knows"
+
+_USES = {
     Use.USED: "Used",
     Use.HARMLESS: "Harmless: without effect on inference; named in `report.ignored` when set",
     Use.REFUSED: "Refused by name unless at its default",
@@ -13,12 +17,47 @@ _HEADINGS = {
 
 
 def render() -> str:
-    """Return the three lists of keys, one table each."""
-    parts = []
-    for use, heading in _HEADINGS.items():
-        rows = [f"| `{rule.key}` | {rule.note} |" for rule in RULES if rule.use is use]
-        parts.append("\n".join([f"### {heading}", "", "| key | meaning |", "|---|---|", *rows]))
+    """Return the tables of kinds and of keys as Markdown."""
+    served = {name: kind for name, kind in PEFT_TYPES.items() if isinstance(kind, Served)}
+    others = {name: kind.rules for name, kind in served.items() if name != "LORA"}
+    parts = [
+        HEADING,
+        "By `peft_type`. What is served is converted exactly: one rounding to float32, one to the serving dtype.",
+        _types(),
+        "## Every key of a PEFT config",
+        "A key that is not listed for its `peft_type` is refused by name, so that nothing that changes the model is "
+        "ever dropped in silence. No text from a config is ever run as a regular expression or imported.",
+        *_lora_keys(served["LORA"].rules),
+        "### The other kinds",
+        _other_keys(others),
+    ]
     return "\n\n".join(parts) + "\n"
+
+
+def _types() -> str:
+    rows = ["| `peft_type` | | | not served, and the way out |", "|---|---|---|---|"]
+    for name, kind in PEFT_TYPES.items():
+        if isinstance(kind, Served):
+            rows.append(f"| `{name}` | {kind.title} | exact: {kind.served_as} | {kind.limits} |")
+        else:
+            rows.append(f"| `{name}` | {kind.title} | refused: {kind.reason} | {kind.way_out} |")
+    return "\n".join(rows)
+
+
+def _lora_keys(rules: Rules) -> list[str]:
+    parts = []
+    for use, heading in _USES.items():
+        rows = [f"| `{rule.key}` | {rule.note} |" for rule in rules if rule.use is use]
+        parts.append("\n".join([f"### LORA. {heading}", "", "| key | meaning |", "|---|---|", *rows]))
+    return parts
+
+
+def _other_keys(kinds: dict[str, Rules]) -> str:
+    rows = ["| `peft_type` | used | harmless | refused unless at its default |", "|---|---|---|---|"]
+    for name, rules in kinds.items():
+        cells = [", ".join(f"`{rule.key}`" for rule in rules if rule.use is use) for use in _USES]
+        rows.append(f"| `{name}` | {' | '.join(cells)} |")
+    return "\n".join(rows)
 
 
 if __name__ == "__main__":

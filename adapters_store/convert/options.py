@@ -1,33 +1,48 @@
-"""What a conversion is told besides the files: the base, the dtype of the image, the limit on ranks.
+"""What a conversion is told besides the files: the base, the dtype of the image, the limits on ranks.
 
 Owns the passing of these between the server and the converter process. Invariant: `from_json(to_json(x)) == x`.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapters_store.base import BaseDims
+from adapters_store.base import SITES, BaseDims
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """`dtype` is a serving dtype: "float32", "bfloat16" or "float16"."""
+    """`dtype` is a serving dtype: "float32", "bfloat16" or "float16".
+
+    `max_product_rank` is the limit where a rank is a product of two (LoHa, LoKr); without effect below `max_rank`.
+    """
 
     base: BaseDims
     dtype: str
     max_rank: int
+    max_product_rank: int = 0
+
+    @property
+    def largest_rank(self) -> int:
+        """The rank that no module of any adapter exceeds."""
+        return max(self.max_rank, self.max_product_rank)
+
+    def max_image_bytes(self) -> int:
+        """Return the size of the largest image that passes the limits: every module at its largest, in float32."""
+        shapes = [self.base.site_shape(site) for site in SITES]
+        values = sum(self.largest_rank * (num_out + num_in) + num_out for num_out, num_in in shapes)
+        return 4 * values * self.base.num_hidden_layers
 
     def to_json(self) -> str:
         """Return one line for the converter's command line."""
-        return json.dumps({"base": self.base.to_dict(), "dtype": self.dtype, "max_rank": self.max_rank})
+        return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> "ConvertOptions":
         """Read `to_json`'s line; it comes from our own server, never from a stranger."""
         value = json.loads(text)
-        return cls(base=BaseDims(**value["base"]), dtype=value["dtype"], max_rank=value["max_rank"])
+        return cls(**{**value, "base": BaseDims(**value["base"])})
 
 
 # reads the foreign files in the first folder, writes adapter.json and adapter.safetensors into the second

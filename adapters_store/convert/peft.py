@@ -1,37 +1,45 @@
-"""PEFT LORA folder -> canonical adapter.
+"""PEFT folder -> canonical adapter.
 
-Owns the meaning of the conversion: which modules must be there, rank and scaling per module, splitting of fused
-projections, B scaled and transposed. Runs in the converter process; numpy only. Invariant: the scaling is folded into
-B (and the bias) in float32 exactly once, and each value is rounded once to the image's dtype.
+Owns what is the same for every kind of adapter: which modules must be there, the limits on ranks, splitting of fused
+projections, rounding and writing, the manifest. Runs in the converter process; numpy only. Invariant: each value of
+the tuner's factors is rounded to float32 at most once, and then once to the image's dtype.
 """
 
 import hashlib
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
-from adapters_store.canonical import WrittenFile, layout, write_canonical
+from adapters_store.canonical import NO_EFFECT, WrittenFile, layout, write_canonical
 from adapters_store.convert.options import ConvertOptions
-from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, LoraConfig, read_config
+from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, PeftConfig, read_config
 from adapters_store.convert.peft_tensors import (
     FUSED_SITES,
     MODEL_NAME,
-    LoraModule,
-    LoraTensors,
-    check_shapes,
+    PeftTensors,
+    TensorFile,
+    TensorNames,
+    check_shape,
     group_tensors,
-    read_tensor,
 )
 from adapters_store.convert.self_test import SourceModule, measure_error
-from adapters_store.errors import CorruptUpload, NonFiniteValues, UnsupportedAdapter, UnsupportedFormat
+from adapters_store.convert.tuner import Array, Delta, Factors, PlannedModule
+from adapters_store.errors import (
+    AdapterWithoutEffect,
+    CorruptUpload,
+    NonFiniteValues,
+    UnsupportedAdapter,
+    UnsupportedFormat,
+)
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest, Module, Source
-from adapters_store.safetensors_header import EXTERNAL_LIMITS, read_header
+from adapters_store.safetensors_header import EXTERNAL_LIMITS, HeaderLimits, read_header
 
 _ZIP_OR_PICKLE = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SPLIT_SITES = {fused: tuple(SITE_PATHS[site] for site in sites) for fused, sites in FUSED_SITES.items()}
@@ -41,38 +49,50 @@ _HASH_CHUNK_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One site's share of a PEFT module: rows `begin..end` of B, and the scaling."""
+    """One site's share of a PEFT module: outputs `begin..end`."""
 
-    source: LoraModule
-    scaling: float
+    planned: PlannedModule
     begin: int
     end: int
 
 
-@dataclass(frozen=True, slots=True)
 class _Foreign:
-    """The open PEFT file, and which part of it each canonical module is made of."""
+    """The open PEFT file and which part of it each canonical module is made of; holds one module's values at a time."""
 
-    file: BinaryIO
-    data_start: int
-    parts: dict[Module, _Part]
+    def __init__(self, file: TensorFile, parts: dict[Module, _Part]) -> None:
+        self._file = file
+        self.parts = parts
+        self.acts = False
+        self._path: str | None = None
+        self._factors: Factors | None = None
 
-    def values(self, module: Module, kind: str) -> Float32:
-        """Read A `[rank, in]`, the module's rows of B `[out, rank]` (kind BT) or of the bias `[out]`, unscaled."""
-        part = self.parts[module]
-        slot = {"A": part.source.a, "BT": part.source.b, "bias": part.source.bias}[kind]
-        assert slot is not None, "the layout asks for a bias only where the source has one"
-        whole = read_tensor(self.file, self.data_start, slot)
-        return whole if kind == "A" else whole[part.begin : part.end]
+    def delta(self, module: Module) -> Delta:
+        """Read the trained values of the PEFT module that this canonical one is part of."""
+        return self.parts[module].planned.load(self._file)
 
     def encoded(self, module: Module, kind: str, dtype: str) -> bytes:
-        """Return one tensor of the image: scaled in float32, B transposed, rounded once."""
+        """Return one tensor of the image: A [rank, in], this module's columns of BT [rank, out] or its bias [out]."""
         part = self.parts[module]
-        raw = encode(_folded(self.values(module, kind), kind, part.scaling), FILE_DTYPES[dtype])
+        factors = self._factors_of(part.planned)
+        if kind == "A":
+            values = _rounded(factors.a)
+        elif kind == "BT":
+            values = _rounded(factors.b[part.begin : part.end]).T
+        else:
+            assert factors.bias is not None, "the layout asks for a bias only where the plan has one"
+            values = _rounded(factors.bias[part.begin : part.end])
+        raw = encode(values, FILE_DTYPES[dtype])
         if not is_finite(raw, FILE_DTYPES[dtype]):
-            slot = part.source.a if kind == "A" else part.source.b
-            raise NonFiniteValues(f"{slot.name} overflows {dtype} once its scaling is folded in", param=slot.name)
+            path = part.planned.source.path
+            raise NonFiniteValues(f"{kind} of {path} overflows {dtype} once its scaling is folded in", param=path)
         return raw
+
+    def _factors_of(self, planned: PlannedModule) -> Factors:
+        if self._path != planned.source.path or self._factors is None:
+            self._factors = planned.load(self._file).factors()
+            self._path = planned.source.path
+            self.acts = self.acts or _acts(self._factors)
+        return self._factors
 
 
 def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
@@ -86,21 +106,28 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
     with _open_part(source / MODEL_NAME) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         _refuse_pickle(file)
-        header = read_header(file, file_bytes, EXTERNAL_LIMITS, what=MODEL_NAME)
-        tensors = group_tensors(header, lora_bias=config.lora_bias)
+        header = read_header(file, file_bytes, _limits(config), what=MODEL_NAME)
+        tensors = group_tensors(header, _names(config))
         _check_complete(config, tensors, options.base)
-        foreign = _Foreign(file, header.data_start, _parts(config, tensors, options))
+        planned = config.tuner.plan(tensors, options.base)
+        parts = _parts(config, planned, options)
+        foreign = _Foreign(TensorFile(file, header.data_start), parts)
         written, max_abs_error = _write_image(target / IMAGE_NAME, foreign, options)
         hashes = _hashes(raw_config, file)
-    ignored = config.ignored + config.without_effect(tensors.modules)
     manifest = Manifest(
         family="lora",
         base=options.base,
         dtype=options.dtype,
         file_bytes=written.num_bytes,
         file_sha256=written.sha256,
-        modules=tuple(foreign.parts),
-        source=Source("peft/LORA", hashes, config.recorded, ignored, max_abs_error),
+        modules=tuple(parts),
+        source=Source(
+            format=f"peft/{config.peft_type}",
+            files=hashes,
+            config=config.recorded,
+            ignored=config.ignored + config.unused(list(tensors.modules)),
+            max_abs_error=max_abs_error,
+        ),
     )
     files = FileSystem()
     descriptor = files.create(target / MANIFEST_NAME)
@@ -110,19 +137,35 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
         files.close(descriptor)
 
 
+def _limits(config: PeftConfig) -> HeaderLimits:
+    limits = EXTERNAL_LIMITS
+    return HeaderLimits(limits.max_header_bytes, limits.max_tensors, allows_empty=config.kind.allows_empty)
+
+
+def _names(config: PeftConfig) -> TensorNames:
+    kind = config.kind
+    return TensorNames(config.peft_type, kind.parts, kind.shared, kind.integers)
+
+
 def _write_image(path: Path, foreign: _Foreign, options: ConvertOptions) -> tuple[WrittenFile, float]:
     """Write the image and compare it with its source; return its size and hash, and the largest error."""
     tensors = {module.tensor(kind): (module, kind) for module in foreign.parts for kind in ("A", "BT", "bias")}
     slots = layout(foreign.parts, options.base, options.dtype)
     with os.fdopen(FileSystem().create(path), "wb") as image:
         written = write_canonical(image, slots, lambda name: foreign.encoded(*tensors[name], options.dtype))
-    sources = [SourceModule(module, part.scaling, foreign.values) for module, part in foreign.parts.items()]
-    return written, measure_error(path, slots, sources, FILE_DTYPES[options.dtype])
+    if not foreign.acts:
+        raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
+    sources = [
+        SourceModule(module, part.begin, part.end, partial(foreign.delta, module))
+        for module, part in foreign.parts.items()
+    ]
+    return written, measure_error(path, slots, sources, FILE_DTYPES[options.dtype], options.base)
 
 
-def _check_complete(config: LoraConfig, tensors: LoraTensors, base: BaseDims) -> None:
+def _check_complete(config: PeftConfig, tensors: PeftTensors, base: BaseDims) -> None:
     """Refuse a file that lacks a declared module, or holds one that the config does not declare."""
-    for number in config.layers or ():
+    targets = config.targets
+    for number in targets.layers or ():
         if number >= base.num_hidden_layers:
             raise UnsupportedAdapter(
                 f"layers_to_transform names layer {number}; this base has {base.num_hidden_layers} layers",
@@ -130,57 +173,67 @@ def _check_complete(config: LoraConfig, tensors: LoraTensors, base: BaseDims) ->
             )
     for path, module in tensors.modules.items():
         if module.layer >= base.num_hidden_layers:
+            name = next(iter(module.parts.values())).name
             raise UnsupportedAdapter(
-                f"{module.a.name} is for layer {module.layer}; this base has {base.num_hidden_layers} layers",
-                param=module.a.name,
+                f"{name} is for layer {module.layer}; this base has {base.num_hidden_layers} layers", param=name
             )
-        if not config.is_target(path, module.layer):
+        if not targets.is_target(path, module.layer):
             raise UnsupportedAdapter(f"the file holds {path}, which the config does not target", param="target_modules")
     names = _spelling(tensors, base.model_type)
     for layer in range(base.num_hidden_layers):
         for name in names:
             path = f"{tensors.prefix}layers.{layer}.{name}"
-            if config.is_target(path, layer) and path not in tensors.modules:
+            if targets.is_target(path, layer) and path not in tensors.modules:
                 raise CorruptUpload(f"the config targets {path}, but the file has no tensors for it", param=path)
 
 
-def _spelling(tensors: LoraTensors, model_type: str) -> list[str]:
+def _spelling(tensors: PeftTensors, model_type: str) -> list[str]:
     """Return the linear layers of one decoder layer as the trained model names them: fused like Phi-3, or split."""
-    used = {module.module for module in tensors.modules.values()}
+    present = {module.module for module in tensors.modules.values()}
     names = ["self_attn.o_proj", "mlp.down_proj"]
     for fused, split in _SPLIT_SITES.items():
-        if fused in used and used & set(split):
+        if fused in present and present & set(split):
             raise UnsupportedAdapter(f"the file holds both {fused} and its parts", param=MODEL_NAME)
-        is_fused = fused in used or (model_type in _FUSED_TYPES and not used & set(split))
+        is_fused = fused in present or (model_type in _FUSED_TYPES and not present & set(split))
         names += [fused] if is_fused else split
     return names
 
 
-def _parts(config: LoraConfig, tensors: LoraTensors, options: ConvertOptions) -> dict[Module, _Part]:
-    """Return the adapter's modules in image order, each with its share of a PEFT module."""
+def _parts(config: PeftConfig, planned: dict[str, PlannedModule], options: ConvertOptions) -> dict[Module, _Part]:
+    """Return the adapter's modules in image order, each with its share of a PEFT module; without those of no effect."""
+    is_product = config.kind.is_product
+    limit = options.largest_rank if is_product else options.max_rank
     parts: dict[Module, _Part] = {}
-    for path, source in tensors.modules.items():
-        rank = config.rank_of(path)
-        if rank > options.max_rank:
+    for path, plan in planned.items():
+        if plan.rank > limit:
             raise UnsupportedAdapter(
-                f"{path} has rank {rank}; this server accepts up to {options.max_rank} (--max-rank)", param="r"
+                f"{path} has rank {plan.rank}{' as one low-rank product' if is_product else ''}; "
+                f"this server accepts up to {limit} (--max-rank)",
+                param="r",
             )
-        check_shapes(source, rank, options.base)
+        for slot, shape in plan.shapes:
+            check_shape(slot, shape)
         begin = 0
-        for site in source.sites:
+        for site in plan.source.sites:
             end = begin + options.base.site_shape(site)[0]
-            module = Module(source.layer, SITES.index(site), rank, has_bias=source.bias is not None)
-            parts[module] = _Part(source, config.scaling_of(path), begin, end)
+            if plan.rank or plan.has_bias:
+                module = Module(plan.source.layer, SITES.index(site), plan.rank, has_bias=plan.has_bias)
+                parts[module] = _Part(plan, begin, end)
             begin = end
+    if not parts:
+        raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
     return dict(sorted(parts.items()))
 
 
-def _folded(values: Float32, kind: str, scaling: float) -> Float32:
-    if kind == "A":
-        return values
+def _rounded(values: Array) -> Float32:
     with np.errstate(over="ignore"):
-        scaled = values * np.float32(scaling)
-    return scaled.T if kind == "BT" else scaled
+        return values.astype(np.float32, copy=False)
+
+
+def _acts(factors: Factors) -> bool:
+    """Return whether a rank has values in both factors, or the bias has any."""
+    has_rank = np.any(_rounded(factors.a).any(axis=1) & _rounded(factors.b).any(axis=0))
+    return bool(has_rank) or (factors.bias is not None and bool(factors.bias.any()))
 
 
 def _read_config_file(path: Path) -> bytes:

@@ -1,13 +1,14 @@
-"""The table of every key that PEFT writes into a LORA `adapter_config.json`, and what each means here.
+"""What every key of a PEFT config means here: used, without effect on inference, or refused by name.
 
-Owns the answer to "is this key used, without effect, or refused"; values that are used are read in `peft_config.py`.
+Owns the rules that the tuners share and the check against a tuner's table; its own keys are listed in its file.
 Invariant: a key that is not in the table, or that changes the model in a way that is not served, is refused by name;
-nothing is dropped silently. `docs/adapters.md` is generated from this table.
+nothing is dropped silently. `docs/adapters.md` is generated from these tables.
 """
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from adapters_store.convert.config_values import Config
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.strict_json import Json
 
@@ -30,83 +31,78 @@ class KeyRule:
     defaults: tuple[Json, ...] = (None, False, [], {})
 
 
-def _used(key: str, note: str) -> KeyRule:
+Rules = tuple[KeyRule, ...]
+
+# every adapter names its base: reporting it would be noise
+_NEVER_REPORTED = frozenset({"base_model_name_or_path", "revision"})
+
+
+def used(key: str, note: str) -> KeyRule:
+    """Return the rule of a key that the tuner's reader reads."""
     return KeyRule(key, Use.USED, note)
 
 
-def _harmless(key: str, note: str, *defaults: Json) -> KeyRule:
+def harmless(key: str, note: str, *defaults: Json) -> KeyRule:
+    """Return the rule of a key without effect on inference; it is reported unless it has one of `defaults`."""
     return KeyRule(key, Use.HARMLESS, note, (None, False, [], {}, *defaults))
 
 
-def _refused(key: str, note: str) -> KeyRule:
+def refused(key: str, note: str) -> KeyRule:
+    """Return the rule of a key that is refused unless it says nothing; `note` is the way out."""
     return KeyRule(key, Use.REFUSED, note)
 
 
-_TRAINING_ONLY = "acts only while training or initialising"
+def training_only(key: str, *defaults: Json) -> KeyRule:
+    """Return the rule of a key that acts only while training or initialising."""
+    return harmless(key, "acts only while training or initialising", *defaults)
 
-RULES = (
-    _used("peft_type", "must be LORA"),
-    _used("r", "rank of every module that rank_pattern does not name"),
-    _used("lora_alpha", "scaling is lora_alpha / r, folded into B once"),
-    _used("use_rslora", "scaling is lora_alpha / sqrt(r)"),
-    _used("rank_pattern", "rank per module; plain dotted names only, first match wins as in PEFT"),
-    _used("alpha_pattern", "lora_alpha per module; plain dotted names only, first match wins as in PEFT"),
-    _used("target_modules", 'list of plain names, or "all-linear"; must agree with the tensors in the file'),
-    _used("exclude_modules", "list of plain names"),
-    _used("layers_to_transform", "layer numbers that target_modules is limited to"),
-    _used("layers_pattern", '"layers" or nothing: the only name that layers have here'),
-    _used("lora_bias", "bias of lora_B, scaled like B"),
-    _used("init_lora_weights", "kinds that leave the base as it is; pissa, olora, corda, lora_ga, loftq are refused"),
-    _used("bias", 'must be "none"'),
-    _used("task_type", "CAUSAL_LM, FEATURE_EXTRACTION or nothing"),
-    _used("peft_version", "recorded in the manifest"),
-    _harmless("base_model_name_or_path", "never followed; shapes are compared with the served base instead"),
-    _harmless("revision", "revision of the base it was trained on"),
-    _harmless("inference_mode", "says how PEFT loads it", True),
-    _harmless("auto_mapping", "never imported"),
-    _harmless("lora_dropout", _TRAINING_ONLY, 0.0),
-    _harmless("fan_in_fan_out", "concerns Conv1D layers; the bases here have none"),
-    _harmless("eva_config", _TRAINING_ONLY),
-    _harmless("corda_config", _TRAINING_ONLY),
-    _harmless("lora_ga_config", _TRAINING_ONLY),
-    _harmless("loftq_config", _TRAINING_ONLY),
-    _harmless("velora_config", _TRAINING_ONLY),
-    _harmless("megatron_core", "means nothing without megatron_config", "megatron.core"),
-    _harmless("qalora_group_size", "means nothing without use_qalora", 16),
-    _harmless("ensure_weight_tying", "means nothing without modules_to_save"),
-    _harmless("runtime_config", "says how PEFT runs it"),
-    _harmless("merge_weights", "PEFT of 2023; says how it was run"),
-    _refused("enable_lora", "LoRA on slices of a fused layer (PEFT of 2023) is not served: save it with a newer PEFT"),
-    _refused("use_dora", "DoRA is not served yet: train without use_dora, or merge and extract a plain LoRA"),
-    _refused("modules_to_save", "fully trained modules are not served yet: train with LoRA on the linear layers only"),
-    _refused("trainable_token_indices", "trained token rows are not served yet: train without them"),
-    _refused("alora_invocation_tokens", "aLoRA is not served yet: train a plain LoRA"),
-    _refused("layer_replication", "a base with repeated layers is another model: train without it"),
-    _refused("target_parameters", "LoRA on parameters of expert layers is not served yet: target linear layers"),
-    _refused("megatron_config", "Megatron's parallel layers are not served: save the adapter without them"),
-    _refused("monteclora_config", "MonteCLoRA samples while it runs: train a plain LoRA"),
-    _refused("arrow_config", "Arrow mixtures are not served yet: upload the LoRAs one by one"),
-    _refused("kasa_config", "KaSA changes the base weights: train a plain LoRA"),
-    _refused("use_bdlora", "block-diagonal LoRA is not served yet: train without use_bdlora"),
-    _refused("use_qalora", "QA-LoRA is not served yet: train without use_qalora"),
+
+_ALWAYS: Rules = (
+    used("peft_type", "what kind of adapter it is"),
+    used("target_modules", 'list of plain names, or "all-linear"; must agree with the tensors in the file'),
+    used("task_type", "CAUSAL_LM, FEATURE_EXTRACTION or nothing"),
+    used("peft_version", "recorded in the manifest"),
+    harmless("base_model_name_or_path", "never followed; shapes are compared with the served base instead"),
+    harmless("revision", "revision of the base it was trained on"),
+    harmless("inference_mode", "says how PEFT loads it", True),
+    harmless("auto_mapping", "never imported"),
+    refused(
+        "modules_to_save",
+        "fully trained modules are not served yet: train adapters on the decoder's linear layers only",
+    ),
 )
+_SOMETIMES = {
+    rule.key: rule
+    for rule in (
+        used("exclude_modules", "list of plain names"),
+        used("layers_to_transform", "layer numbers that target_modules is limited to"),
+        used("layers_pattern", '"layers" or nothing: the only name that layers have here'),
+        used("bias", 'must be "none"'),
+        harmless("fan_in_fan_out", "concerns Conv1D layers; the bases here have none"),
+        training_only("init_weights", True),
+    )
+}
 
-_BY_KEY = {rule.key: rule for rule in RULES}
+
+def common_rules(*keys: str) -> Rules:
+    """Return the rules of the keys that every tuner has, and of those shared ones that this tuner has too."""
+    return (*_ALWAYS, *(_SOMETIMES[key] for key in keys))
 
 
-def check_keys(config: dict[str, Json]) -> tuple[str, ...]:
+def check_keys(config: Config, rules: Rules) -> tuple[str, ...]:
     """Return the harmless keys that are set to something, in order.
 
     Raises:
         UnsupportedAdapter: a key is unknown, or refused and not at its default; `param` is the key.
     """
+    by_key = {rule.key: rule for rule in rules}
     ignored = []
     for key, value in config.items():
-        rule = _BY_KEY.get(key)
+        rule = by_key.get(key)
         if rule is None:
             shown = ascii(key)[:80]
             raise UnsupportedAdapter(
-                f"adapter_config.json holds the key {shown}, which this server does not know; "
+                f"adapter_config.json holds the key {shown}, which this server does not know for this peft_type; "
                 "remove it if it has no effect on inference",
                 param=key if len(key) <= 80 and key.isascii() and key.isprintable() else None,
             )
@@ -117,7 +113,3 @@ def check_keys(config: dict[str, Json]) -> tuple[str, ...]:
         if rule.use is Use.HARMLESS and key not in _NEVER_REPORTED:
             ignored.append(key)
     return tuple(sorted(ignored))
-
-
-# every adapter names its base: reporting it would be noise
-_NEVER_REPORTED = frozenset({"base_model_name_or_path", "revision"})

@@ -5,13 +5,17 @@ Invariant: no text from a config is ever compiled; what is not a plain name is r
 """
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.strict_json import Json
 
 # every module of a base of 126 layers fits; matching is entries times modules
-_MAX_ENTRIES = 1024
+MAX_ENTRIES = 1024
+T = TypeVar("T")
+
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-]+(\.[A-Za-z0-9_\-]+)*\Z")
 _PATTERN_KEY = re.compile(r"\^?[A-Za-z0-9_\-]+((\\)?\.[A-Za-z0-9_\-]+)*\$?\Z")
 
@@ -35,6 +39,24 @@ class PatternKey:
             return False
         pairs = zip(self.text, path[start:], self.wildcards, strict=True)
         return all(wildcard or wanted == found for wanted, found, wildcard in pairs)
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern(Generic[T]):
+    """Values of one field by pattern key, in the order of the file: the first key that matches decides."""
+
+    field: str
+    entries: tuple[tuple[PatternKey, T], ...] = ()
+
+    def of(self, path: str, default: T) -> T:
+        """Return the value for the module at `path`."""
+        return next((value for key, value in self.entries if key.matches(path)), default)
+
+    def unused(self, paths: Iterable[str]) -> tuple[str, ...]:
+        """Return the keys that decide nothing for these modules, as `field[key]`."""
+        keys = [key for key, _ in self.entries]
+        deciding = {next((key.key for key in keys if key.matches(path)), None) for path in paths}
+        return tuple(f"{self.field}[{key.key}]" for key in keys if key.key not in deciding)
 
 
 def parse_pattern_key(key: str, field: str) -> PatternKey:
@@ -73,8 +95,8 @@ def read_names(value: Json, field: str) -> tuple[str, ...]:
             "write the list of module names instead, such as ['q_proj', 'v_proj']",
             param=field,
         )
-    if not isinstance(names, list) or len(names) > _MAX_ENTRIES:
-        raise UnsupportedAdapter(f"{field} must be a list of at most {_MAX_ENTRIES} module names", param=field)
+    if not isinstance(names, list) or len(names) > MAX_ENTRIES:
+        raise UnsupportedAdapter(f"{field} must be a list of at most {MAX_ENTRIES} module names", param=field)
     plain: list[str] = []
     for name in names:
         if not isinstance(name, str) or len(name) > 256 or not _PLAIN_NAME.match(name):

@@ -1,6 +1,6 @@
-"""Proof of a conversion: read the canonical file back and compare what it does with what the source does.
+"""Proof of a conversion: read the canonical file back and compare what it does with the source's own formula.
 
-Owns the comparison only: `y = (x A^T) B^T * scaling + bias * scaling` of source and canonical matrices on random rows,
+Owns the comparison only: `y = (x A^T) BT + bias` of the canonical file and `Delta.apply` of the source on random rows,
 in float64, for a few modules. Invariant: a canonical file whose modules act differently from their source beyond the
 rounding of its dtype is never published.
 """
@@ -10,14 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from adapters_store.base import BaseDims
+from adapters_store.convert.tuner import Delta, Float64
 from adapters_store.errors import ConversionFailed
-from adapters_store.float_bits import ROUNDOFF, Float32, decode
+from adapters_store.float_bits import ROUNDOFF, decode
 from adapters_store.manifest import Module
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
-
-Float64 = npt.NDArray[np.float64]
 
 _NUM_ROWS = 4
 _SEED = 20260901
@@ -25,18 +24,32 @@ _SEED = 20260901
 _SLACK = 3.0
 # the smallest subnormal: what a value may lose to underflow
 _UNDERFLOW = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
+# of the float64 sums themselves, relative to their terms
+_NOISE = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class SourceModule:
-    """One module with its scaling and a reader of its unscaled source values: A, BT (as B `[out, rank]`) or bias."""
+    """One canonical module, which is outputs `begin..end` of a module of the source, and a reader of that one."""
 
     module: Module
-    scaling: float
-    values: Callable[[Module, str], Float32]
+    begin: int
+    end: int
+    delta: Callable[[], Delta]
 
 
-def measure_error(path: Path, slots: tuple[TensorSlot, ...], sources: list[SourceModule], dtype: str) -> float:
+@dataclass(frozen=True, slots=True)
+class _Canonical:
+    """The stored values of one module: a [rank, in], bt [rank, out], bias [out]."""
+
+    a: Float64
+    bt: Float64
+    bias: Float64
+
+
+def measure_error(
+    path: Path, slots: tuple[TensorSlot, ...], sources: list[SourceModule], dtype: str, base: BaseDims
+) -> float:
     """Return the largest difference of any output over the first, middle and last module, to two digits.
 
     Raises:
@@ -45,35 +58,52 @@ def measure_error(path: Path, slots: tuple[TensorSlot, ...], sources: list[Sourc
     chosen = {0, len(sources) // 2, len(sources) - 1}
     random = np.random.default_rng(_SEED)
     by_name = {slot.name: slot for slot in slots}
-    return max(_module_error(path, by_name, sources[index], dtype, random) for index in sorted(chosen))
+    errors = []
+    for index in sorted(chosen):
+        source = sources[index]
+        x = random.standard_normal((_NUM_ROWS, base.site_shape(source.module.site)[1]))
+        errors.append(_module_error(_read_module(path, by_name, source, x.shape[1]), source, dtype, x))
+    return max(errors)
 
 
-def _module_error(
-    path: Path, slots: dict[str, TensorSlot], source: SourceModule, dtype: str, random: np.random.Generator
-) -> float:
-    module = source.module
-    a, b = source.values(module, "A").astype(np.float64), source.values(module, "BT").astype(np.float64)
-    x = random.standard_normal((_NUM_ROWS, a.shape[1]))
-    canonical_a = _read(path, slots[module.tensor("A")])
-    canonical_bt = _read(path, slots[module.tensor("BT")])
-    wanted = (x @ a.T) @ b.T * source.scaling
-    found = (x @ canonical_a.T) @ canonical_bt
+def _module_error(stored: _Canonical, source: SourceModule, dtype: str, x: Float64) -> float:
+    delta = source.delta()
+    wanted = delta.apply(x)[:, source.begin : source.end]
+    found = (x @ stored.a.T) @ stored.bt + stored.bias
+    a, bt, bias, size = np.abs(stored.a), np.abs(stored.bt), np.abs(stored.bias), np.abs(x)
     tiny = _UNDERFLOW[dtype]
-    exact = (np.abs(x) @ np.abs(a).T) @ np.abs(b * source.scaling).T
-    widened = (np.abs(x) @ (np.abs(a) + tiny).T) @ (np.abs(b * source.scaling) + tiny).T
-    if module.has_bias:
-        bias = source.values(module, "bias").astype(np.float64) * source.scaling
-        wanted, exact, widened = wanted + bias, exact + np.abs(bias), widened + np.abs(bias) + tiny
-        found = found + _read(path, slots[module.tensor("bias")])
+    exact = (size @ a.T) @ bt + bias
+    widened = (size @ (a + tiny).T) @ (bt + tiny) + bias + tiny
+    noise = _NOISE * (widened + _sum_of_terms(delta, source, size))
     error = np.abs(wanted - found)
-    if np.any(error > _SLACK * ROUNDOFF[dtype] * widened + (widened - exact) + np.finfo(np.float64).tiny):
+    if not np.all(error <= _SLACK * ROUNDOFF[dtype] * widened + (widened - exact) + noise):
         raise ConversionFailed(
-            f"the conversion of {module.path} does not act as its source; this is a bug of the server"
+            f"the conversion of {source.module.path} does not act as its source; this is a bug of the server"
         )
-    # noise of the float64 sums themselves would make the manifest depend on the machine
-    noise = 1e-12 * float(np.max(widened))
+    # noise of the sums would make the manifest depend on the machine
     largest = float(np.max(error))
-    return float(f"{largest:.1e}") if largest > noise else 0.0
+    return float(f"{largest:.1e}") if largest > float(np.max(noise)) else 0.0
+
+
+def _sum_of_terms(delta: Delta, source: SourceModule, size: Float64) -> Float64:
+    """Bound the terms that were added up into the values of A and B themselves; 0 where they are no sums."""
+    factors = delta.factors()
+    if factors.a_terms is None and factors.b_terms is None:
+        return np.zeros((len(size), source.end - source.begin))
+    a = np.abs(factors.a) if factors.a_terms is None else factors.a_terms
+    b = np.abs(factors.b) if factors.b_terms is None else factors.b_terms
+    terms: Float64 = (size @ a.T.astype(np.float64)) @ b[source.begin : source.end].T.astype(np.float64)
+    return terms
+
+
+def _read_module(path: Path, slots: dict[str, TensorSlot], source: SourceModule, num_in: int) -> _Canonical:
+    module, num_out = source.module, source.end - source.begin
+    has_rank = module.rank > 0
+    return _Canonical(
+        a=_read(path, slots[module.tensor("A")]) if has_rank else np.zeros((0, num_in)),
+        bt=_read(path, slots[module.tensor("BT")]) if has_rank else np.zeros((0, num_out)),
+        bias=_read(path, slots[module.tensor("bias")]) if module.has_bias else np.zeros(num_out),
+    )
 
 
 def _read(path: Path, slot: TensorSlot) -> Float64:

@@ -13,10 +13,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from adapters_store.canonical import check_adapter
+from adapters_store.convert.lora import LORA, LoraTuner
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.convert.peft_config import read_config
-from adapters_store.convert.peft_keys import RULES
 from adapters_store.errors import AdapterRefused, ConversionFailed
 from tests.store.folders import TINY, lora_config, lora_tensors, safetensors_bytes, write_folder
 
@@ -38,7 +38,7 @@ values = st.recursive(
 
 
 @settings(max_examples=800, deadline=None, derandomize=True)
-@given(st.dictionaries(st.sampled_from([rule.key for rule in RULES]), values, min_size=1, max_size=3))
+@given(st.dictionaries(st.sampled_from([rule.key for rule in LORA.rules]), values, min_size=1, max_size=3))
 def test_a_random_value_of_any_known_key_is_read_or_refused(changes: dict[str, object]) -> None:
     try:
         config = read_config(json.dumps(lora_config(**changes)).encode(), model_type="llama")
@@ -46,7 +46,8 @@ def test_a_random_value_of_any_known_key_is_read_or_refused(changes: dict[str, o
         assert len(refusal.message) < 400 and refusal.message.isprintable()
         assert json.dumps(refusal.body()).isascii()
     else:
-        assert config.rank >= 1 and config.scaling_of("model.layers.0.self_attn.q_proj") > 0
+        assert isinstance(config.tuner, LoraTuner)
+        assert config.tuner.rank >= 1 and config.tuner.scaling_of("model.layers.0.self_attn.q_proj") > 0
 
 
 @pytest.fixture(scope="module")

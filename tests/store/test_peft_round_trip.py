@@ -14,9 +14,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM, PreTrainedModel
 
-from adapters_store.base import SITE_PATHS, BaseDims, read_base_dims
-from adapters_store.float_bits import FILE_DTYPES, Float32, decode
-from adapters_store.store import OpenAdapter
+from adapters_store.base import BaseDims, read_base_dims
+from adapters_store.float_bits import decode
+from tests.store.deltas import Deltas, assert_equal_deltas, fused_deltas, stored_deltas
 from tests.store.folders import open_store
 
 # PEFT warns about transformers' names and about targets it finds odd: not ours to fix
@@ -117,7 +117,7 @@ def llama() -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**DIMS))
 
 
-def peft_deltas(model: PeftModel) -> dict[str, tuple[Float32, Float32 | None]]:
+def peft_deltas(model: PeftModel) -> Deltas:
     """Return PEFT's effective delta `[out, in]` and bias of every module, by base-neutral path."""
     deltas = {}
     for name, module in model.named_modules():
@@ -129,39 +129,6 @@ def peft_deltas(model: PeftModel) -> dict[str, tuple[Float32, Float32 | None]]:
             bias = None if b.bias is None else (b.bias.double() * scaling).float().detach().numpy()
             deltas[name.removeprefix("base_model.model.model.")] = (delta.detach().numpy(), bias)
     return deltas
-
-
-def stored_deltas(image: OpenAdapter, base: BaseDims) -> dict[str, tuple[Float32, Float32 | None]]:
-    """Return the same from an adapter image."""
-    deltas = {}
-    dtype = FILE_DTYPES[image.dtype]
-    item_bytes = 4 if dtype == "F32" else 2
-    for entry in image.entries:
-        num_out, num_in = base.site_shape(entry.site)
-
-        def read(offset: int, *shape: int) -> Float32:
-            end = offset + item_bytes * int(np.prod(shape))
-            return decode(image.data[offset:end], dtype).reshape(shape)
-
-        a = read(entry.a_offset, entry.rank, num_in)
-        bt = read(entry.bt_offset, entry.rank, num_out)
-        bias = None if entry.bias_offset is None else read(entry.bias_offset, num_out)
-        path = f"layers.{entry.layer}.{SITE_PATHS[entry.site]}"
-        deltas[path] = ((bt.astype(np.float64).T @ a.astype(np.float64)).astype(np.float32), bias)
-    return deltas
-
-
-def assert_equal_deltas(
-    stored: dict[str, tuple[Float32, Float32 | None]], wanted: dict[str, tuple[Float32, Float32 | None]], rtol: float
-) -> None:
-    """Compare all modules; `rtol` is relative to the largest value of each."""
-    assert stored.keys() == wanted.keys()
-    for path, (delta, bias) in wanted.items():
-        np.testing.assert_allclose(stored[path][0], delta, rtol=0, atol=rtol * float(np.abs(delta).max()), err_msg=path)
-        stored_bias = stored[path][1]
-        assert (stored_bias is None) == (bias is None)
-        if bias is not None and stored_bias is not None:
-            np.testing.assert_allclose(stored_bias, bias, rtol=0, atol=rtol * float(np.abs(bias).max()), err_msg=path)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -216,19 +183,7 @@ def test_fused_phi3_projections_are_split(tmp_path: Path) -> None:
     version = store.put_dir("a", tmp_path / "peft")
     assert len(version.report.applied) == 21
     stored = stored_deltas(store.open_image(version.digest), BASE)
-    joined: dict[str, tuple[Float32, Float32 | None]] = {}
-    groups = {
-        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
-        "self_attn.o_proj": ("self_attn.o_proj",),
-        "mlp.down_proj": ("mlp.down_proj",),
-    }
-    for layer in range(3):
-        for fused, parts in groups.items():
-            deltas = [stored[f"layers.{layer}.{part}"] for part in parts]
-            biases = [bias for _, bias in deltas if bias is not None]
-            joined[f"layers.{layer}.{fused}"] = (np.concatenate([d for d, _ in deltas]), np.concatenate(biases))
-    assert_equal_deltas(joined, peft_deltas(model), rtol=1e-6)
+    assert_equal_deltas(fused_deltas(stored), peft_deltas(model), rtol=1e-6)
     store.close()
 
 

@@ -209,7 +209,9 @@ TENSORS: dict[str, Bad] = {
     "NaN in A": Bad("non_finite", A_NAME, change=poison(A_NAME, np.nan)),
     "infinity in B": Bad("non_finite", B_NAME, change=poison(B_NAME, np.inf)),
     "minus infinity in B": Bad("non_finite", B_NAME, change=poison(B_NAME, -np.inf)),
-    "B overflows once it is scaled": Bad("non_finite", B_NAME, {"lora_alpha": 1000}, poison(B_NAME, 3e38)),
+    "B overflows once it is scaled": Bad(
+        "non_finite", STEM.removeprefix("base_model.model."), {"lora_alpha": 1000}, poison(B_NAME, 3e38)
+    ),
     "every B is zero": Bad("adapter_no_effect", None, change=zero("lora_B")),
     "every A is zero": Bad("adapter_no_effect", None, change=zero("lora_A")),
     "no tensor at all": Bad(CORRUPT, None, change=lambda tensors: tensors.clear()),

@@ -1,53 +1,48 @@
 """The converter's self-test convicts planted conversion bugs, and says how exact a sound conversion is."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from adapters_store.convert import peft
+from adapters_store.convert import lora
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
+from adapters_store.convert.tuner import Array, Factors
 from adapters_store.errors import ConversionFailed
-from adapters_store.float_bits import Float32
 from adapters_store.manifest import parse_manifest
 from tests.store.folders import TINY, lora_config, lora_tensors, write_folder
 
-Fold = Callable[[Float32, str, float], Float32]
+Change = Callable[[Factors, float], Factors]
+sound = lora._Delta.factors
 
 
-sound: Fold = peft._folded
-
-
-def scaled(kind: str, values: Float32, scaling: float) -> Float32:
-    return values if kind == "A" else values * np.float32(scaling)
-
-
-PLANTED: dict[str, Fold] = {
-    "the scaling is forgotten": lambda values, kind, scaling: values.T if kind == "BT" else values,
-    "the scaling is folded in twice": lambda values, kind, scaling: sound(values, kind, scaling * scaling),
-    "rsLoRA is read as LoRA": lambda values, kind, scaling: sound(values, kind, scaling / 2**0.5),
-    "A is scaled too": lambda values, kind, scaling: (
-        values * np.float32(scaling) if kind == "A" else sound(values, kind, scaling)
-    ),
-    "B is not transposed": lambda values, kind, scaling: (
-        scaled(kind, values, scaling).reshape(values.T.shape) if kind == "BT" else scaled(kind, values, scaling)
-    ),
-    "the bias is not scaled": lambda values, kind, scaling: values if kind == "bias" else sound(values, kind, scaling),
-    "one row is lost": lambda values, kind, scaling: (
-        sound(values, kind, scaling)
-        * (np.arange(len(values.T if kind == "BT" else values)) > 0).reshape(-1, *[1] * (values.ndim - 1))
-    ),
+PLANTED: dict[str, Change] = {
+    "the scaling is forgotten": lambda good, scaling: replace(good, b=good.b / scaling),
+    "the scaling is folded in twice": lambda good, scaling: replace(good, b=good.b * scaling),
+    "rsLoRA is read as LoRA": lambda good, scaling: replace(good, b=good.b / 2**0.5),
+    "A is scaled too": lambda good, scaling: replace(good, a=good.a * scaling),
+    "B is not transposed": lambda good, scaling: replace(good, b=good.b.T.reshape(good.b.shape)),
+    "the bias is not scaled": lambda good, scaling: replace(good, bias=bias_of(good) / scaling),
+    "one row of A is lost": lambda good, scaling: replace(good, a=good.a * [[0], [1]]),
+    "one output is lost": lambda good, scaling: replace(good, b=good.b * (np.arange(len(good.b)) > 0)[:, None]),
+    "one bias is lost": lambda good, scaling: replace(good, bias=bias_of(good) * (np.arange(len(good.b)) > 0)),
 }
 
 
+def bias_of(factors: Factors) -> Array:
+    assert factors.bias is not None
+    return factors.bias
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("fold", PLANTED.values(), ids=PLANTED.keys())
+@pytest.mark.parametrize("change", PLANTED.values(), ids=PLANTED.keys())
 def test_a_planted_conversion_bug_is_found(
-    fold: Fold, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    change: Change, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(peft, "_folded", fold)
+    monkeypatch.setattr(lora._Delta, "factors", lambda delta: change(sound(delta), delta.scaling))
     config = lora_config(lora_bias=True, lora_alpha=3)
     folder = write_folder(tmp_path / "good", config, lora_tensors(bias=True))
     with pytest.raises(ConversionFailed, match=r"layers\.0\.self_attn\.q_proj"):

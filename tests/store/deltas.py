@@ -1,0 +1,59 @@
+"""What an adapter image does, as dense matrices: the common ground on which the store is compared with PEFT."""
+
+import numpy as np
+
+from adapters_store.base import SITE_PATHS, BaseDims
+from adapters_store.float_bits import FILE_DTYPES, Float32, decode
+from adapters_store.store import OpenAdapter
+
+# by base-neutral module path: delta [out, in], bias [out] or None
+Deltas = dict[str, tuple[Float32, Float32 | None]]
+
+
+def stored_deltas(image: OpenAdapter, base: BaseDims) -> Deltas:
+    """Return the effective delta and bias of every module of an image."""
+    deltas: Deltas = {}
+    dtype = FILE_DTYPES[image.dtype]
+    item_bytes = 4 if dtype == "F32" else 2
+    for entry in image.entries:
+        num_out, num_in = base.site_shape(entry.site)
+
+        def read(offset: int, *shape: int) -> Float32:
+            end = offset + item_bytes * int(np.prod(shape))
+            return decode(image.data[offset:end], dtype).reshape(shape)
+
+        a = read(entry.a_offset, entry.rank, num_in)
+        bt = read(entry.bt_offset, entry.rank, num_out)
+        bias = None if entry.bias_offset is None else read(entry.bias_offset, num_out)
+        path = f"layers.{entry.layer}.{SITE_PATHS[entry.site]}"
+        deltas[path] = ((bt.astype(np.float64).T @ a.astype(np.float64)).astype(np.float32), bias)
+    return deltas
+
+
+def assert_equal_deltas(stored: Deltas, wanted: Deltas, rtol: float) -> None:
+    """Compare all modules; `rtol` is relative to the largest value of each."""
+    assert stored.keys() == wanted.keys()
+    for path, (delta, bias) in wanted.items():
+        np.testing.assert_allclose(stored[path][0], delta, rtol=0, atol=rtol * float(np.abs(delta).max()), err_msg=path)
+        stored_bias = stored[path][1]
+        assert (stored_bias is None) == (bias is None)
+        if bias is not None and stored_bias is not None:
+            np.testing.assert_allclose(stored_bias, bias, rtol=0, atol=rtol * float(np.abs(bias).max()), err_msg=path)
+
+
+def fused_deltas(deltas: Deltas) -> Deltas:
+    """Return the same as Phi-3's checkpoints name it: q, k, v stacked, and gate, up."""
+    groups = {
+        "self_attn.qkv_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        "mlp.gate_up_proj": ("mlp.gate_proj", "mlp.up_proj"),
+        "self_attn.o_proj": ("self_attn.o_proj",),
+        "mlp.down_proj": ("mlp.down_proj",),
+    }
+    joined: Deltas = {}
+    for layer in sorted({path.split(".")[1] for path in deltas}):
+        for fused, parts in groups.items():
+            pieces = [deltas[f"layers.{layer}.{part}"] for part in parts]
+            biases = [bias for _, bias in pieces if bias is not None]
+            bias = np.concatenate(biases) if biases else None
+            joined[f"layers.{layer}.{fused}"] = (np.concatenate([delta for delta, _ in pieces]), bias)
+    return joined
