@@ -65,6 +65,7 @@ TORCH_ENGINE = {
     "random_steps",
     "runner",
     "sampler",
+    "site_rows",
     "start_facts",
     "tune",
     "worker",

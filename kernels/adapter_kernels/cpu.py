@@ -1,15 +1,18 @@
-"""The adapter ops as batched torch for CPU serving: one shrink and one expand per group of adapters, never per request.
+"""The adapter ops as batched torch for CPU serving: one call per group of adapters, never per request.
 
-Formula, for token t of adapter a at a fused site: c = x[t] @ A_a.T ; y[t, member] += c[member] @ BT_a + bias_a, the
-same as `reference.fused_delta`. Products accumulate in fp32; the bridge c is rounded to the model's dtype. Rows
-without adapter are never read or written; each row meets its own adapter's weights only.
+Formula: `reference.site_output`, for token t of adapter a at each member of a fused site. Products accumulate in fp32;
+the bridge is rounded to the model's dtype, and so is y after each op that an adapter has. A gate's logits are fp32.
+Rows without adapter are never read or written; each row meets its own adapter's weights only.
 """
 
 import torch
 from torch import Tensor
 
-from adapter_kernels.route import Group, Route, Segment
-from adapter_kernels.slab import FusedRows
+from adapter_kernels.delta import BaseLinear
+from adapter_kernels.gate import Choice, add_chosen, choose, weigh
+from adapter_kernels.route import Group, Route
+from adapter_kernels.scales import scaled_product
+from adapter_kernels.slab import FusedRows, Member
 
 
 class CpuDelta:
@@ -17,63 +20,78 @@ class CpuDelta:
 
     def __init__(self, route: Route) -> None:
         self.route = route
+        self._has_scales = any(group.slab.has_scales for group in route.groups)
 
-    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
-        """Add every row's delta into `y` in place; see `adapter_kernels.delta.AdapterDelta`."""
-        for segment in self.route.segments:
-            rows = segment.slab.fused.get((layer, site))
-            if rows is not None:
-                _add_segment(segment, rows, x, y)
-        for group in self.route.groups:
-            rows = group.slab.fused.get((layer, site))
-            if rows is not None:
-                _add_group(group, rows, x, y)
-
-
-def _add_segment(segment: Segment, rows: FusedRows, x: Tensor, y: Tensor) -> None:
-    own = y[segment.begin : segment.end]
-    position = segment.position
-    bridge = None if rows.a is None else torch.mm(x[segment.begin : segment.end], rows.a[position].T)
-    for member in rows.members:
-        columns = own[:, member.out_begin : member.out_end]
-        if member.bt is not None and bridge is not None:
-            columns.addmm_(bridge[:, member.rank_begin : member.rank_end], member.bt[position])
-        if member.bias is not None:
-            columns.add_(member.bias[position])
+    def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:
+        """Run a fused site with every row's adapter; see `adapter_kernels.delta.AdapterDelta`."""
+        acting = [
+            (group, rows) for group in self.route.groups if (rows := group.slab.fused.get((layer, site))) is not None
+        ]
+        y = scaled_product(site, acting, x, base) if self._has_scales else base(x)
+        for group, rows in acting:
+            _add(group, rows, group.own(x), group.own(y))
+        return y
 
 
-def _add_group(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
-    own_x, own_y = x[group.begin : group.end], y[group.begin : group.end]
-    if group.padded is not None:
-        own_x = own_x.index_select(0, group.padded)
-    shape = (group.last - group.first, group.rows_per_position)
+def _add(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
+    """Add a group's deltas; x [n, D] and y [n, O] are its own rows."""
+    blocks = group.blocks(x)  # [positions, rows, D]
+    logits = None if rows.gates is None else torch.bmm(blocks.float(), group.weights(rows.gates).transpose(1, 2))
+    is_gathered = rows.is_mixture and _reads_less(group, rows)
     bridge = None
-    if rows.a is not None:
-        bridge = torch.bmm(own_x.view(*shape, -1), rows.a[group.first : group.last].transpose(1, 2))
+    if rows.a is not None and not is_gathered:
+        bridge = torch.bmm(blocks, group.weights(rows.a).transpose(1, 2))
     for member in rows.members:
-        columns = own_y[:, member.out_begin : member.out_end]
-        weights = None if member.bt is None else member.bt[group.first : group.last]
-        bias = None if member.bias is None else member.bias[group.first : group.last, None]
-        coefficients = None if bridge is None else bridge[:, :, member.rank_begin : member.rank_end]
-        if group.kept is None:
-            _add_exact(columns.view(*shape, -1), coefficients, weights, bias)
-        else:
-            _add_padded(columns, coefficients, weights, bias, group)
+        columns = y[:, member.out_begin : member.out_end]
+        choice = None
+        if member.mixture is not None and logits is not None:
+            choice = choose(logits[:, :, member.mixture.begin : member.mixture.end], member.mixture)
+        if bridge is not None:
+            _add_bridge(columns, bridge, choice, member, group)
+        elif choice is not None:
+            _add_chosen(x, columns, rows, choice, member, group)
+        if member.cols_idx is not None and member.cols_d is not None:
+            idx = group.weights(member.cols_idx)[:, None].expand(-1, blocks.shape[1], -1)
+            _expand(columns, torch.gather(blocks, 2, idx), group.weights(member.cols_d), group)
+        if member.bias is not None:
+            columns.add_(group.per_row(member.bias))
 
 
-def _add_exact(columns: Tensor, coefficients: Tensor | None, weights: Tensor | None, bias: Tensor | None) -> None:
-    if coefficients is not None and weights is not None:
-        columns.baddbmm_(coefficients, weights)
-    if bias is not None:
-        columns.add_(bias)
+def _reads_less(group: Group, rows: FusedRows) -> bool:
+    """Would fetching each row's chosen experts read fewer rows than all experts have?
+
+    One fetched row costs about as much as one of a whole product: E=28, r=8, top 2, 896 to 4864, bf16: 8 rows 383 us
+    fetched, 585 whole; 4 rows 242 and 905 (2 cores of an EPYC under load, 2026-11).
+    """
+    num_rows = group.end - group.begin
+    mixtures = [member.mixture for member in rows.members if member.mixture is not None]
+    fetched = sum(num_rows * mixture.top_k * mixture.ranks_of_expert.shape[1] for mixture in mixtures)
+    return fetched < (group.last - group.first) * sum(mixture.expert_of_rank.numel() for mixture in mixtures)
 
 
-def _add_padded(
-    columns: Tensor, coefficients: Tensor | None, weights: Tensor | None, bias: Tensor | None, group: Group
-) -> None:
-    kept = group.kept
-    assert kept is not None, "a padded group knows its kept rows"
-    if coefficients is not None and weights is not None:
-        columns.add_(torch.bmm(coefficients, weights).flatten(0, 1).index_select(0, kept))
-    if bias is not None:
-        columns.add_(bias.expand(-1, group.rows_per_position, -1).flatten(0, 1).index_select(0, kept))
+def _add_bridge(columns: Tensor, bridge: Tensor, choice: Choice | None, member: Member, group: Group) -> None:
+    if member.bt is not None:
+        coefficients = bridge[:, :, member.rank_begin : member.rank_end]
+        if choice is not None and member.mixture is not None:
+            coefficients = weigh(coefficients, choice, member.mixture)
+        _expand(columns, coefficients, group.weights(member.bt), group)
+    if member.rows_idx is not None:
+        values = group.rows(bridge[:, :, member.rank_end : member.rows_end])
+        columns.scatter_add_(1, group.per_row(member.rows_idx).expand(values.shape), values)
+
+
+def _expand(columns: Tensor, coefficients: Tensor, weights: Tensor, group: Group) -> None:
+    """Add coefficients [positions, rows, R] times weights [positions, R, O] into the group's columns [n, O]."""
+    if group.kept is None:
+        columns.view(*coefficients.shape[:2], -1).baddbmm_(coefficients, weights)
+    else:
+        columns.add_(group.rows(torch.bmm(coefficients, weights)))
+
+
+def _add_chosen(x: Tensor, columns: Tensor, rows: FusedRows, choice: Choice, member: Member, group: Group) -> None:
+    assert rows.a is not None and member.bt is not None and member.mixture is not None, "a mixture has rank rows"
+    position = group.position_of_rows() + group.first
+    own = Choice(group.rows(choice.experts), group.rows(choice.weights))
+    first_a = position * rows.a.shape[1] + member.rank_begin
+    first_bt = position * member.bt.shape[1]
+    add_chosen(x, rows.a.flatten(0, 1), member.bt.flatten(0, 1), first_a, first_bt, own, member.mixture, columns)

@@ -1,4 +1,4 @@
-"""What the decoder knows of adapters: one object per step that adds every row's delta at a fused site."""
+"""What the decoder knows of adapters: one object per step that runs a fused site with every row's own adapter."""
 
 from typing import Protocol
 
@@ -13,15 +13,27 @@ FUSED_SITES: dict[str, tuple[str, ...]] = {
 }
 
 
-class AdapterDelta(Protocol):
-    """The deltas of one step's adapters; a step without adapters has none and pays nothing."""
+class BaseLinear(Protocol):
+    """The base's frozen layer: y [T, O] = x [T, D] @ W.T + bias, fresh and contiguous."""
 
-    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
-        """Add into `y` the delta of each token's adapter: y[t] += sum_j c[t, j] R[j, :] (KERNELS 1).
+    @property
+    def bias(self) -> Tensor | None:
+        """[O], or None."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class AdapterDelta(Protocol):
+    """The adapters of one step; a step without adapters has none and pays nothing."""
+
+    def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:
+        """Run a fused site: y[t] = out_scale * (W (in_scale * x[t])) + b + bias + sum_j c[t, j] R[j, :] (KERNELS 1).
 
         Args:
             layer: decoder layer index. site: key of `FUSED_SITES`.
-            x: [T, D] the site's input. y: [T, O] the base's output, q|k|v or gate|up side by side; changed in place.
-                Rows without adapter are not touched.
+            x: [T, D] the site's input, left as it is.
+        Returns:
+            [T, O], q|k|v or gate|up side by side. A row without adapter has the bits of `base(x)`.
         """
         ...

@@ -1,8 +1,10 @@
 """Where each site's rows lie in an adapter image: the offset table that every kernel reads.
 
 The image is the data section of the canonical adapter file, byte for byte: layer-major, site order q, k, v, o, gate,
-up, down; per site `A [rank, in]`, then the rank rows `BT [rank, out]`, then an optional `bias [out]`, each aligned to
-128 bytes, at true rank. This module only reads; invariant: no view reaches outside the image.
+up, down; per site, each where it exists: gate `[E, in]`, `A [sum of ranks, in]`, rank rows `BT [sum of ranks, out]`,
+cols `idx [s]` and `D [s, out]`, rows `idx [s]` and `D [s, in]`, `out_scale [out]`, `in_scale [in]`, `bias [out]`, each
+aligned to 128 bytes, at true rank. This module only reads; invariants: no view reaches outside the image, and no index
+names a channel that the site lacks.
 """
 
 from dataclasses import dataclass
@@ -12,24 +14,84 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Byte offsets of `count` int32 indices and of as many rows."""
+
+    count: int
+    idx_offset: int
+    d_offset: int
+
+
+@dataclass(frozen=True, slots=True)
 class SiteRows:
-    """Byte offsets of one site's tensors inside the image; `rank` may be 0 when there is only a bias."""
+    """Byte offsets of one site's tensors inside the image; None where the adapter has no such tensor.
+
+    `ranks`: none, one (plain low rank), or one per expert of a mixture; `top_k` and `temperature` belong to its gate.
+    """
 
     layer: int
     site: str
-    rank: int
+    ranks: tuple[int, ...]
     a_offset: int
     bt_offset: int
     bias_offset: int | None
+    gate_offset: int | None = None
+    top_k: int = 0
+    temperature: float = 1.0
+    cols: SparseRows | None = None
+    rows: SparseRows | None = None
+    out_scale_offset: int | None = None
+    in_scale_offset: int | None = None
+
+    @property
+    def rank(self) -> int:
+        """Rank rows of all experts together; 0 where there are none."""
+        return sum(self.ranks)
+
+    @property
+    def is_lora(self) -> bool:
+        """Is there nothing but low rank and bias?"""
+        others = (self.gate_offset, self.cols, self.rows, self.out_scale_offset, self.in_scale_offset)
+        return len(self.ranks) <= 1 and all(other is None for other in others)
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """How a mixture weighs its experts: weight [E, in]; the `top_k` largest logits, softmax over logits / temperature.
+
+    `ranks` [E] cut the stacked A and BT of the site into experts.
+    """
+
+    weight: Tensor
+    ranks: tuple[int, ...]
+    top_k: int
+    temperature: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sparse:
+    """Channels idx [s] int32, strictly increasing, and a row of d [s, width] for each."""
+
+    idx: Tensor
+    d: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class SiteTensors:
-    """Views into the image: a [rank, in], bt [rank, out], bias [out] or None. The scaling is already in bt."""
+    """Views into the image: a [rank, in], bt [rank, out] (the scaling is in it), bias [out].
+
+    A gate makes the ranks experts; cols.d [s, out] meets the inputs idx, rows.d [s, in] makes the outputs idx;
+    out_scale [out] and in_scale [in] frame the base's product.
+    """
 
     a: Tensor
     bt: Tensor
     bias: Tensor | None
+    gate: Gate | None = None
+    cols: Sparse | None = None
+    rows: Sparse | None = None
+    out_scale: Tensor | None = None
+    in_scale: Tensor | None = None
 
 
 class ImageError(ValueError):
@@ -52,22 +114,57 @@ class AdapterImage:
         """Return the typed views of one site.
 
         Raises:
-            ImageError: an offset is unaligned or reaches past the end.
+            ImageError: an offset is unaligned or reaches past the end, or the table contradicts itself.
         """
         out_dim, in_dim = self.shapes[rows.site]
-        bias = None if rows.bias_offset is None else self._view(rows.bias_offset, 1, out_dim)[0]
         return SiteTensors(
-            a=self._view(rows.a_offset, rows.rank, in_dim), bt=self._view(rows.bt_offset, rows.rank, out_dim), bias=bias
+            a=self._view(rows.a_offset, rows.rank, in_dim),
+            bt=self._view(rows.bt_offset, rows.rank, out_dim),
+            bias=self._vector(rows.bias_offset, out_dim),
+            gate=self._gate(rows, in_dim),
+            cols=self._sparse(rows.cols, in_dim, out_dim),
+            rows=self._sparse(rows.rows, out_dim, in_dim),
+            out_scale=self._vector(rows.out_scale_offset, out_dim),
+            in_scale=self._vector(rows.in_scale_offset, in_dim),
         )
 
-    def _view(self, offset: int, num_rows: int, width: int) -> Tensor:
-        num_bytes = num_rows * width * self.dtype.itemsize
-        if offset < 0 or offset % self.dtype.itemsize or offset + num_bytes > self.data.numel():
+    def _gate(self, rows: SiteRows, in_dim: int) -> Gate | None:
+        num_experts = len(rows.ranks)
+        if rows.gate_offset is None:
+            if num_experts > 1:
+                raise ImageError(f"layer {rows.layer}, {rows.site}: {num_experts} experts and no gate; {_WAY_OUT}")
+            return None
+        if not 1 <= rows.top_k <= num_experts or not rows.temperature > 0:
             raise ImageError(
-                f"rows at byte {offset} ({num_rows} x {width} {self.dtype}) do not fit an image of "
-                f"{self.data.numel()} bytes; the canonical file is damaged, upload the adapter again"
+                f"layer {rows.layer}, {rows.site}: a gate cannot choose {rows.top_k} of {num_experts} experts at "
+                f"temperature {rows.temperature}; {_WAY_OUT}"
             )
-        return self.data[offset : offset + num_bytes].view(self.dtype).view(num_rows, width)
+        return Gate(self._view(rows.gate_offset, num_experts, in_dim), rows.ranks, rows.top_k, rows.temperature)
+
+    def _sparse(self, place: SparseRows | None, num_channels: int, width: int) -> Sparse | None:
+        if place is None:
+            return None
+        idx = self._view(place.idx_offset, 1, place.count, torch.int32)[0]
+        # a step must not meet an index that torch refuses: it would fail the other rows too
+        if not bool(((idx >= 0) & (idx < num_channels)).all()) or not bool((idx[1:] > idx[:-1]).all()):
+            raise ImageError(f"channels at byte {place.idx_offset} are not increasing below {num_channels}; {_WAY_OUT}")
+        return Sparse(idx, self._view(place.d_offset, place.count, width))
+
+    def _vector(self, offset: int | None, width: int) -> Tensor | None:
+        return None if offset is None else self._view(offset, 1, width)[0]
+
+    def _view(self, offset: int, num_rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
+        dtype = dtype or self.dtype
+        num_bytes = num_rows * width * dtype.itemsize
+        if offset < 0 or offset % dtype.itemsize or offset + num_bytes > self.data.numel():
+            raise ImageError(
+                f"rows at byte {offset} ({num_rows} x {width} {dtype}) do not fit an image of "
+                f"{self.data.numel()} bytes; {_WAY_OUT}"
+            )
+        return self.data[offset : offset + num_bytes].view(dtype).view(num_rows, width)
+
+
+_WAY_OUT = "the canonical file is damaged, upload the adapter again"
 
 
 def not_finite(layer: int, site: str, dtype: torch.dtype) -> str:

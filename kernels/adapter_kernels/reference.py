@@ -12,7 +12,7 @@ from torch import Tensor
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.tables import DeviceTables
-from adapter_kernels.image import AdapterImage, SiteTensors
+from adapter_kernels.image import AdapterImage, Gate, SiteTensors, Sparse
 
 
 def shrink(x: Tensor, a: Tensor) -> Tensor:
@@ -37,10 +37,103 @@ def expand(c: Tensor, bt: Tensor) -> Tensor:
     return c @ bt.float()
 
 
+def gate_weights(x: Tensor, gate: Gate) -> list[tuple[int, float]]:
+    """Choose one token's experts: the `top_k` largest of g = x G.T, ties to the lower expert.
+
+    Weights are softmax(chosen g / temperature); one expert alone weighs 1.
+
+    Args:
+        x: [D].
+    Returns:
+        (expert, weight), the largest logit first.
+    """
+    logits = x.float() @ gate.weight.float().T
+    # a row whose logits are not numbers chooses somebody: it is lost, its neighbours are not
+    order = sorted(range(len(gate.ranks)), key=lambda expert: (-float(logits[expert].nan_to_num()), expert))
+    chosen = order[: gate.top_k]
+    weights = torch.softmax(logits[chosen] / gate.temperature, 0) if len(chosen) > 1 else torch.ones(1)
+    return [(expert, float(weight)) for expert, weight in zip(chosen, weights, strict=True)]
+
+
+def mixture(x: Tensor, site: SiteTensors, gate: Gate) -> Tensor:
+    """Mix the experts of each token: y[t] = sum over its chosen e of w_e * expand(shrink(x[t], A_e), BT_e).
+
+    Args:
+        x: [T, D]. site: a and bt hold the experts' rows stacked, `gate.ranks` of each.
+    Returns:
+        [T, O] fp32.
+    """
+    ends = torch.tensor(gate.ranks).cumsum(0).tolist()
+    out = torch.zeros(x.shape[0], site.bt.shape[1])
+    for token in range(x.shape[0]):
+        for expert, weight in gate_weights(x[token], gate):
+            own = slice(ends[expert] - gate.ranks[expert], ends[expert])
+            out[token] += weight * expand(shrink(x[token : token + 1], site.a[own]), site.bt[own])[0]
+    return out
+
+
+def gather_expand(x: Tensor, cols: Sparse) -> Tensor:
+    """Change columns of W: y[t] = sum_j x[t, idx[j]] * D[j, :], D [s, out]; [T, O] fp32."""
+    return expand(x[:, cols.idx.long()].float(), cols.d)
+
+
+def shrink_scatter(x: Tensor, rows: Sparse, out_dim: int) -> Tensor:
+    """Change rows of W: y[t, idx[j]] = D[j] . x[t], D [s, in], and zero elsewhere; [T, O] fp32."""
+    out = torch.zeros(x.shape[0], out_dim)
+    out[:, rows.idx.long()] = shrink(x, rows.d)
+    return out
+
+
 def site_delta(x: Tensor, site: SiteTensors) -> Tensor:
-    """Delta of one adapter at one site: expand(shrink(x, A), BT) + bias, [T, O] fp32."""
-    delta = expand(shrink(x, site.a), site.bt)
+    """Delta of one adapter at one site, the sum of its additive ops: [T, O] fp32.
+
+    expand(shrink(x, A), BT), or with a gate its mixture, + gather_expand + shrink_scatter + bias.
+    """
+    delta = expand(shrink(x, site.a), site.bt) if site.gate is None else mixture(x, site, site.gate)
+    if site.cols is not None:
+        delta = delta + gather_expand(x, site.cols)
+    if site.rows is not None:
+        delta = delta + shrink_scatter(x, site.rows, site.bt.shape[1])
     return delta if site.bias is None else delta + site.bias.float()
+
+
+def site_output(x: Tensor, weight: Tensor, bias: Tensor | None, site: SiteTensors) -> Tensor:
+    """One adapter's whole site: y = out_scale * (W (in_scale * x)) + b + site_delta(x), [T, O] fp32.
+
+    Args:
+        x: [T, D]. weight: [O, D] and bias: [O] of the base.
+    """
+    scaled = x.float() if site.in_scale is None else x.float() * site.in_scale.float()
+    y = scaled @ weight.float().T
+    if site.out_scale is not None:
+        y = y * site.out_scale.float()
+    return (y if bias is None else y + bias.float()) + site_delta(x, site)
+
+
+def fused_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, layer: int, fused_site: str, adapters: Sequence[AdapterImage | None]
+) -> Tensor:
+    """Output of a whole step at a fused site, token by token: `site_output` of each member by the token's adapter.
+
+    Args:
+        x: [T, D]. weight: [O_fused, D] and bias: [O_fused], the members' one below the other. adapters: T entries.
+    Returns:
+        [T, O_fused] fp32; the base's own product where the adapter does not act or the token has none.
+    """
+    base_bias = torch.zeros(weight.shape[0]) if bias is None else bias.float()
+    out = x.float() @ weight.float().T + base_bias
+    for token, adapter in enumerate(adapters):
+        if adapter is None:
+            continue
+        x_row, begin = x[token : token + 1], 0
+        for site in FUSED_SITES[fused_site]:
+            end = begin + adapter.shapes[site][0]
+            own_weight, own_bias = weight[begin:end], base_bias[begin:end]
+            for rows in adapter.rows:
+                if (rows.layer, rows.site) == (layer, site):
+                    out[token, begin:end] = site_output(x_row, own_weight, own_bias, adapter.site(rows))[0]
+            begin = end
+    return out
 
 
 def fused_delta(

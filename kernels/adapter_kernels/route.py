@@ -1,9 +1,9 @@
 """The grouping of a step's rows by adapter: built once per step, reused at every site.
 
-Rows of one adapter lie side by side (the batch orders sequences by placement), so a route is a list of row ranges.
-Long ranges (prefill chunks) become segments, one GEMM each; short ones (decodes) of neighbouring slab positions
-become groups, one batched GEMM for all of them. Invariant: every row with an adapter is in exactly one range, rows
-without adapter in none.
+Rows of one adapter lie side by side (the batch orders sequences by placement), so a route is a list of row ranges,
+the groups. A long range (a prefill chunk) is a group of one adapter; short ones (decodes) of neighbouring slab
+positions become one group, one batched GEMM for all of them. Invariant: every row with an adapter is in exactly one
+group, rows without adapter in none.
 """
 
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_kernels.slab import Slab
 
-# up to this many rows a padded batched GEMM beats one GEMM per adapter, whose 264 calls of 38 us cost 10 ms more:
+# up to this many rows a padded batched GEMM beats one group per adapter, whose 264 calls of 38 us cost 10 ms more:
 # 32 rows over 8 adapters, the busiest with 10: 25 ms against 42 (2 cores, bf16, 2026-11)
 MAX_GROUPED_ROWS = 16
 # reading an idle neighbour's bytes is cheaper than a second round of calls up to about this size
@@ -26,16 +26,6 @@ class Placement:
     """Where an adapter lies: a position of a slab. `slab_id` orders slabs."""
 
     slab_id: int
-    slab: Slab
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """Rows `begin .. end` of the step, all of one adapter."""
-
-    begin: int
-    end: int
     slab: Slab
     position: int
 
@@ -54,15 +44,45 @@ class Group:
     first: int
     last: int
     rows_per_position: int
-    padded: Tensor | None
-    kept: Tensor | None
+    padded: Tensor | None = None
+    kept: Tensor | None = None
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Cut the group's rows out of the step's: a view."""
+        return rows[self.begin : self.end]
+
+    def weights(self, packed: Tensor) -> Tensor:
+        """Cut the group's adapters out of a slab's tensor [capacity, ..]: a view [positions, ..]."""
+        return packed[self.first : self.last]
+
+    def blocks(self, own: Tensor) -> Tensor:
+        """Give each position its rows: [end - begin, W] to [positions, rows_per_position, W], padding repeated."""
+        if self.padded is not None:
+            own = own.index_select(0, self.padded)
+        return own.view(self.last - self.first, self.rows_per_position, -1)
+
+    def rows(self, blocks: Tensor) -> Tensor:
+        """Undo `blocks`, padding dropped: [positions, rows_per_position, W] to [end - begin, W]."""
+        flat = blocks.flatten(0, 1)
+        return flat if self.kept is None else flat.index_select(0, self.kept)
+
+    def per_row(self, packed: Tensor) -> Tensor:
+        """Give each row its adapter's vector of a slab's tensor [capacity, W]: [end - begin, W] or a view [1, W]."""
+        vectors = self.weights(packed)
+        if vectors.shape[0] == 1:
+            return vectors
+        return vectors.index_select(0, self.position_of_rows())
+
+    def position_of_rows(self) -> Tensor:
+        """Tell each row's position, counted from `first`: [end - begin] int64."""
+        places = torch.arange(self.end - self.begin) if self.kept is None else self.kept
+        return places // self.rows_per_position
 
 
 @dataclass(frozen=True, slots=True)
 class Route:
     """One step's row ranges by adapter."""
 
-    segments: tuple[Segment, ...]
     groups: tuple[Group, ...]
 
 
@@ -81,12 +101,11 @@ def build_route(placements: list[Placement | None], counts: list[int]) -> Route:
             neighbours. Best ordered by: many rows (more than `MAX_GROUPED_ROWS`) or few, then (slab_id, position).
         counts: per sequence, its number of rows, each >= 1.
     """
-    segments: list[Segment] = []
     groups: list[Group] = []
     pending: list[_Run] = []
     for run in _runs(placements, counts):
         if run.count > MAX_GROUPED_ROWS:
-            segments.append(Segment(run.begin, run.begin + run.count, run.placement.slab, run.placement.position))
+            groups.append(_group([run]))
             continue
         if pending and not _joins(pending[-1], run):
             groups.append(_group(pending))
@@ -94,7 +113,7 @@ def build_route(placements: list[Placement | None], counts: list[int]) -> Route:
         pending.append(run)
     if pending:
         groups.append(_group(pending))
-    return Route(tuple(segments), tuple(groups))
+    return Route(tuple(groups))
 
 
 def _runs(placements: list[Placement | None], counts: list[int]) -> list[_Run]:
@@ -124,7 +143,7 @@ def _group(runs: list[_Run]) -> Group:
     width = max(run.count for run in runs)
     slab = runs[0].placement.slab
     if len(runs) == last - first and all(run.count == width for run in runs):
-        return Group(begin, end, slab, first, last, width, None, None)
+        return Group(begin, end, slab, first, last, width)
     # a padding row repeats the group's first row; its result is dropped
     padded = torch.zeros((last - first) * width, dtype=torch.int64)
     kept = torch.empty(end - begin, dtype=torch.int64)

@@ -13,13 +13,15 @@ from queue import SimpleQueue
 
 import torch
 
-from adapter_kernels.image import AdapterImage, ImageError, SiteRows, not_finite
+from adapter_kernels.image import AdapterImage, ImageError, not_finite
+from adapter_kernels.profile import Profile
 from adapter_kernels.route import Placement
-from adapter_kernels.slab import CAPACITY, Profile, Slab
+from adapter_kernels.slab import CAPACITY, Slab
 from adapters_store.errors import StoreError
 from adapters_store.store import OpenAdapter
 from serve.engine.cpu_threads import leave_core
 from serve.engine.plan import LoadResult
+from serve.engine.site_rows import site_rows
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -105,7 +107,7 @@ class AdapterArena:
         self._ended.put((result, placement))
 
     def _image(self, adapter: OpenAdapter) -> AdapterImage:
-        rows = tuple(SiteRows(e.layer, e.site, e.rank, e.a_offset, e.bt_offset, e.bias_offset) for e in adapter.entries)
+        rows = site_rows(adapter)
         # the map is read-only and only read here: torch has no read-only tensors and would warn
         data = torch.frombuffer(bytearray(adapter.data), dtype=torch.uint8)
         return AdapterImage(data, _DTYPES[adapter.dtype], rows, self._shapes)
@@ -137,11 +139,7 @@ class AdapterArena:
 
 
 def _non_finite(placement: Placement) -> str | None:
-    position = placement.position
-    for (layer, site), rows in placement.slab.fused.items():
-        tensors = [rows.a] if rows.a is not None else []
-        tensors += [t for member in rows.members for t in (member.bt, member.bias) if t is not None]
-        for tensor in tensors:
-            if not torch.isfinite(tensor[position]).all():
-                return not_finite(layer, site, placement.slab.dtype)
+    for layer, site, tensor in placement.slab.tensors():
+        if not torch.isfinite(tensor[placement.position]).all():
+            return not_finite(layer, site, placement.slab.dtype)
     return None

@@ -21,13 +21,14 @@ from adapter_kernels.gpu.image_upload import ImageUpload, UploadCancelled
 from adapter_kernels.gpu.placed_adapter import PlacedAdapter
 from adapter_kernels.gpu.table_writer import TableWriter
 from adapter_kernels.gpu.tables import DeviceTables
-from adapter_kernels.image import ImageError, SiteRows
+from adapter_kernels.image import ImageError
 from adapters_store.errors import StoreError
 from adapters_store.store import OpenAdapter
 from serve.engine.arena_room import ArenaRoom, Load, Place
 from serve.engine.cpu_threads import leave_core
 from serve.engine.extents import Move
 from serve.engine.plan import LoadResult
+from serve.engine.site_rows import site_rows
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # moved between two steps while a load waits for room: 0.03 ms at 4 TB/s, twice that where the bytes overlap
@@ -189,7 +190,7 @@ class DeviceArena:
         """Open an image and send it where there is room; False when the load waits for room."""
         load.begin_s = time.monotonic()
         adapter = self._open_image(load.digest)
-        rows = tuple(SiteRows(e.layer, e.site, e.rank, e.a_offset, e.bt_offset, e.bias_offset) for e in adapter.entries)
+        rows = site_rows(adapter)
         load.rank = adapter.rank
         load.layout = lay_out(StoredImage(adapter.data, _DTYPES[adapter.dtype], rows, self._shapes), self._dtype)
         place = self._room.place(load)

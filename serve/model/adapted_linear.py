@@ -1,6 +1,6 @@
-"""A base linear layer at a fused site, and the adapters' deltas on top of it.
+"""A base linear layer at a fused site, with the step's adapters.
 
-Owns the order base first, then delta; knows nothing of ranks or slots. Invariant: without adapters in the step not
+Owns which layer and site this is; knows nothing of ranks, scales or slots. Invariant: without adapters in the step not
 one operation more runs than the base alone needs.
 """
 
@@ -19,8 +19,7 @@ class AdaptedLinear:
         self._site = site
 
     def __call__(self, x: Tensor, adapters: AdapterDelta | None) -> Tensor:
-        """y [T, O] = base(x [T, D]) + each token's own delta."""
-        y = self._linear(x)
-        if adapters is not None:
-            adapters.add(self._layer, self._site, x, y)
-        return y
+        """y [T, O] of x [T, D], each token by its own adapter."""
+        if adapters is None:
+            return self._linear(x)
+        return adapters.apply(self._layer, self._site, x, self._linear)

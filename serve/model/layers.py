@@ -73,6 +73,11 @@ def _gelu_tanh(x: Tensor) -> Tensor:
 class Linear(Protocol):
     """y [T, O] = x [T, D] @ W.T + b; the result is a fresh contiguous tensor."""
 
+    @property
+    def bias(self) -> Tensor | None:
+        """The layer's b [O], or None."""
+        ...
+
     def __call__(self, x: Tensor) -> Tensor: ...
 
 
@@ -81,10 +86,10 @@ class PlainLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight
-        self._bias = bias
+        self.bias = bias
 
     def __call__(self, x: Tensor) -> Tensor:
-        return functional.linear(x, self._weight, self._bias)
+        return functional.linear(x, self._weight, self.bias)
 
 
 class PackedLinear:
@@ -97,7 +102,7 @@ class PackedLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_ROWS)
-        self._bias = bias
+        self.bias = bias
         self._linear = torch.ops.mkldnn._linear_pointwise.default
         # oneDNN sums a lone fp32 row in another order: such a row travels in company
         self._min_rows = 2 if weight.dtype == torch.float32 else 1
@@ -105,7 +110,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] < self._min_rows:
             return self(x.expand(self._min_rows, -1).contiguous())[: x.shape[0]]
-        y: Tensor = self._linear(x, self._packed, self._bias, "none", [], "")
+        y: Tensor = self._linear(x, self._packed, self.bias, "none", [], "")
         return y
 
 

@@ -1,9 +1,11 @@
 """Random adapter images for kernel tests: built here by hand, independent of the store's writer."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-from adapter_kernels.image import AdapterImage, SiteRows
+from adapter_kernels.image import AdapterImage, SiteRows, SparseRows
 
 SHAPES = {
     "q_proj": (24, 16),
@@ -17,36 +19,87 @@ SHAPES = {
 ALL_SITES = tuple(SHAPES)
 _ALIGNMENT = 128
 
+Place = tuple[int, str]
 
-def random_image(
-    ranks: dict[tuple[int, str], int],
-    generator: torch.Generator,
-    dtype: torch.dtype = torch.float32,
-    biased: frozenset[tuple[int, str]] = frozenset(),
-) -> AdapterImage:
-    """Build an image with the given rank per (layer, site); `biased` sites get a bias."""
-    chunks: list[Tensor] = []
-    rows = []
-    offset = 0
 
-    def put(tensor: Tensor) -> int:
-        nonlocal offset
-        begin = offset
+@dataclass(frozen=True)
+class Ops:
+    """What an adapter does at one site; `cols` and `rows` are numbers of channels."""
+
+    ranks: tuple[int, ...] = ()
+    top_k: int = 0
+    temperature: float = 1.0
+    cols: int = 0
+    rows: int = 0
+    bias: bool = False
+    out_scale: bool = False
+    in_scale: bool = False
+
+
+class _Writer:
+    def __init__(self, generator: torch.Generator, dtype: torch.dtype) -> None:
+        self.chunks: list[Tensor] = [torch.empty(0, dtype=torch.uint8)]
+        self._generator = generator
+        self._dtype = dtype
+
+    def put(self, tensor: Tensor) -> int:
+        begin = sum(chunk.numel() for chunk in self.chunks)
         raw = tensor.contiguous().view(-1).view(torch.uint8)
-        padding = -raw.numel() % _ALIGNMENT
-        chunks.extend([raw, torch.zeros(padding, dtype=torch.uint8)])
-        offset += raw.numel() + padding
+        self.chunks += [raw, torch.zeros(-raw.numel() % _ALIGNMENT, dtype=torch.uint8)]
         return begin
 
-    for (layer, site), rank in sorted(ranks.items(), key=lambda item: (item[0][0], ALL_SITES.index(item[0][1]))):
-        out_dim, in_dim = SHAPES[site]
-        a = put(torch.randn(rank, in_dim, generator=generator).to(dtype))
-        bt = put(torch.randn(rank, out_dim, generator=generator).to(dtype))
-        bias = put(torch.randn(out_dim, generator=generator).to(dtype)) if (layer, site) in biased else None
-        rows.append(SiteRows(layer, site, rank, a, bt, bias))
-    return AdapterImage(torch.cat(chunks), dtype, tuple(rows), SHAPES)
+    def normal(self, *shape: int, around: float = 0.0) -> int:
+        return self.put((torch.randn(*shape, generator=self._generator) + around).to(self._dtype))
+
+    def sparse(self, count: int, num_channels: int, width: int) -> SparseRows | None:
+        if not count:
+            return None
+        chosen = torch.randperm(num_channels, generator=self._generator)[:count].sort().values.int()
+        return SparseRows(count, self.put(chosen), self.normal(count, width))
 
 
-def uniform_ranks(rank: int, num_layers: int = 2) -> dict[tuple[int, str], int]:
+def random_adapter(
+    ops: dict[Place, Ops],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    shapes: dict[str, tuple[int, int]] = SHAPES,
+) -> AdapterImage:
+    """Build an image with the given ops per (layer, site)."""
+    writer = _Writer(generator, dtype)
+    rows = []
+    for (layer, site), own in sorted(ops.items(), key=lambda item: (item[0][0], ALL_SITES.index(item[0][1]))):
+        out_dim, in_dim = shapes[site]
+        rows.append(
+            SiteRows(
+                layer=layer,
+                site=site,
+                ranks=own.ranks,
+                gate_offset=writer.normal(len(own.ranks), in_dim) if own.top_k else None,
+                top_k=own.top_k,
+                temperature=own.temperature,
+                a_offset=writer.normal(sum(own.ranks), in_dim) if own.ranks else 0,
+                bt_offset=writer.normal(sum(own.ranks), out_dim) if own.ranks else 0,
+                cols=writer.sparse(own.cols, in_dim, out_dim),
+                rows=writer.sparse(own.rows, out_dim, in_dim),
+                out_scale_offset=writer.normal(out_dim, around=1.0) if own.out_scale else None,
+                in_scale_offset=writer.normal(in_dim, around=1.0) if own.in_scale else None,
+                bias_offset=writer.normal(out_dim) if own.bias else None,
+            )
+        )
+    return AdapterImage(torch.cat(writer.chunks), dtype, tuple(rows), shapes)
+
+
+def random_image(
+    ranks: dict[Place, int],
+    generator: torch.Generator,
+    dtype: torch.dtype = torch.float32,
+    biased: frozenset[Place] = frozenset(),
+) -> AdapterImage:
+    """Build a LoRA's image with the given rank per (layer, site); `biased` sites get a bias."""
+    ops = {place: Ops((rank,) if rank else (), bias=place in biased) for place, rank in ranks.items()}
+    return random_adapter(ops, generator, dtype)
+
+
+def uniform_ranks(rank: int, num_layers: int = 2) -> dict[Place, int]:
     """The same rank at every site of every layer."""
     return {(layer, site): rank for layer in range(num_layers) for site in ALL_SITES}

@@ -6,40 +6,12 @@ import pytest
 import torch
 
 from adapter_kernels.cpu import CpuDelta
-from adapter_kernels.delta import FUSED_SITES
-from adapter_kernels.image import AdapterImage
-from adapter_kernels.reference import fused_delta
-from adapter_kernels.route import Placement, build_route
-from adapter_kernels.slab import CAPACITY, Profile, Slab
-from tests.kernels.random_adapters import SHAPES, random_image, uniform_ranks
+from adapter_kernels.route import build_route
+from adapter_kernels.slab import CAPACITY
+from tests.kernels.cpu_steps import check_step, place, random_base
+from tests.kernels.random_adapters import random_image, uniform_ranks
 
-# relative to the largest reference value; bf16 and fp16 round the bridge once and the sum once
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 POPULARITY = ("distinct", "uniform", "zipf", "skewed", "identical")
-
-
-def place(images: list[AdapterImage], dtype: torch.dtype) -> list[Placement]:
-    """Write images into slabs, unused positions poisoned with NaN."""
-    slabs: dict[Profile, list[Placement]] = {}
-    placements: list[Placement] = []
-    for image in images:
-        profile = Profile.of(image)
-        free = slabs.setdefault(profile, [])
-        if not free:
-            slab = Slab(profile, SHAPES, dtype)
-            poison(slab)
-            free.extend(Placement(len(placements), slab, position) for position in range(CAPACITY))
-        placement = free.pop(0)
-        placement.slab.write(placement.position, image)
-        placements.append(placement)
-    return placements
-
-
-def poison(slab: Slab) -> None:
-    for rows in slab.fused.values():
-        for tensor in [rows.a, *(t for member in rows.members for t in (member.bt, member.bias))]:
-            if tensor is not None:
-                tensor.fill_(float("nan"))
 
 
 def choose(kind: str, num_sequences: int, num_adapters: int, rng: random.Random) -> list[int | None]:
@@ -55,33 +27,6 @@ def choose(kind: str, num_sequences: int, num_adapters: int, rng: random.Random)
     return [None if rng.random() < 0.2 else rng.choices(range(num_adapters), weights)[0] for _ in range(num_sequences)]
 
 
-def place_order(placement: Placement | None) -> tuple[int, int]:
-    return (-1, 0) if placement is None else (placement.slab_id, placement.position)
-
-
-def check(
-    images: list[AdapterImage], chosen: list[int | None], counts: list[int], dtype: torch.dtype, seed: int = 0
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    places = place(images, dtype)
-    own = [None if i is None else places[i] for i in chosen]
-    order = sorted(range(len(own)), key=lambda i: place_order(own[i]))
-    chosen, counts = [chosen[i] for i in order], [counts[i] for i in order]
-    delta = CpuDelta(build_route([None if i is None else places[i] for i in chosen], counts))
-    owners = [None if i is None else images[i] for i, count in zip(chosen, counts, strict=True) for _ in range(count)]
-    for layer in range(2):
-        for site, members in FUSED_SITES.items():
-            x = torch.randn(sum(counts), SHAPES[members[0]][1], generator=generator).to(dtype)
-            base = torch.randn(sum(counts), sum(SHAPES[m][0] for m in members), generator=generator).to(dtype)
-            y = base.clone()
-            delta.add(layer, site, x, y)
-            expected = fused_delta(x, layer, site, owners, SHAPES)
-            scale = max(1.0, float(expected.abs().max()))
-            assert float((y.float() - base.float() - expected).abs().max()) <= TOLERANCE[dtype] * scale * 2
-            idle = torch.tensor([owner is None for owner in owners])
-            assert torch.equal(y[idle], base[idle]), "rows without adapter must not be touched"
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("kind", POPULARITY)
 def test_mixed_ranks_in_one_step_match_the_reference(kind: str, dtype: torch.dtype) -> None:
@@ -91,7 +36,7 @@ def test_mixed_ranks_in_one_step_match_the_reference(kind: str, dtype: torch.dty
     images = [random_image(uniform_ranks(rank), generator, dtype) for rank in ranks]
     chosen = choose(kind, 24, len(images), rng)
     counts = [rng.choice([1, 1, 1, 2, 7, 17, 63]) for _ in chosen]
-    check(images, chosen, counts, dtype)
+    check_step(images, chosen, counts, dtype)
 
 
 def test_partial_targets_and_per_site_ranks_match_the_reference() -> None:
@@ -101,7 +46,7 @@ def test_partial_targets_and_per_site_ranks_match_the_reference() -> None:
         random_image({(1, "up_proj"): 3}, generator),
         random_image({(0, "k_proj"): 1, (0, "o_proj"): 9, (1, "gate_proj"): 2}, generator),
     ]
-    check(images, [0, 1, 2, None, 0, 2, 1, 1], [1, 3, 1, 2, 12, 1, 1, 30], torch.float32)
+    check_step(images, [0, 1, 2, None, 0, 2, 1, 1], [1, 3, 1, 2, 12, 1, 1, 30], torch.float32)
 
 
 def test_biases_are_added_once_per_row() -> None:
@@ -109,20 +54,20 @@ def test_biases_are_added_once_per_row() -> None:
     biased = frozenset({(0, "q_proj"), (1, "down_proj"), (1, "k_proj")})
     ranks = {(0, "q_proj"): 4, (1, "down_proj"): 0, (1, "k_proj"): 2}
     images = [random_image(ranks, generator, biased=biased) for _ in range(4)]
-    check(images, [0, 1, 2, 3, 3, None], [1, 1, 1, 1, 1, 1], torch.float32)
-    check(images, [0, 2, 3, 3, None, 1], [1, 2, 20, 1, 1, 8], torch.float32)
+    check_step(images, [0, 1, 2, 3, 3, None], [1, 1, 1, 1, 1, 1], torch.float32)
+    check_step(images, [0, 2, 3, 3, None, 1], [1, 2, 20, 1, 1, 8], torch.float32)
 
 
 def test_gaps_between_positions_read_nothing_of_the_idle_neighbour() -> None:
     generator = torch.Generator().manual_seed(5)
     images = [random_image(uniform_ranks(4), generator) for _ in range(12)]
-    check(images, [0, 3, 4, 11], [1, 1, 2, 1], torch.float32)
+    check_step(images, [0, 3, 4, 11], [1, 1, 2, 1], torch.float32)
 
 
 def test_more_adapters_than_one_slab_holds_match_the_reference() -> None:
     generator = torch.Generator().manual_seed(6)
     images = [random_image(uniform_ranks(2), generator) for _ in range(CAPACITY * 2 + 3)]
-    check(images, list(range(len(images))), [1] * len(images), torch.float32)
+    check_step(images, list(range(len(images))), [1] * len(images), torch.float32)
 
 
 def test_a_non_finite_row_does_not_poison_its_neighbours() -> None:
@@ -130,11 +75,10 @@ def test_a_non_finite_row_does_not_poison_its_neighbours() -> None:
     images = [random_image(uniform_ranks(4), generator) for _ in range(3)]
     places = place(images, torch.float32)
     delta = CpuDelta(build_route([None, *places], [1, 1, 1, 1]))
+    base = random_base("qkv", generator, torch.float32)
     x = torch.randn(4, 16, generator=generator)
-    clean = torch.zeros(4, 40)
-    delta.add(0, "qkv", x, clean)
+    clean = delta.apply(0, "qkv", x, base)
     x[2] = float("nan")
-    poisoned = torch.zeros(4, 40)
-    delta.add(0, "qkv", x, poisoned)
+    poisoned = delta.apply(0, "qkv", x, base)
     assert torch.equal(poisoned[[0, 1, 3]], clean[[0, 1, 3]])
     assert poisoned[2].isnan().all()

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.cpu import CpuDelta
-from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.delta import FUSED_SITES, BaseLinear
 from adapter_kernels.image import AdapterImage, SiteRows
+from adapter_kernels.profile import Profile
 from adapter_kernels.route import Placement, build_route
-from adapter_kernels.slab import Profile, Slab
+from adapter_kernels.slab import Slab
 from adapters_store.base import SITES, BaseDims
 
 _SPLIT_TARGETS = list(SITES)
@@ -86,7 +87,8 @@ class SlowDelta:
         self._dims = dims
         self._has_adapter = has_adapter
 
-    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
+    def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:
+        y = base(x)
         begin = 0
         for member in FUSED_SITES[site]:
             end = begin + self._dims.site_shape(member)[0]
@@ -97,6 +99,7 @@ class SlowDelta:
                     if weights.bias is not None:
                         y[t, begin:end] += weights.bias
             begin = end
+        return y
 
 
 def cpu_delta(sites: Sites, dims: BaseDims, counts: list[int], has_adapter: list[bool]) -> CpuDelta:
@@ -125,5 +128,5 @@ def _pack(sites: Sites, shapes: dict[str, tuple[int, int]]) -> AdapterImage:
     for (layer, site), weights in sorted(sites.items(), key=lambda item: (item[0][0], SITES.index(item[0][1]))):
         bias_offset = None if weights.bias is None else put(weights.bias)
         a, bt = put(weights.a), put(weights.bt)
-        rows.append(SiteRows(layer, site, weights.a.shape[0], a, bt, bias_offset))
+        rows.append(SiteRows(layer, site, (weights.a.shape[0],), a, bt, bias_offset))
     return AdapterImage(torch.cat(chunks), torch.float32, tuple(rows), shapes)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import reference
-from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.delta import FUSED_SITES, BaseLinear
 from adapter_kernels.gpu import paged_decode
 from adapter_kernels.image import AdapterImage
 from serve.model.checkpoint import Checkpoint
@@ -66,8 +66,8 @@ class ReferenceDelta:
         self._images = images
         self._shapes = shapes
 
-    def add(self, layer: int, site: str, x: Tensor, y: Tensor) -> None:
-        y += reference.fused_delta(x, layer, site, self._images, self._shapes)
+    def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:
+        return base(x) + reference.fused_delta(x, layer, site, self._images, self._shapes)
 
 
 def make_images(spec: ModelSpec) -> tuple[AdapterImage, ...]:

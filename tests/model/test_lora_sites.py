@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.delta import AdapterDelta, BaseLinear
 from adapters_store.base import BaseDims
 from tests.model.paged_run import PagedRun, load
 from tests.model.peft_adapters import Sites, SlowDelta, add_lora, cpu_delta, read_sites
@@ -62,9 +62,11 @@ def test_without_adapters_the_linear_runs_alone(tmp_path: Path) -> None:
     class Silent:
         calls = 0
 
-        def add(self, layer: int, site: str, x: torch.Tensor, y: torch.Tensor) -> None:
+        def apply(self, layer: int, site: str, x: torch.Tensor, base: BaseLinear) -> torch.Tensor:
+            y = base(x)
             assert y.is_contiguous() and y.data_ptr() != x.data_ptr()
             self.calls += 1
+            return y
 
     silent = Silent()
     assert torch.equal(PagedRun(decoder).step({0: ids}, silent)[0], alone)

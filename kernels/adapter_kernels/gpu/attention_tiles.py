@@ -9,14 +9,7 @@ import triton.language as tl
 
 # window of a layer that sees everything: larger than any context, small enough for int32 differences
 NO_WINDOW = 1 << 30
-# the least that `tl.dot` takes: smaller heads are padded
-_MIN_DOT_COLUMNS = 16
 LOG2_E = tl.constexpr(1.4426950408889634)
-
-
-def head_columns(head_dim: int) -> int:
-    """Return the columns of a head's tile: a power of two that `tl.dot` takes."""
-    return max(_MIN_DOT_COLUMNS, triton.next_power_of_2(head_dim))
 
 
 @triton.jit

@@ -6,7 +6,7 @@ bytes is read; every byte between two tensors is written, as zero or as stored.
 """
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -109,7 +109,7 @@ def lay_out(stored: StoredImage, dtype: torch.dtype) -> ImageLayout:
     """Decide where each tensor of a stored image goes.
 
     Raises:
-        ImageError: rows reach past the end of the stored image, or begin before it.
+        ImageError: rows reach past the end of the stored image, or begin before it; an op that kernels lack.
     """
     pieces: list[Piece] = []
     rows: list[SiteRows] = []
@@ -126,10 +126,15 @@ def lay_out(stored: StoredImage, dtype: torch.dtype) -> ImageLayout:
 
     for row in stored.rows:
         out_dim, in_dim = stored.shapes[row.site]
+        if not row.is_lora:
+            raise ImageError(
+                f"layer {row.layer}, {row.site}: the adapter is more than low rank and bias; this server's device path "
+                "serves LoRA only as yet; serve with --device cpu"
+            )
         a_offset = place(row, row.a_offset, row.rank * in_dim)
         bt_offset = place(row, row.bt_offset, row.rank * out_dim)
         bias_offset = None if row.bias_offset is None else place(row, row.bias_offset, out_dim)
-        rows.append(SiteRows(row.layer, row.site, row.rank, a_offset, bt_offset, bias_offset))
+        rows.append(replace(row, a_offset=a_offset, bt_offset=bt_offset, bias_offset=bias_offset))
     spans = _merged(pieces, dtype.itemsize) if dtype == stored.dtype else _spans(pieces)
     return ImageLayout(stored, dtype, max(end, ALIGNMENT_BYTES), tuple(rows), tuple(pieces), tuple(spans))
 

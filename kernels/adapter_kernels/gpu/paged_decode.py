@@ -16,7 +16,6 @@ from adapter_kernels.gpu.attention_tiles import (
     NO_WINDOW,
     accumulate,
     cache_rows,
-    head_columns,
     load_rows,
     not_zero,
     scores_log2,
@@ -217,7 +216,7 @@ def paged_decode(
     assert num_splits == 1 or workspace.partials.shape[0] >= num_seqs, "the workspace is too small"
     config = config or default_decode(head_dim)
     group = num_heads // num_kv_heads
-    block_e = head_columns(head_dim)
+    block_e = triton.next_power_of_2(head_dim)
     visible = NO_WINDOW if window is None else window
     min_tiles = -(-workspace.min_split_positions // config.block_k)
     grid_splits = min(num_splits, max(1, _TARGET_PROGRAMS // max(1, num_seqs * num_kv_heads)))

@@ -13,7 +13,6 @@ from adapter_kernels.gpu.attention_tiles import (
     NO_WINDOW,
     accumulate,
     cache_rows,
-    head_columns,
     load_rows,
     not_zero,
     scores_log2,
@@ -139,7 +138,7 @@ def paged_prefill(
         BLOCK_SIZE=block_size,
         BLOCK_M=part.tile_rows,
         BLOCK_N=config.block_k,
-        BLOCK_E=head_columns(head_dim),
+        BLOCK_E=triton.next_power_of_2(head_dim),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

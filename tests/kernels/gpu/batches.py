@@ -72,7 +72,7 @@ def random_image(
         a = put(rank, in_dim, in_dim**-0.5)
         bt = put(rank, out_dim, max(rank, 1) ** -0.5)
         bias = put(1, out_dim, 1.0) if (layer, site) in biased else None
-        rows.append(SiteRows(layer, site, rank, a, bt, bias))
+        rows.append(SiteRows(layer, site, (rank,) if rank else (), a, bt, bias))
     data = torch.cat(chunks) if chunks else torch.empty(0, dtype=dtype)
     return AdapterImage(data.view(torch.uint8), dtype, tuple(rows), shapes)
 

@@ -61,7 +61,7 @@ def test_tensors_that_lie_in_another_order_in_the_file_arrive_too() -> None:
     data = torch.zeros(384, dtype=torch.uint8)
     data[256:320] = values[:16].view(torch.uint8)
     data[:96] = values[16:].view(torch.uint8)
-    rows = (SiteRows(0, "q_proj", 1, 256, 0, None),)
+    rows = (SiteRows(0, "q_proj", (1,), 256, 0, None),)
     layout = lay_out(StoredImage(memoryview(data.numpy().tobytes()), torch.float32, rows, SHAPES), torch.float32)
     found = AdapterImage(_uploaded(layout, 128), torch.float32, layout.rows, SHAPES).site(layout.rows[0])
     assert found.a.flatten().tolist() == values[:16].tolist() and found.bt.flatten().tolist() == values[16:].tolist()
@@ -76,7 +76,7 @@ def test_an_image_without_sites_has_a_place() -> None:
 @pytest.mark.parametrize("offset", [-128, 1 << 20])
 def test_rows_outside_the_stored_image_are_refused(offset: int) -> None:
     image = _image(torch.float32)
-    rows = (SiteRows(1, "up_proj", 4, offset, 0, None),)
+    rows = (SiteRows(1, "up_proj", (4,), offset, 0, None),)
     with pytest.raises(ImageError, match=r"layer 1, up_proj.*upload the adapter again"):
         lay_out(StoredImage(_stored(image).data, torch.float32, rows, SHAPES), torch.float32)
 

@@ -88,7 +88,7 @@ def test_unaligned_places_are_refused() -> None:
 
 def test_rows_outside_the_image_or_the_model_are_refused() -> None:
     image = image_of()
-    beyond = SiteRows(0, "q_proj", 4096, 0, 0, None)
+    beyond = SiteRows(0, "q_proj", (4096,), 0, 0, None)
     with pytest.raises(ImageError, match="do not fit"):
         table_entries(dataclasses.replace(image, rows=(beyond,)), 2, begin=0)
     with pytest.raises(ImageError, match="layer 1; this model has 1"):
