@@ -22,7 +22,8 @@ def render() -> str:
     others = {name: kind.rules for name, kind in served.items() if name != "LORA"}
     parts = [
         HEADING,
-        "By `peft_type`. What is served is converted exactly: one rounding to float32, one to the serving dtype.",
+        "By `peft_type`. Exact means: the product that is stored acts as PEFT's own forward, but for one rounding of "
+        "each value to float32 and one to the serving dtype. A type that is not listed is refused.",
         _types(),
         "## Every key of a PEFT config",
         "A key that is not listed for its `peft_type` is refused by name, so that nothing that changes the model is "
@@ -35,7 +36,7 @@ def render() -> str:
 
 
 def _types() -> str:
-    rows = ["| `peft_type` | | | not served, and the way out |", "|---|---|---|---|"]
+    rows = ["| `peft_type` | kind | today | what of it is refused; the way out |", "|---|---|---|---|"]
     for name, kind in PEFT_TYPES.items():
         if isinstance(kind, Served):
             rows.append(f"| `{name}` | {kind.title} | exact: {kind.served_as} | {kind.limits} |")

@@ -186,3 +186,16 @@ def test_pattern_keys_that_need_a_regex_are_refused(key: str) -> None:
 def test_the_page_about_adapters_lists_the_table_as_it_is() -> None:
     page = (REPO_ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     assert page.endswith(render()), "run: python -m adapters_store.convert.key_docs, and paste it into docs/adapters.md"
+
+
+def test_each_family_of_the_literature_has_its_row() -> None:
+    page = (REPO_ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
+    table = page.partition("## Families of the literature")[2].partition("\n## ")[0]
+    rows = re.findall(
+        r"^\| (\d+) \| .+ \| (served as|after export:|not yet:|not served:) (.+) \|$", table, re.MULTILINE
+    )
+    assert len(rows) == len({number for number, _, _ in rows}) == table.count("\n| ") - 1 == 65
+    for number, standing, text in rows:
+        named = re.findall(r"`([A-Z]+)`", text)
+        assert named or standing in ("not yet:", "not served:"), number
+        assert set(named) <= SERVED.keys(), number
