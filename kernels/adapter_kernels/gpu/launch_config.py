@@ -131,9 +131,7 @@ def _rows(path: Path, ops: object) -> Iterator[tuple[tuple[str, str], LaunchConf
         for shape, values in _items(path, f"ops.{op}", shapes):
             key = f"ops.{op}.{shape}"
             if _SHAPE_CLASS.fullmatch(shape) is None:
-                raise LaunchConfigError(
-                    f"{path.name}: {key}: a shape class is narrow, middle or wide, /1, /16 or /64"
-                )
+                raise LaunchConfigError(f"{path.name}: {key}: a shape class is narrow, middle or wide, /1, /16 or /64")
             yield (op, shape), _config(path, key, values)
 
 
