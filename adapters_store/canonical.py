@@ -1,12 +1,13 @@
 """The canonical adapter file: a safetensors file whose data section is the adapter image, byte for byte.
 
-Owns the layout (layer by layer, site by site, A `[rank, in]`, then BT `[rank, out]`, then bias `[out]`, each followed
-by explicit padding to 128 bytes), its writer and its checker. Invariant: the manifest alone determines every name,
+Owns the layout (layer by layer, site by site, the tensors of `Module.tensors`, each followed by explicit padding to 128
+bytes), its writer and its checker. Invariant: the manifest alone determines every name,
 shape and offset, so reading is comparing: whatever `layout` does not produce is refused.
 """
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,17 +15,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters_store.base import BaseDims
-from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, NonFiniteValues, UnsupportedAdapter
+from adapters_store.errors import CorruptUpload, UnsupportedAdapter
 from adapters_store.file_system import open_regular
-from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES, is_finite, is_zero
-from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, Module, parse_manifest
+from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES
+from adapters_store.image_check import ImageCheck
+from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from adapters_store.ops import INDEX_DTYPE, Module
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 ALIGNMENT = 128
-NO_EFFECT = (
-    "every low-rank product and bias of this adapter is zero, so it would answer like the base; "
-    "was it saved before training?"
-)
 _PADDING_DTYPE = "U8"
 
 
@@ -42,9 +41,10 @@ def layout(modules: Iterable[Module], base: BaseDims, dtype: str) -> tuple[Tenso
     position = 0
     file_dtype = FILE_DTYPES[dtype]
     for module in modules:
-        for name, shape in _module_tensors(module, base):
-            end = position + ITEM_BYTES[file_dtype] * _numel(shape)
-            slots.append(TensorSlot(name, file_dtype, shape, position, end))
+        for spec in module.tensors(base):
+            tensor_dtype = file_dtype if spec.index_limit is None else INDEX_DTYPE
+            end = position + ITEM_BYTES[tensor_dtype] * math.prod(spec.shape)
+            slots.append(TensorSlot(spec.name, tensor_dtype, spec.shape, position, end))
             position = -(-end // ALIGNMENT) * ALIGNMENT
             if position > end:
                 padding = (position - end,)
@@ -101,8 +101,10 @@ def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int) -> Ma
         manifest = parse_manifest(file.read(MAX_MANIFEST_BYTES + 1))
     if manifest.base != base or manifest.dtype != dtype:
         raise CorruptUpload("the converter wrote an adapter for another base or dtype")
-    if manifest.rank > max_rank:
-        raise UnsupportedAdapter(f"the adapter has rank {manifest.rank}; this server accepts up to {max_rank}")
+    if manifest.largest_expert_rank > max_rank:
+        raise UnsupportedAdapter(
+            f"the adapter has rank {manifest.largest_expert_rank}; this server accepts up to {max_rank}"
+        )
     check_file(folder / IMAGE_NAME, manifest)
     return manifest
 
@@ -111,41 +113,24 @@ def check_file(path: Path, manifest: Manifest) -> None:
     """Read a fresh canonical file once and check all of it: size, header, hash, padding, values, effect.
 
     Raises:
-        CorruptUpload, NonFiniteValues, UnsupportedAdapter, AdapterWithoutEffect: the file must not be published.
+        CorruptUpload, NonFiniteValues, InvalidIndex, AdapterWithoutEffect: the file must not be published.
     """
     with open_regular(path) as file:
         file_bytes = os.fstat(file.fileno()).st_size
         slots, data_start = read_layout(file, file_bytes, manifest)
         file.seek(0)
         digest = hashlib.sha256(file.read(data_start))
-        has_values: set[str] = set()
+        check = ImageCheck(manifest)
         for slot in slots:
             raw = file.read(slot.end - slot.begin)
             digest.update(raw)
-            if _holds_values(slot, raw):
-                has_values.add(slot.name)
+            if is_padding(slot):
+                check.take_padding(slot, raw)
+            else:
+                check.take(slot, raw)
     if file_bytes != manifest.file_bytes or digest.hexdigest() != manifest.file_sha256:
         raise CorruptUpload(f"{IMAGE_NAME} does not match the hash in its manifest", param=IMAGE_NAME)
-    if not any(_acts(module, has_values) for module in manifest.modules):
-        raise AdapterWithoutEffect(NO_EFFECT, param="adapter_model.safetensors")
-
-
-def _module_tensors(module: Module, base: BaseDims) -> list[tuple[str, tuple[int, ...]]]:
-    num_out, num_in = base.site_shape(module.site)
-    tensors: list[tuple[str, tuple[int, ...]]] = []
-    if module.rank:
-        tensors.append((module.tensor("A"), (module.rank, num_in)))
-        tensors.append((module.tensor("BT"), (module.rank, num_out)))
-    if module.has_bias:
-        tensors.append((module.tensor("bias"), (num_out,)))
-    return tensors
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    product = 1
-    for dim in shape:
-        product *= dim
-    return product
+    check.finish()
 
 
 def _pieces(slots: tuple[TensorSlot, ...], encoded: Callable[[str], bytes]) -> Iterable[bytes]:
@@ -155,22 +140,3 @@ def _pieces(slots: tuple[TensorSlot, ...], encoded: Callable[[str], bytes]) -> I
         piece = bytes(num_bytes) if is_padding(slot) else encoded(slot.name)
         assert len(piece) == num_bytes, f"{slot.name} has {len(piece)} bytes instead of {num_bytes}"
         yield piece
-
-
-def _holds_values(slot: TensorSlot, raw: bytes) -> bool:
-    """Return whether the tensor has a non-zero value; refuse NaN, infinity and padding that is not zero."""
-    if is_padding(slot):
-        if any(raw):
-            raise CorruptUpload(f"{IMAGE_NAME} has padding that is not zero", param=slot.name)
-        return False
-    if not is_finite(raw, slot.dtype):
-        raise NonFiniteValues(
-            f"tensor {slot.name} holds NaN or infinity, in the file or after the scaling and the cast to {slot.dtype}",
-            param=slot.name,
-        )
-    return not is_zero(raw, slot.dtype)
-
-
-def _acts(module: Module, has_values: set[str]) -> bool:
-    product = module.tensor("A") in has_values and module.tensor("BT") in has_values
-    return product or module.tensor("bias") in has_values

@@ -54,6 +54,48 @@ class UnsupportedFormat(AdapterRefused):
     default_code = "unsupported_format"
 
 
+class LimitExceeded(AdapterRefused):
+    """400 `limit_exceeded`: too many experts, ranks or selected channels to serve."""
+
+    default_code = "limit_exceeded"
+
+
+class InvalidGate(AdapterRefused):
+    """400 `invalid_gate`: a mixture's top_k or temperature cannot weigh its experts."""
+
+    default_code = "invalid_gate"
+
+
+class InvalidIndex(AdapterRefused):
+    """400 `invalid_index`: positions that are not strictly increasing or lie outside their dimension."""
+
+    default_code = "invalid_index"
+
+
+class WrongBase(AdapterRefused):
+    """400 `wrong_base`: made from other weights than the served base's, or those are not at hand."""
+
+    default_code = "wrong_base"
+
+
+class AmbiguousOrder(AdapterRefused):
+    """400 `ambiguous_order`: a permuted checkpoint whose order cannot be told from its untrained rows."""
+
+    default_code = "ambiguous_order"
+
+
+class TrainedElsewhere(AdapterRefused):
+    """400 `trained_elsewhere`: weights were trained that this kind of adapter leaves alone."""
+
+    default_code = "trained_elsewhere"
+
+
+class InvalidOption(AdapterRefused):
+    """400 `invalid_option`: an upload's option is missing, unknown or has a wrong value; `param` names it."""
+
+    default_code = "invalid_option"
+
+
 class NonFiniteValues(AdapterRefused):
     """400 `non_finite`: NaN or infinity, in the file or after the cast to the serving dtype."""
 
@@ -61,7 +103,7 @@ class NonFiniteValues(AdapterRefused):
 
 
 class AdapterWithoutEffect(AdapterRefused):
-    """400 `adapter_no_effect`: every product B A and every bias is zero: serving it would be serving the base."""
+    """400 `adapter_no_effect`: every op of it does nothing: serving it would be serving the base."""
 
     default_code = "adapter_no_effect"
 
@@ -122,7 +164,20 @@ class AdapterCorrupt(StoreError):
 # what a converter process may answer with; anything else it says is a ConversionFailed
 REFUSALS: dict[str, type[AdapterRefused]] = {
     kind.default_code: kind
-    for kind in (CorruptUpload, UnsupportedAdapter, UnsupportedFormat, NonFiniteValues, AdapterWithoutEffect)
+    for kind in (
+        CorruptUpload,
+        UnsupportedAdapter,
+        UnsupportedFormat,
+        LimitExceeded,
+        InvalidGate,
+        InvalidIndex,
+        WrongBase,
+        AmbiguousOrder,
+        TrainedElsewhere,
+        InvalidOption,
+        NonFiniteValues,
+        AdapterWithoutEffect,
+    )
 }
 
 

@@ -12,50 +12,31 @@ from dataclasses import dataclass, fields
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
 from adapters_store.errors import CorruptUpload
 from adapters_store.float_bits import FILE_DTYPES
+from adapters_store.json_values import flag, integer, json_list, json_object, number, text
+from adapters_store.ops import Module, check_module, parse_module
 from adapters_store.strict_json import Json, canonical_json, read_json
+
+# `Module` is part of a manifest; its ops live in a file of their own
+__all__ = [
+    "IMAGE_NAME",
+    "MANIFEST_NAME",
+    "MAX_MANIFEST_BYTES",
+    "Manifest",
+    "Module",
+    "Report",
+    "Source",
+    "check_expert_names",
+    "parse_manifest",
+]
 
 MANIFEST_NAME = "adapter.json"
 IMAGE_NAME = "adapter.safetensors"
 MAX_MANIFEST_BYTES = 8 << 20
 
-_SHORT_SITES = {site: site.removesuffix("_proj") for site in SITES}
-_MODULE_PATH = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(self_attn|mlp)\.([a-z]+_proj)\Z")
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _MAX_DIM = 1 << 31
-_FAMILIES = frozenset({"lora"})
-
-
-@dataclass(frozen=True, slots=True, order=True)
-class Module:
-    """One linear layer that the adapter acts on; `rank` 0 means a bias alone. Orders as the image does."""
-
-    layer: int
-    site_index: int
-    rank: int
-    has_bias: bool
-
-    @property
-    def site(self) -> str:
-        """Name of the site, one of `SITES`."""
-        return SITES[self.site_index]
-
-    @property
-    def path(self) -> str:
-        """Base-neutral module name, `layers.0.self_attn.q_proj`."""
-        return f"layers.{self.layer}.{SITE_PATHS[self.site]}"
-
-    def tensor(self, kind: str) -> str:
-        """Return the tensor's name in the file; `kind` is A, BT or bias."""
-        return f"L{self.layer}.{_SHORT_SITES[self.site]}.{kind}"
-
-    def ops(self) -> list[Json]:
-        """Return the manifest's list of ops for this module."""
-        ops: list[Json] = []
-        if self.rank:
-            ops.append({"op": "lowrank", "rank": self.rank, "A": self.tensor("A"), "BT": self.tensor("BT")})
-        if self.has_bias:
-            ops.append({"op": "bias", "bias": self.tensor("bias")})
-        return ops
+_MAX_EXPERT_NAME = 200
+_FAMILIES = frozenset({"lora", "s2ft", "meteora"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +61,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything that identifies an adapter. `dtype` is a serving dtype; `modules` are sorted."""
+    """Everything that identifies an adapter. `dtype` is a serving dtype; `modules` are sorted.
+
+    `base_dependent`: the conversion used the base's weights, so only a base of the same fingerprint may serve it.
+    `experts` names those of a mixture, in the gates' order; empty otherwise.
+    """
 
     family: str
     base: BaseDims
@@ -89,11 +74,18 @@ class Manifest:
     file_sha256: str
     modules: tuple[Module, ...]
     source: Source
+    base_dependent: bool = False
+    experts: tuple[str, ...] = ()
 
     @property
     def rank(self) -> int:
-        """Largest rank of any module."""
-        return max((module.rank for module in self.modules), default=0)
+        """Largest rank of any module, that of a mixture being the sum of its experts'; 0 without low-rank ops."""
+        return max((sum(module.ranks) for module in self.modules), default=0)
+
+    @property
+    def largest_expert_rank(self) -> int:
+        """Largest rank of any one LoRA in the file."""
+        return max((rank for module in self.modules for rank in module.ranks), default=0)
 
     def report(self) -> Report:
         """Return the report of the upload; all of it follows from the manifest."""
@@ -107,12 +99,14 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the manifest's one byte form."""
         source = self.source
+        # only where there are any: a LoRA's manifest is older than mixtures
+        experts: dict[str, Json] = {"experts": [*self.experts]} if self.experts else {}
         return canonical_json(
             {
                 "format": "chorale-adapter",
                 "version": 1,
                 "family": self.family,
-                "base": {**self.base.to_dict(), "base_dependent": False},
+                "base": {**self.base.to_dict(), "base_dependent": self.base_dependent},
                 "dtype": self.dtype,
                 "files": [{"name": IMAGE_NAME, "bytes": self.file_bytes, "sha256": self.file_sha256}],
                 "modules": {module.path: module.ops() for module in self.modules},
@@ -123,6 +117,7 @@ class Manifest:
                     "ignored": list(source.ignored),
                     "max_abs_error": source.max_abs_error,
                 },
+                **experts,
             }
         )
 
@@ -151,51 +146,44 @@ def parse_manifest(raw: bytes) -> Manifest:
 
 def _from_json(value: dict[str, Json]) -> Manifest:
     """Pick the fields out; every wrong type or missing key raises one of the errors that `parse_manifest` expects."""
-    base, source, modules = _object(value["base"]), _object(value["source"]), _object(value["modules"])
-    (file,) = _list(value["files"])
-    image = _object(file)
+    base, source, modules = json_object(value["base"]), json_object(value["source"]), json_object(value["modules"])
+    (file,) = json_list(value["files"])
+    image = json_object(file)
     return Manifest(
-        family=_text(value["family"]),
+        family=text(value["family"]),
         base=_base(base),
-        dtype=_text(value["dtype"]),
-        file_bytes=_integer(image["bytes"]),
-        file_sha256=_text(image["sha256"]),
-        modules=tuple(sorted(_module(path, _list(ops)) for path, ops in modules.items())),
+        dtype=text(value["dtype"]),
+        file_bytes=integer(image["bytes"]),
+        file_sha256=text(image["sha256"]),
+        modules=tuple(sorted(parse_module(path, json_list(ops)) for path, ops in modules.items())),
         source=Source(
-            format=_text(source["format"]),
-            files={name: _text(digest) for name, digest in _object(source["files"]).items()},
-            config=_object(source["config"]),
-            ignored=tuple(_text(key) for key in _list(source["ignored"])),
-            max_abs_error=_number(source["max_abs_error"]),
+            format=text(source["format"]),
+            files={name: text(digest) for name, digest in json_object(source["files"]).items()},
+            config=json_object(source["config"]),
+            ignored=tuple(text(key) for key in json_list(source["ignored"])),
+            max_abs_error=number(source["max_abs_error"]),
         ),
+        base_dependent=flag(base["base_dependent"]),
+        experts=tuple(text(name) for name in json_list(value.get("experts", []))),
     )
 
 
 def _base(value: dict[str, Json]) -> BaseDims:
     names = [field.name for field in fields(BaseDims)]
-    if value.keys() != {*names, "base_dependent"} or value["base_dependent"] is not False:
+    if value.keys() != {*names, "base_dependent"}:
         raise ValueError("base")
     return BaseDims(
-        model_type=_text(value["model_type"]),
-        weights_fingerprint=_text(value["weights_fingerprint"]),
+        model_type=text(value["model_type"]),
+        weights_fingerprint=text(value["weights_fingerprint"]),
         tie_word_embeddings=value["tie_word_embeddings"] is True,
-        hidden_size=_integer(value["hidden_size"]),
-        intermediate_size=_integer(value["intermediate_size"]),
-        num_hidden_layers=_integer(value["num_hidden_layers"]),
-        num_attention_heads=_integer(value["num_attention_heads"]),
-        num_key_value_heads=_integer(value["num_key_value_heads"]),
-        head_dim=_integer(value["head_dim"]),
-        vocab_size=_integer(value["vocab_size"]),
+        hidden_size=integer(value["hidden_size"]),
+        intermediate_size=integer(value["intermediate_size"]),
+        num_hidden_layers=integer(value["num_hidden_layers"]),
+        num_attention_heads=integer(value["num_attention_heads"]),
+        num_key_value_heads=integer(value["num_key_value_heads"]),
+        head_dim=integer(value["head_dim"]),
+        vocab_size=integer(value["vocab_size"]),
     )
-
-
-def _module(path: str, ops: list[Json]) -> Module:
-    match = _MODULE_PATH.match(path)
-    if match is None:
-        raise ValueError(path)
-    kinds = {_text(op["op"]): op for op in map(_object, ops)}
-    rank = _integer(kinds["lowrank"]["rank"]) if "lowrank" in kinds else 0
-    return Module(int(match[1]), SITES.index(match[3]), rank, has_bias="bias" in kinds)
 
 
 def _check_ranges(manifest: Manifest) -> None:
@@ -210,38 +198,24 @@ def _check_ranges(manifest: Manifest) -> None:
         and manifest.file_bytes > 0
         and _SHA256.match(manifest.file_sha256) is not None
         and len(manifest.modules) > 0
-        and all(0 <= module.layer < base.num_hidden_layers for module in manifest.modules)
-        and all(module.rank >= 0 and (module.rank or module.has_bias) for module in manifest.modules)
     )
     if not is_sane:
         raise CorruptUpload(f"{MANIFEST_NAME} holds a value out of range", param=MANIFEST_NAME)
+    for module in manifest.modules:
+        check_module(module, base)
+    check_expert_names(manifest.experts, manifest.modules)
 
 
-def _text(value: Json) -> str:
-    if not isinstance(value, str):
-        raise TypeError("string expected")
-    return value
-
-
-def _integer(value: Json) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError("whole number expected")
-    return value
-
-
-def _number(value: Json) -> float:
-    if not isinstance(value, float):
-        raise TypeError("number expected")
-    return value
-
-
-def _list(value: Json) -> list[Json]:
-    if not isinstance(value, list):
-        raise TypeError("list expected")
-    return value
-
-
-def _object(value: Json) -> dict[str, Json]:
-    if not isinstance(value, dict):
-        raise TypeError("object expected")
-    return value
+def check_expert_names(names: tuple[str, ...], modules: tuple[Module, ...]) -> None:
+    """Refuse names that are not short, distinct and as many as every gate is wide; raises CorruptUpload."""
+    widths = {len(module.experts.ranks) for module in modules if module.experts is not None}
+    if widths != ({len(names)} if names else set()):
+        raise CorruptUpload(
+            f"the mixture names {len(names)} experts but its gates have {sorted(widths)}", param="experts"
+        )
+    is_plain = all(0 < len(name) <= _MAX_EXPERT_NAME and name.isprintable() for name in names)
+    if not is_plain or len(set(names)) != len(names):
+        raise CorruptUpload(
+            f"the experts' names must be distinct printable texts of up to {_MAX_EXPERT_NAME} characters",
+            param="experts",
+        )

@@ -7,10 +7,40 @@ given again, not even after its name was deleted; `publish` returns only when th
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_store.manifest import Report
+from adapters_store.base import BaseDims
+from adapters_store.manifest import Manifest, Report
 from adapters_store.names import parse_selector
 
 BaseFacts = dict[str, str | int | bool]
+
+# what must be equal for an adapter to act on a base; the fingerprint may differ (same shapes, retrained base)
+_SHAPE_KEYS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+)
+# the fact that only a base of the same weights may serve an adapter; absent where shapes suffice
+_BASE_DEPENDENT = "base_dependent"
+
+
+def base_facts(base: BaseDims, *, is_base_dependent: bool) -> BaseFacts:
+    """Return what a version remembers of its base."""
+    return base.to_dict() | ({_BASE_DEPENDENT: True} if is_base_dependent else {})
+
+
+def fits(facts: BaseFacts, base: BaseFacts) -> bool:
+    """Return whether a version made for a base of these facts may be served by `base`."""
+    keys = (*_SHAPE_KEYS, "weights_fingerprint") if facts.get(_BASE_DEPENDENT) else _SHAPE_KEYS
+    return all(facts[key] == base[key] for key in keys)
+
+
+def base_dims(facts: BaseFacts) -> BaseDims:
+    """Return the base of a version; `facts` are those that `base_facts` made."""
+    return BaseDims(**{key: value for key, value in facts.items() if key != _BASE_DEPENDENT})  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +72,21 @@ class NewVersion:
     base: BaseFacts
     report: Report
     dtype: str
+
+    @classmethod
+    def of(cls, name: str, manifest: Manifest, *, created: int) -> "NewVersion":
+        """Return what a manifest says of a version."""
+        return cls(
+            name=name,
+            digest=manifest.digest(),
+            family=manifest.family,
+            rank=manifest.rank,
+            num_bytes=manifest.file_bytes,
+            created=created,
+            base=base_facts(manifest.base, is_base_dependent=manifest.base_dependent),
+            report=manifest.report(),
+            dtype=manifest.dtype,
+        )
 
 
 @dataclass(frozen=True, slots=True)

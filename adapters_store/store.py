@@ -8,39 +8,46 @@ not acknowledged leaves no trace after the next sweep.
 import os
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.base import BaseDims
-from adapters_store.blobs import Blobs, LowrankEntry, OpenAdapter, open_image
+from adapters_store.blobs import Blobs, OpenAdapter, SiteEntry, SparseEntry, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.converter import convert_in_child
 from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
+from adapters_store.formats import Declared
 from adapters_store.locks import StoreLock, lock_folder
-from adapters_store.manifest import Manifest, Report
+from adapters_store.manifest import Report
 from adapters_store.names import check_alias, check_name
-from adapters_store.registry import AdapterRef, AdapterVersion, BaseFacts, NewVersion, Registry, find_version
+from adapters_store.registry import (
+    AdapterRef,
+    AdapterVersion,
+    BaseFacts,
+    NewVersion,
+    Registry,
+    base_facts,
+    find_version,
+    fits,
+)
 from adapters_store.registry_sqlite import SqliteRegistry
-from adapters_store.upload import PART_NAMES, Upload, open_part_file, refuse_foreign_parts
+from adapters_store.upload import Upload, copy_parts
 
-__all__ = ["AdapterRef", "AdapterStore", "AdapterVersion", "LowrankEntry", "OpenAdapter", "Report", "Upload"]
+__all__ = [
+    "AdapterRef",
+    "AdapterStore",
+    "AdapterVersion",
+    "OpenAdapter",
+    "Report",
+    "SiteEntry",
+    "SparseEntry",
+    "Upload",
+]
 
 # a deleted adapter's bytes stay this long for requests that were already accepted under its digest
 _GRACE_S = 3600.0
-_COPY_CHUNK_BYTES = 1 << 20
-# what must be equal for an adapter to act on a base; the fingerprint may differ (same shapes, retrained base)
-_SHAPE_KEYS = (
-    "model_type",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-)
-
-
 # inside the class, `list` is a method
 Versions = list[AdapterVersion]
 
@@ -79,6 +86,7 @@ class AdapterStore:
         root: Path,
         base: BaseDims,
         *,
+        base_dir: Path | None = None,
         served_name: str = "",
         max_rank: int = 256,
         max_product_rank: int = 0,
@@ -92,6 +100,7 @@ class AdapterStore:
 
         Args:
             base: the base that new adapters are for; `resolve` and `list` show adapters of bases of its shape.
+            base_dir: folder of its weights, which checkpoints of whole models are compared with.
             served_name: the base's name in the API: no adapter may take it, and `served_name:x` means adapter x.
             max_rank, max_product_rank: largest rank of a module, and of one whose rank is a product of ranks (LoHa,
                 LoKr) if that is larger; the server's kernels must have room for both.
@@ -106,7 +115,13 @@ class AdapterStore:
         files = files if files is not None else FileSystem()
         store = cls(
             root,
-            ConvertOptions(base, image_dtype, max_rank, max_product_rank),
+            ConvertOptions(
+                base=base,
+                dtype=image_dtype,
+                max_rank=max_rank,
+                max_product_rank=max_product_rank,
+                base_dir=None if base_dir is None else str(base_dir),
+            ),
             SqliteRegistry(root / "registry.sqlite"),
             served_name=served_name,
             max_upload_bytes=max_upload_bytes,
@@ -140,23 +155,23 @@ class AdapterStore:
         with self._lock.held():
             return Upload(self._staging, self._files, max_bytes=self._max_upload_bytes, publish=self._commit)
 
-    def put_dir(self, name: str, folder: Path, *, trusted: bool = False) -> AdapterVersion:
-        """Publish a PEFT folder as the next version of `name`; only the two files of `PART_NAMES` are read.
+    def put_dir(
+        self, name: str, folder: Path, *, trusted: bool = False, declared: Declared | None = None
+    ) -> AdapterVersion:
+        """Publish a folder in one of the external formats as the next version of `name`; other files are not read.
 
         Args:
             trusted: the folder is the operator's own: links are followed (the Hugging Face cache is made of them).
                 Otherwise every file must be a regular one with a single name.
+            declared: as `Upload.commit`.
         Raises:
             StoreError: as `Upload.commit`.
         """
         self.check_name(name)
+        declared = declared if declared is not None else Declared()
         with self.stage() as upload:
-            refuse_foreign_parts(folder)
-            for filename in PART_NAMES:
-                with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
-                    while chunk := file.read(_COPY_CHUNK_BYTES):
-                        part.write(chunk)
-            return upload.commit(name)
+            copy_parts(folder, upload, declared, trusted=trusted)
+            return upload.commit(name, declared)
 
     def resolve(self, model: str) -> AdapterRef | None:
         """Return what `model` stands for; None if no adapter of this base is meant. An exact name always wins."""
@@ -207,8 +222,8 @@ class AdapterStore:
     def open_image(self, digest: str) -> OpenAdapter:
         """Map an adapter's verified image; raises AdapterCorrupt, or AdapterNotFound for another base's adapter."""
         image = open_image(self._blobs.root, digest)
-        if not self._has_our_shape(image.base.to_dict()):
-            raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions")
+        if not fits(base_facts(image.base, is_base_dependent=image.base_dependent), self._base_facts):
+            raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions or weights")
         return image
 
     def sweep(self) -> None:
@@ -238,12 +253,12 @@ class AdapterStore:
         finally:
             os.close(lock)
 
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         self.check_name(name)
-        self._convert(upload.source, upload.object, self._options)
+        self._convert(upload.source, upload.object, replace(self._options, declared=declared))
         with storage_errors():
             manifest = check_adapter(upload.object, self._options.base, self._options.dtype, self._options.largest_rank)
-        new = self._new_version(name, manifest)
+        new = NewVersion.of(name, manifest, created=int(self._clock()))
         self.sweep()
         with storage_errors():
             self._blobs.make_durable(upload.object)
@@ -268,25 +283,9 @@ class AdapterStore:
     def _live(self) -> set[str]:
         return self._registry.digests(retired_since=int(self._clock() - _GRACE_S))
 
-    def _new_version(self, name: str, manifest: Manifest) -> NewVersion:
-        return NewVersion(
-            name=name,
-            digest=manifest.digest(),
-            family=manifest.family,
-            rank=manifest.rank,
-            num_bytes=manifest.file_bytes,
-            created=int(self._clock()),
-            base=manifest.base.to_dict(),
-            report=manifest.report(),
-            dtype=manifest.dtype,
-        )
-
     def _find(self, model: str) -> AdapterVersion | None:
         found = find_version(self._registry, model)
         return found if found is not None and self._is_ours(found) else None
 
     def _is_ours(self, version: AdapterVersion) -> bool:
-        return self._has_our_shape(version.base)
-
-    def _has_our_shape(self, base: BaseFacts) -> bool:
-        return all(base[key] == self._base_facts[key] for key in _SHAPE_KEYS)
+        return fits(version.base, self._base_facts)

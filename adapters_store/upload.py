@@ -14,13 +14,13 @@ from typing import BinaryIO, Self
 
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UnsupportedFormat, UploadTooLarge, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
+from adapters_store.formats import WEIGHTS_PART, Declared, check_parts, is_config_part, parts_in, refuse_name
 from adapters_store.locks import lock_folder
 from adapters_store.registry import AdapterVersion
 
-PART_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 # the same limit as the config's reader: refused before it is stored
 _MAX_CONFIG_BYTES = 1 << 20
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".pickle")
+_COPY_CHUNK_BYTES = 1 << 20
 
 
 class PartWriter:
@@ -73,7 +73,7 @@ class Upload:
         files: FileSystem,
         *,
         max_bytes: int,
-        publish: Callable[["Upload", str], AdapterVersion],
+        publish: Callable[["Upload", str, Declared], AdapterVersion],
     ) -> None:
         """Create the folder and lock it; the caller holds the store's lock, so no sweep can come between."""
         self.files = files
@@ -108,20 +108,10 @@ class Upload:
         Raises:
             UnsupportedFormat: a pickle by its name. CorruptUpload: an unknown name, or a part sent twice.
         """
-        if filename.lower().endswith(_PICKLE_SUFFIXES):
-            raise UnsupportedFormat(
-                f"{ascii(filename)[:80]} is a pickle, which is never opened here: "
-                "save the adapter with safe_serialization=True",
-                param="files",
-            )
-        if filename not in PART_NAMES:
-            raise CorruptUpload(
-                f"the file name {ascii(filename)[:80]} is not taken; send exactly {' and '.join(PART_NAMES)}",
-                param="files",
-            )
+        refuse_name(filename)
         if filename in self._parts:
             raise CorruptUpload(f"{filename} was sent twice", param="files")
-        cap = _MAX_CONFIG_BYTES if filename == PART_NAMES[0] else self._max_bytes
+        cap = _MAX_CONFIG_BYTES if is_config_part(filename) else self._max_bytes
         part = PartWriter(self, self.source / filename, cap)
         self._parts[filename] = part
         return part
@@ -132,18 +122,19 @@ class Upload:
         if self._num_bytes > self._max_bytes:
             raise UploadTooLarge(f"the upload is larger than {self._max_bytes} bytes (max_upload_bytes)", param="files")
 
-    def commit(self, name: str) -> AdapterVersion:
+    def commit(self, name: str, declared: Declared | None = None) -> AdapterVersion:
         """Convert, validate and publish the upload as the next version of `name`; durable when this returns.
 
+        Args:
+            declared: what the uploader says about the files; nothing: their format is found by their names.
         Raises:
             StoreError: the subclass says why; nothing was published.
         """
         for part in self._parts.values():
             part.close()
-        lacking = [part for part in PART_NAMES if part not in self._parts]
-        if lacking:
-            raise CorruptUpload(f"the upload lacks the file {lacking[0]}", param="files")
-        return self._publish(self, name)
+        declared = declared if declared is not None else Declared()
+        check_parts(self._parts.keys(), declared.format)
+        return self._publish(self, name, declared)
 
     def close(self) -> None:
         """Remove the staging folder; further calls do nothing. What cannot be removed is left to the next sweep."""
@@ -170,12 +161,27 @@ class Upload:
         self.close()
 
 
+def copy_parts(folder: Path, upload: Upload, declared: Declared, *, trusted: bool) -> None:
+    """Copy the files of an adapter's folder into an upload; other files are not read.
+
+    Raises:
+        StoreError: a file is missing, no regular file, a pickle, or of a kind that is not served.
+    """
+    refuse_foreign_parts(folder)
+    with storage_errors():
+        names = parts_in(folder, declared.format)
+    for filename in names:
+        with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
+            while chunk := file.read(_COPY_CHUNK_BYTES):
+                part.write(chunk)
+
+
 def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
     """Open one file of a folder; raises CorruptUpload or UnsupportedFormat unless it may be read."""
     try:
         return open_regular(folder / filename, is_trusted=trusted)
     except (OSError, ValueError) as error:
-        if filename == PART_NAMES[1] and os.path.exists(folder / "adapter_model.bin"):
+        if filename == WEIGHTS_PART and os.path.exists(folder / "adapter_model.bin"):
             raise UnsupportedFormat(
                 "the folder holds adapter_model.bin, a pickle, which is never opened here: "
                 "save the adapter with safe_serialization=True",

@@ -17,7 +17,7 @@ from adapter_kernels.gpu.copies import CudaCopies, InlineCopies
 from adapter_kernels.gpu.launch_config import LaunchConfigs
 from adapter_kernels.gpu.streams import CudaSide
 from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, SITES, DeviceTables
-from adapters_store.store import LowrankEntry, OpenAdapter
+from adapters_store.store import OpenAdapter, SiteEntry
 from scripts.gpu_check_model import make_spec
 from scripts.gpu_check_part import Place, main_of
 from scripts.gpu_check_report import Measure, Unit
@@ -137,7 +137,7 @@ class Bench:
                 out_dim, in_dim = self.spec.dims.site_shape(site)
                 a, bt = size, size + _aligned(rank * in_dim * self.dtype.itemsize)
                 size = bt + _aligned(rank * out_dim * self.dtype.itemsize)
-                entries.append(LowrankEntry(layer, site, rank, a, bt, None))
+                entries.append(SiteEntry(layer, site, (rank,), a, bt, None))
         # zeros would be kind to nothing here: copies and checks read every byte alike
         data = memoryview(np.ones(size // 4, dtype=np.float32).data).cast("B").toreadonly()
         dtype = str(self.dtype).removeprefix("torch.")

@@ -1,8 +1,8 @@
 """The converter process: `python -m adapters_store.convert SOURCE TARGET OPTIONS MAX_FILE_BYTES CPU_SECONDS`.
 
 Owns its own limits, set before a foreign byte is read, and the one line of JSON on stdout that says how it ended.
-Invariant: it reads only SOURCE, writes only TARGET, opens no socket, and leaves with status 0 only after success or
-a clean refusal.
+Invariant: it reads only SOURCE and the base's folder, writes only TARGET, opens no socket, and leaves with status 0
+only after success or a clean refusal.
 """
 
 import json
@@ -10,8 +10,8 @@ import resource
 import sys
 from pathlib import Path
 
+from adapters_store.convert.dispatch import convert
 from adapters_store.convert.options import ConvertOptions
-from adapters_store.convert.peft import convert_peft
 from adapters_store.errors import StoreError
 
 # one tensor at a time is in memory; numpy itself maps a few hundred MB of address space
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     _limit(int(max_file_bytes), int(cpu_seconds))
     outcome: dict[str, str | int | None] = {}
     try:
-        convert_peft(Path(source), Path(target), ConvertOptions.from_json(options))
+        convert(Path(source), Path(target), ConvertOptions.from_json(options))
     except StoreError as error:
         outcome = {"code": error.code, "message": error.message, "param": error.param}
     except OSError as error:

@@ -1,14 +1,15 @@
-"""What a conversion is told besides the files: the base, the dtype of the image, the limits on ranks.
+"""What a conversion is told besides the files: the base, the image's dtype, the limits on ranks, the declared format.
 
 Owns the passing of these between the server and the converter process. Invariant: `from_json(to_json(x)) == x`.
 """
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from adapters_store.base import SITES, BaseDims
+from adapters_store.formats import Declared
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,12 +17,15 @@ class ConvertOptions:
     """`dtype` is a serving dtype: "float32", "bfloat16" or "float16".
 
     `max_product_rank` is the limit where a rank is a product of two (LoHa, LoKr); without effect below `max_rank`.
+    `base_dir` holds the base's weights, which some formats need; None: they are not at hand.
     """
 
     base: BaseDims
     dtype: str
     max_rank: int
     max_product_rank: int = 0
+    base_dir: str | None = None
+    declared: Declared = field(default_factory=Declared)
 
     @property
     def largest_rank(self) -> int:
@@ -42,7 +46,7 @@ class ConvertOptions:
     def from_json(cls, text: str) -> "ConvertOptions":
         """Read `to_json`'s line; it comes from our own server, never from a stranger."""
         value = json.loads(text)
-        return cls(**{**value, "base": BaseDims(**value["base"])})
+        return cls(**{**value, "base": BaseDims(**value["base"]), "declared": Declared(**value["declared"])})
 
 
 # reads the foreign files in the first folder, writes adapter.json and adapter.safetensors into the second

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import numpy as np
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
-from adapters_store.canonical import NO_EFFECT, WrittenFile, layout, write_canonical
+from adapters_store.canonical import WrittenFile, layout, write_canonical
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, PeftConfig, read_config
 from adapters_store.convert.peft_tensors import (
@@ -38,6 +38,7 @@ from adapters_store.errors import (
 )
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
+from adapters_store.image_check import NO_EFFECT
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest, Module, Source
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, HeaderLimits, read_header
 

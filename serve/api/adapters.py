@@ -11,6 +11,7 @@ from dataclasses import asdict
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
 
+from adapters_store.formats import FORMATS
 from adapters_store.store import AdapterVersion
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses
@@ -34,6 +35,8 @@ _UPLOAD_BODY: Json = {
                 "required": ["name", "files"],
                 "properties": {
                     "name": {"type": "string"},
+                    "format": {"type": "string", "enum": [*FORMATS]},
+                    "options": {"type": "string"},
                     "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                 },
             }
@@ -44,7 +47,11 @@ _UPLOAD_BODY: Json = {
 
 @router.post("", status_code=201, openapi_extra={"requestBody": _UPLOAD_BODY})
 async def upload_adapter(request: Request) -> JSONResponse:
-    """Publish a PEFT adapter as the next version of `name`: field `name`, one part `files` per file."""
+    """Publish an adapter as the next version of `name`: field `name`, one part `files` per file.
+
+    `format` says which external format the files are in (found by their names by default); `options` is a JSON object
+    with what such files do not store.
+    """
     state = api_state(request)
     boundary = read_boundary(request.headers.get("content-type", ""))
     version = await receive_upload(

@@ -11,15 +11,17 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar, TypeVarTuple
 
+from adapters_store.formats import MAX_OPTIONS_BYTES, PEFT_PARTS, Declared
 from adapters_store.names import check_name
 from adapters_store.store import AdapterStore, AdapterVersion, Upload
-from adapters_store.upload import PART_NAMES, PartWriter
+from adapters_store.upload import PartWriter
 from serve.api.multipart import MultipartReader, PartData, PartEvent, PartStart
 from serve.errors import InvalidRequest, RateLimited
 
 MAX_RUNNING_UPLOADS = 16
 _NUM_THREADS = 4
-_MAX_NAME_BYTES = 256
+# the text fields of the form, and how long each may be
+_MAX_FIELD_BYTES = {"name": 256, "format": 64, "options": MAX_OPTIONS_BYTES}
 # data goes to the disk in pieces of this size: one thread hop each
 _WRITE_BYTES = 1 << 20
 
@@ -78,8 +80,8 @@ async def receive_upload(
         try:
             form = _Form(upload, served_name)
             await _receive_parts(form, boundary, body, pool)
-            name = form.finish()
-            return await pool.run(upload.commit, name)
+            name, declared = form.finish()
+            return await pool.run(upload.commit, name, declared)
         finally:
             await pool.run(upload.close)
 
@@ -105,9 +107,10 @@ class _Form:
         self._upload = upload
         self._served_name = served_name
         self._name: str | None = None
-        self._name_bytes = bytearray()
+        self._fields: dict[str, bytearray] = {}
+        # the text field that is being received; None: the part is a file
+        self._field: str | None = None
         self._num_files = 0
-        # None: the part is the name
         self._writer: PartWriter | None = None
 
     def take(self, events: Iterable[PartEvent]) -> None:
@@ -119,27 +122,31 @@ class _Form:
                 self._write(event.data)
             elif self._writer is not None:
                 self._writer.close()
-            else:
-                self._name = _read_name(self._name_bytes)
+            elif self._field == "name":
+                self._name = _read_text(self._fields, "name") or ""
                 check_name(self._name, self._served_name)
 
-    def finish(self) -> str:
-        """Return the name; raises InvalidRequest when a field is missing."""
+    def finish(self) -> tuple[str, Declared]:
+        """Return the name and what was declared; raises InvalidRequest when a field is missing, InvalidOption."""
         if self._name is None:
             raise InvalidRequest("field 'name' is missing: the adapter's name", param="name")
         if self._num_files == 0:
-            raise InvalidRequest(f"no file was sent; send {' and '.join(PART_NAMES)} as 'files'", param="files")
-        return self._name
+            raise InvalidRequest(f"no file was sent; send {' and '.join(PEFT_PARTS)} as 'files'", param="files")
+        options = self._fields.get("options")
+        declared = Declared.parse(_read_text(self._fields, "format"), None if options is None else bytes(options))
+        return self._name, declared
 
     def _start_part(self, part: PartStart) -> None:
-        if part.field == "name" and part.filename is None:
-            if self._name is not None:
-                raise InvalidRequest("field 'name' occurs twice", param="name")
-            self._writer = None
+        self._field = self._writer = None
+        if part.field in _MAX_FIELD_BYTES and part.filename is None:
+            if part.field in self._fields:
+                raise InvalidRequest(f"field '{part.field}' occurs twice", param=part.field)
+            self._field, self._fields[part.field] = part.field, bytearray()
         elif part.field != "files":
-            raise InvalidRequest(f"unknown field {part.field[:64]!a}; this form has 'name' and 'files'")
+            known = ", ".join(f"'{field}'" for field in _MAX_FIELD_BYTES)
+            raise InvalidRequest(f"unknown field {part.field[:64]!a}; this form has {known} and 'files'")
         elif not part.filename:
-            raise InvalidRequest(f"each part 'files' needs a file name: {' or '.join(PART_NAMES)}", param="files")
+            raise InvalidRequest(f"each part 'files' needs a file name: {' or '.join(PEFT_PARTS)}", param="files")
         else:
             self._num_files += 1
             self._writer = self._upload.open_part(part.filename)
@@ -148,13 +155,17 @@ class _Form:
         if self._writer is not None:
             self._writer.write(data)
             return
-        self._name_bytes += data
-        if len(self._name_bytes) > _MAX_NAME_BYTES:
-            raise InvalidRequest(f"field 'name' is longer than {_MAX_NAME_BYTES} bytes", param="name")
+        assert self._field is not None, "data belongs to a part that began"
+        text, most = self._fields[self._field], _MAX_FIELD_BYTES[self._field]
+        text += data
+        if len(text) > most:
+            raise InvalidRequest(f"field '{self._field}' is longer than {most} bytes", param=self._field)
 
 
-def _read_name(name: bytearray) -> str:
+def _read_text(fields: dict[str, bytearray], field: str) -> str | None:
+    if field not in fields:
+        return None
     try:
-        return name.decode("utf-8")
+        return fields[field].decode("utf-8")
     except UnicodeDecodeError:
-        raise InvalidRequest("field 'name' is not UTF-8", param="name") from None
+        raise InvalidRequest(f"field '{field}' is not UTF-8", param=field) from None

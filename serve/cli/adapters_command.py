@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 
+from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
 from serve.cli.adapter_rows import AdapterRow, show_rows
 from serve.cli.adapters_remote import RemoteAdapters
@@ -23,13 +24,22 @@ adapters_app = typer.Typer(
 )
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
-Folder = Annotated[Path, typer.Argument(help="PEFT folder: adapter_config.json and adapter_model.safetensors.")]
+Folder = Annotated[
+    Path, typer.Argument(help="PEFT folder (adapter_config.json, adapter_model.safetensors), or one with a checkpoint.")
+]
+Format = Annotated[
+    str, typer.Option("--format", help=f"What the folder holds: {', '.join(FORMATS)}; auto goes by the files' names.")
+]
+Options = Annotated[
+    str | None, typer.Option("--options", help="JSON object with what such files do not store (MeteoRA: top_k, ...).")
+]
 Store = Annotated[Path | None, typer.Option("--store", envvar="CHORALE_STORE", help="Folder of the store.")]
 Url = Annotated[str | None, typer.Option("--url", help="Address of a running server, instead of --store.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="CHORALE_API_KEY", help="Key for --url.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Base = Annotated[
-    str | None, typer.Option("--base", help="Base model of the adapter; needed for the first adapter of a store.")
+    str | None,
+    typer.Option("--base", help="Base model of the adapter; needed for a store's first adapter and for checkpoints."),
 ]
 
 
@@ -43,14 +53,17 @@ def add(
     dtype: DtypeOption = Dtype.AUTO,
     api_key: ApiKey = None,
     as_json: Json = False,
+    source_format: Format = AUTO,
+    options: Options = None,
 ) -> None:
     """Convert, check and publish an adapter as the next version of NAME."""
     with one_line_errors(exit_status=1):
+        declared = Declared.parse(source_format, None if options is None else options.encode())
         with _place(store, url, api_key) as place:
             if isinstance(place, RemoteAdapters):
-                row = place.add(name, folder)
+                row = place.add(name, folder, declared)
             else:
-                row = adapters_offline.add(place, name, folder, base=base, dtype=dtype)
+                row = adapters_offline.add(place, name, folder, base=base, dtype=dtype, declared=declared)
         show_rows([row], as_json=as_json)
 
 

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterNotFound
-from adapters_store.registry import AdapterVersion
+from adapters_store.formats import Declared
+from adapters_store.registry import AdapterVersion, base_dims
 from adapters_store.registry_sqlite import SqliteRegistry
 from adapters_store.store import AdapterStore
 from serve.cli.adapter_rows import AdapterRow
@@ -19,23 +20,32 @@ from serve.model.download import resolve_model_dir
 from serve.model.spec import read_spec
 
 _REGISTRY = "registry.sqlite"
+# the operator's own folder: a checkpoint of a whole model is as large as the base
+_MAX_FOLDER_BYTES = 1 << 40
 
 
-def add(root: Path, name: str, folder: Path, *, base: str | None, dtype: str) -> AdapterRow:
-    """Publish a PEFT folder as the next version of `name`.
+def add(
+    root: Path, name: str, folder: Path, *, base: str | None, dtype: str, declared: Declared | None = None
+) -> AdapterRow:
+    """Publish a folder as the next version of `name`.
 
     Args:
         base: the base model's folder or id; None takes the base of the adapters that the store already holds.
+        declared: what the folder holds; nothing: found by the names of its files.
         dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
     Raises:
         StartError: the base is not known. StoreError: the adapter is refused.
     """
     if not folder.is_dir():
         raise StartError(f"{folder}: no such folder; an adapter is a PEFT folder with adapter_config.json")
-    dims, own_dtype = _known_base(root) if base is None else _read_base(base)
+    base_dir = None if base is None else resolve_model_dir(base)
+    dims, own_dtype = _known_base(root) if base_dir is None else _read_base(base_dir)
     image_dtype = own_dtype if dtype == "auto" else dtype
-    with closing(AdapterStore.open(root, dims, image_dtype=image_dtype)) as store:
-        return row_of(store.put_dir(name, folder, trusted=True))
+    opened = AdapterStore.open(
+        root, dims, base_dir=base_dir, image_dtype=image_dtype, max_upload_bytes=_MAX_FOLDER_BYTES
+    )
+    with closing(opened) as store:
+        return row_of(store.put_dir(name, folder, trusted=True, declared=declared))
 
 
 def rows(root: Path) -> list[AdapterRow]:
@@ -79,8 +89,8 @@ def row_of(version: AdapterVersion) -> AdapterRow:
     )
 
 
-def _read_base(base: str) -> tuple[BaseDims, str]:
-    spec = read_spec(resolve_model_dir(base))
+def _read_base(base_dir: Path) -> tuple[BaseDims, str]:
+    spec = read_spec(base_dir)
     return spec.dims, spec.dtype
 
 
@@ -88,16 +98,12 @@ def _known_base(root: Path) -> tuple[BaseDims, str]:
     known = {}
     if (root / _REGISTRY).is_file():
         with _registry(root) as registry:
-            known = {_dims_of(version): version.dtype for version in registry.all_current()}
+            known = {base_dims(version.base): version.dtype for version in registry.all_current()}
     if len(known) != 1:
         raise StartError(
             f"the store in {root} holds adapters of {len(known)} bases; say which one this is for: --base MODEL_DIR"
         )
     return next(iter(known.items()))
-
-
-def _dims_of(version: AdapterVersion) -> BaseDims:
-    return BaseDims(**version.base)  # type: ignore[arg-type]  # the registry wrote `BaseDims.to_dict()`
 
 
 @contextmanager
@@ -109,7 +115,7 @@ def _store_of(root: Path, name: str) -> Iterator[AdapterStore]:
         raise AdapterNotFound(
             f"there is no adapter {ascii(name)[:140]} in this store; `chorale adapters list` shows all"
         )
-    with closing(AdapterStore.open(root, _dims_of(version), image_dtype=version.dtype)) as store:
+    with closing(AdapterStore.open(root, base_dims(version.base), image_dtype=version.dtype)) as store:
         yield store
 
 

@@ -3,6 +3,7 @@
 Owns the requests and the reading of their errors. Invariant: an upload is streamed from its files, not held in memory.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -11,10 +12,9 @@ from urllib.parse import quote
 
 import httpx
 
+from adapters_store.formats import AUTO, Declared, parts_in
 from serve.cli.adapter_rows import AdapterRow
 from serve.errors import StartError
-
-PART_NAMES = ("adapter_config.json", "adapter_model.safetensors")
 
 Part = tuple[str, tuple[str, BinaryIO, str]]
 
@@ -33,10 +33,16 @@ class RemoteAdapters:
         """Give back the connections."""
         self._client.close()
 
-    def add(self, name: str, folder: Path) -> AdapterRow:
-        """Upload a PEFT folder; raises StartError with the server's own line if it is refused."""
-        with _open_parts(folder) as files:
-            answer = self._checked(self._client.post("/v1/adapters", data={"name": name}, files=files))
+    def add(self, name: str, folder: Path, declared: Declared | None = None) -> AdapterRow:
+        """Upload a folder; raises StartError with the server's own line if it is refused."""
+        declared = declared if declared is not None else Declared()
+        fields = {"name": name}
+        if declared.format != AUTO:
+            fields["format"] = declared.format
+        if declared.options:
+            fields["options"] = json.dumps(declared.options)
+        with _open_parts(folder, declared) as files:
+            answer = self._checked(self._client.post("/v1/adapters", data=fields, files=files))
         return cast(AdapterRow, answer)
 
     def rows(self) -> list[AdapterRow]:
@@ -64,11 +70,15 @@ class RemoteAdapters:
 
 
 @contextmanager
-def _open_parts(folder: Path) -> Iterator[list[Part]]:
-    """Yield the multipart fields of a PEFT folder's files."""
+def _open_parts(folder: Path, declared: Declared) -> Iterator[list[Part]]:
+    """Yield the multipart fields of a folder's files."""
     with ExitStack() as stack:
         parts: list[Part] = []
-        for filename in PART_NAMES:
+        try:
+            names = parts_in(folder, declared.format)
+        except OSError as error:
+            raise StartError(f"{folder}: {error.strerror}") from error
+        for filename in names:
             try:
                 file = stack.enter_context((folder / filename).open("rb"))
             except OSError as error:

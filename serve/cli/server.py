@@ -60,6 +60,7 @@ def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
         return AdapterStore.open(
             config.api.store_dir,
             spec.dims,
+            base_dir=config.engine.model_dir,
             served_name=config.api.served_model_name,
             max_rank=config.engine.max_adapter_rank,
             max_upload_bytes=config.api.limits.max_upload_bytes,

@@ -7,7 +7,7 @@ from adapter_kernels.gpu.tables import NO_BIAS, SITES, DeviceTables
 from adapter_kernels.image import AdapterImage
 from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterCorrupt
-from adapters_store.store import LowrankEntry, OpenAdapter
+from adapters_store.store import OpenAdapter, SiteEntry
 from tests.kernels.random_adapters import SHAPES, random_image
 
 NUM_LAYERS = 2
@@ -39,7 +39,14 @@ class Images:
             raise AdapterCorrupt(f"the files of adapter {digest[:12]} cannot be read; upload it again")
         image = self.images[digest]
         entries = tuple(
-            LowrankEntry(rows.layer, rows.site, rows.rank, rows.a_offset, rows.bt_offset, rows.bias_offset)
+            SiteEntry(
+                rows.layer,
+                rows.site,
+                rows.ranks,
+                rows.a_offset,
+                rows.bt_offset,
+                rows.bias_offset,
+            )
             for rows in image.rows
         )
         data = memoryview(image.data.numpy().tobytes()).toreadonly()

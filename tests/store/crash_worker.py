@@ -16,6 +16,7 @@ from pathlib import Path
 
 from adapters_store.convert.peft import convert_peft
 from adapters_store.errors import AdapterNotFound
+from adapters_store.formats import Declared
 from adapters_store.registry import AdapterVersion, NewVersion
 from adapters_store.store import AdapterStore
 from adapters_store.upload import Upload
@@ -27,10 +28,10 @@ _WINDOW_S = 0.002
 
 
 class PointerBeforeObject(AdapterStore):
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         publish = self._blobs.publish
         self._blobs.publish = lambda staged, digest: None  # type: ignore[method-assign]
-        version = super()._commit(upload, name)
+        version = super()._commit(upload, name, declared)
         time.sleep(_WINDOW_S)
         self._blobs.publish = publish  # type: ignore[method-assign]
         publish(upload.object, version.digest)
@@ -40,10 +41,10 @@ class PointerBeforeObject(AdapterStore):
 class WritesInPlace(AdapterStore):
     """The object is copied into its visible folder, after the pointer, as a store without renames would."""
 
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         publish = self._blobs.publish
         self._blobs.publish = lambda staged, digest: None  # type: ignore[method-assign]
-        version = super()._commit(upload, name)
+        version = super()._commit(upload, name, declared)
         self._blobs.publish = publish  # type: ignore[method-assign]
         target = self._blobs.root / version.digest
         target.mkdir()
@@ -66,17 +67,17 @@ class RemovesBeforeThePointer(AdapterStore):
 class ReplacesInTwoSteps(AdapterStore):
     """The old version goes in one transaction, the new one comes in the next."""
 
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         if self._registry.current(name) is not None:
             self._registry.delete(name, now=0)
             time.sleep(_WINDOW_S)
-        return super()._commit(upload, name)
+        return super()._commit(upload, name, declared)
 
 
 class LocksNobodyOut(AdapterStore):
     """Other processes may sweep between the object and its pointer."""
 
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         publish = self._blobs.publish
 
         def slowly(staged: Path, digest: str) -> None:
@@ -86,7 +87,7 @@ class LocksNobodyOut(AdapterStore):
         self._lock.held = contextlib.nullcontext  # type: ignore[method-assign,assignment]
         self._blobs.publish = slowly  # type: ignore[method-assign]
         try:
-            return super()._commit(upload, name)
+            return super()._commit(upload, name, declared)
         finally:
             self._blobs.publish = publish  # type: ignore[method-assign]
 

@@ -16,6 +16,7 @@ from adapters_store.blobs import Blobs
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.file_system import FileSystem
+from adapters_store.formats import Declared
 from adapters_store.registry import AdapterVersion, NewVersion
 from adapters_store.registry_sqlite import SqliteRegistry
 from adapters_store.store import AdapterStore
@@ -150,12 +151,12 @@ def store_with(blobs: type[Blobs]) -> type[AdapterStore]:
 
 
 class PointerBeforeObject(AdapterStore):
-    def _commit(self, upload: Upload, name: str) -> AdapterVersion:
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         publish, blobs = self._blobs.publish, self._blobs
         pairs: list[tuple[Path, str]] = []
         blobs.publish = lambda staged, digest: pairs.append((staged, digest))  # type: ignore[method-assign]
         try:
-            return super()._commit(upload, name)
+            return super()._commit(upload, name, declared)
         finally:
             blobs.publish = publish  # type: ignore[method-assign]
             for folder, digest in pairs:

@@ -201,7 +201,7 @@ def test_a_converter_that_writes_something_else_is_not_believed(folders: tuple[P
         lambda target: (target / manifest).write_bytes(b" " + (target / manifest).read_bytes()),
         lambda target: (target / image).unlink(),
         lambda target: (target / manifest).unlink(),
-        lambda target: (target / manifest).write_bytes((target / manifest).read_bytes().replace(b'"lora"', b'"s2ft"')),
+        lambda target: (target / manifest).write_bytes((target / manifest).read_bytes().replace(b'"lora"', b'"lore"')),
         link,
     ]
     for change in changes:

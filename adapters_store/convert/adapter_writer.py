@@ -1,0 +1,51 @@
+"""A converted adapter's two files: the image from encoded tensors, then the manifest.
+
+Owns the writing and the rounding to the image's dtype. Invariant: each value is rounded once, and a value that
+overflows is refused, never written.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from adapters_store.base import BaseDims
+from adapters_store.canonical import WrittenFile, layout, write_canonical
+from adapters_store.errors import NonFiniteValues
+from adapters_store.file_system import FileSystem
+from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
+from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest
+from adapters_store.ops import Module
+
+
+def encode_values(values: Float32, dtype: str, what: str) -> bytes:
+    """Round values to a serving dtype; raises NonFiniteValues when one is not finite then, naming `what`."""
+    raw = encode(values, FILE_DTYPES[dtype])
+    if not is_finite(raw, FILE_DTYPES[dtype]):
+        raise NonFiniteValues(f"{what} holds NaN or infinity, or overflows {dtype}, this server's dtype", param=what)
+    return raw
+
+
+def encode_indices(indices: npt.NDArray[np.int64]) -> bytes:
+    """Return positions as the image holds them."""
+    return indices.astype("<i4").tobytes()
+
+
+def write_image(
+    target: Path, modules: tuple[Module, ...], base: BaseDims, dtype: str, encoded: Callable[[str], bytes]
+) -> WrittenFile:
+    """Write the image of sorted modules; `encoded(name)` is called once per tensor, in order."""
+    with os.fdopen(FileSystem().create(target / IMAGE_NAME), "wb") as image:
+        return write_canonical(image, layout(modules, base, dtype), encoded)
+
+
+def write_manifest(target: Path, manifest: Manifest) -> None:
+    """Write the manifest."""
+    files = FileSystem()
+    descriptor = files.create(target / MANIFEST_NAME)
+    try:
+        files.write(descriptor, manifest.to_bytes())
+    finally:
+        files.close(descriptor)
