@@ -4,10 +4,10 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.gpu.tables import NO_BIAS, SITES, DeviceTables
-from adapter_kernels.image import AdapterImage
+from adapter_kernels.image import AdapterImage, SiteRows, SparseRows
 from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterCorrupt
-from adapters_store.store import OpenAdapter, SiteEntry
+from adapters_store.store import OpenAdapter, SiteEntry, SparseEntry
 from tests.kernels.random_adapters import SHAPES, random_image
 
 NUM_LAYERS = 2
@@ -38,20 +38,32 @@ class Images:
         if digest not in self.images:
             raise AdapterCorrupt(f"the files of adapter {digest[:12]} cannot be read; upload it again")
         image = self.images[digest]
-        entries = tuple(
-            SiteEntry(
-                rows.layer,
-                rows.site,
-                rows.ranks,
-                rows.a_offset,
-                rows.bt_offset,
-                rows.bias_offset,
-            )
-            for rows in image.rows
-        )
+        entries = tuple(_entry(rows) for rows in image.rows)
         data = memoryview(image.data.numpy().tobytes()).toreadonly()
         rank = max((rows.rank for rows in image.rows), default=0)
         return OpenAdapter(digest, _NAMES[image.dtype], rank, len(data), BASE, data, entries)
+
+
+def _entry(rows: SiteRows) -> SiteEntry:
+    return SiteEntry(
+        layer=rows.layer,
+        site=rows.site,
+        ranks=rows.ranks,
+        a_offset=rows.a_offset,
+        bt_offset=rows.bt_offset,
+        bias_offset=rows.bias_offset,
+        gate_offset=rows.gate_offset,
+        top_k=rows.top_k,
+        temperature=rows.temperature,
+        cols=_sparse_entry(rows.cols),
+        rows=_sparse_entry(rows.rows),
+        out_scale_offset=rows.out_scale_offset,
+        in_scale_offset=rows.in_scale_offset,
+    )
+
+
+def _sparse_entry(rows: SparseRows | None) -> SparseEntry | None:
+    return None if rows is None else SparseEntry(rows.count, rows.idx_offset, rows.d_offset)
 
 
 def mismatch(tables: DeviceTables, slot: int, image: AdapterImage | None) -> str | None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import FUSED_SITES
@@ -89,6 +90,12 @@ def test_mixtures_match_the_reference(top_k: int, ranks: tuple[int, ...], step: 
     check_step(images, CHOSEN, STEPS[step], dtype)
 
 
+def test_groups_that_begin_in_the_middle_of_a_slab_match_the_reference() -> None:
+    images = [meteora(seed, (2,) * 9, 2) for seed in range(6)]
+    check_step(images, [2, 3, None, 5], [1, 1, 1, 1], torch.float32)
+    check_step(images, [1, 4, 4], [2, 1, 20], torch.float32)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("step", STEPS)
 def test_scales_match_the_reference(step: str, dtype: torch.dtype) -> None:
@@ -152,6 +159,13 @@ def test_what_is_not_finite_stays_with_its_own_row(what: str) -> None:
             assert poisoned[lost].isnan().all()
 
 
+class Silent(Base):
+    """A base that says nothing, whatever it hears."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.zeros(x.shape[0], self.weight.shape[0])
+
+
 def test_slices_of_nearly_one_size_share_a_slab_and_read_no_other_channel() -> None:
     images = [
         random_adapter({(0, "down_proj"): Ops(cols=count)}, torch.Generator().manual_seed(count)) for count in (5, 2)
@@ -160,10 +174,10 @@ def test_slices_of_nearly_one_size_share_a_slab_and_read_no_other_channel() -> N
     assert places[0].slab is places[1].slab
     selected = images[1].site(images[1].rows[0]).cols
     assert selected is not None
-    delta, silent = CpuDelta(build_route([places[1]], [1])), Base(torch.zeros(16, 40), None)
+    delta, silent = CpuDelta(build_route([places[1]], [1])), Silent(torch.empty(16, 40), None)
     x = torch.randn(1, 40, generator=torch.Generator().manual_seed(5))
     clean = delta.apply(0, "down", x, silent)
-    x[0, [i for i in range(40) if i not in selected.idx.tolist()]] = 1e30
+    x[0, [i for i in range(40) if i not in selected.idx.tolist()]] = float("nan")
     assert torch.equal(delta.apply(0, "down", x, silent), clean)
 
 

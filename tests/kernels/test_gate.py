@@ -16,6 +16,12 @@ def test_equal_logits_go_to_the_lower_expert() -> None:
     assert torch.allclose(choice.weights, torch.full((2, 3), 1 / 3))
 
 
+def test_ties_keep_their_order_among_as_many_experts_as_there_may_be() -> None:
+    mixture = Mixture.build((1,) * 128, 8, 1.0, 0)
+    logits = (torch.arange(128) % 2).float().expand(9, 128)
+    assert choose(logits, mixture).experts.tolist() == [list(range(1, 17, 2))] * 9
+
+
 def test_one_expert_alone_weighs_exactly_one() -> None:
     logits = torch.tensor([[-700.0, -800.0, -900.0], [float("nan"), 1.0, 2.0]])
     choice = choose(logits, Mixture.build(RANKS, 1, 0.01, 0))
