@@ -44,7 +44,7 @@ def convert_s2ft(source: Path, target: Path, options: ConvertOptions) -> None:
     if options.declared.options:
         name = sorted(options.declared.options)[0]
         raise InvalidOption(f"an S2FT checkpoint has no option {name[:80]!a}", param="options")
-    base_dir = need_base_dir(options, "an S2FT checkpoint")
+    base_dir = _need_base_dir(options)
     with (
         open_model(source, EXTERNAL_LIMITS, is_trusted=False) as found,
         open_model(base_dir, CANONICAL_LIMITS, is_trusted=True) as base,
@@ -72,10 +72,12 @@ def convert_s2ft(source: Path, target: Path, options: ConvertOptions) -> None:
     )
 
 
-def need_base_dir(options: ConvertOptions, what: str) -> Path:
+def _need_base_dir(options: ConvertOptions) -> Path:
     """Return the folder of the base's weights; raises WrongBase when the store was opened without it."""
     if options.base_dir is None:
-        raise WrongBase(f"{what} is compared with the base's weights, which are not at hand: name them with --base")
+        raise WrongBase(
+            "an S2FT checkpoint is compared with the base's weights, which are not at hand: name them with --base"
+        )
     return Path(options.base_dir)
 
 
@@ -93,11 +95,11 @@ def _compare_untrained(found: ModelFiles, base: ModelFiles, options: ConvertOpti
     moved = {f"{path}.{kind}" for path in weights for kind in ("weight", "bias")}
     ignored = compare_frozen(sorted(base.names & found.names - moved), found, base)
     if tied & found.names - base.names:
-        compare_frozen_head(found, base)
+        _compare_tied_head(found, base)
     return ignored
 
 
-def compare_frozen_head(found: ModelFiles, base: ModelFiles) -> None:
+def _compare_tied_head(found: ModelFiles, base: ModelFiles) -> None:
     """Compare the head of a model that ties it to the embedding; raises WrongBase, TrainedElsewhere."""
     if found.shape("lm_head.weight") != found.shape("embed_tokens.weight"):
         raise WrongBase("lm_head.weight and embed_tokens.weight differ in shape over a base that ties them")
@@ -136,7 +138,8 @@ def _compare_biases(layer: int, order: LayerOrder, found: ModelFiles, base: Mode
         own = orders.get(site, order.channel) if site in _PERMUTED_BIASES else np.arange(len(pair.base))
         if pair.found.shape != pair.base.shape or not np.array_equal(pair.found, pair.base[own]):
             raise TrainedElsewhere(
-                f"{found.original(name)} is not the base's in this order", param=found.original(name)
+                f"{found.original(name)} is not the base's: it was trained, or did not move with its rows",
+                param=found.original(name),
             )
 
 

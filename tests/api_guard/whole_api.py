@@ -11,13 +11,14 @@ from pathlib import Path
 
 import httpx
 
+from adapters_store.base import BaseDims
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
 from serve.config import ApiConfig, LimitsConfig
 from serve.metrics import Metrics
 from tests.api.fake_engine import FakeEngine
 from tests.api_guard.wire import Served, served
-from tests.store.folders import lora_config, lora_tensors, open_store, safetensors_bytes
+from tests.store.folders import TINY, lora_config, lora_tensors, open_store, safetensors_bytes
 
 BASE = "base-model"
 LIMITS = LimitsConfig(header_timeout_s=1, body_timeout_s=1, max_upload_bytes=64 << 20)
@@ -59,10 +60,16 @@ def whole_api(
     limits: LimitsConfig = LIMITS,
     lora_roots: tuple[Path, ...] = (),
     metrics: Metrics | None = None,
+    base: BaseDims = TINY,
+    **store_options: object,
 ) -> Iterator[WholeApi]:
-    """Serve the whole API until the block ends."""
+    """Serve the whole API until the block ends; `store_options` are the store's own."""
     engine = FakeEngine()
-    store = open_store(store_dir, served_name=BASE, max_upload_bytes=limits.max_upload_bytes)
+    store = open_store(
+        store_dir,
+        base,
+        **{"served_name": BASE, "max_upload_bytes": limits.max_upload_bytes, **store_options},  # type: ignore[arg-type]
+    )
     config = ApiConfig(
         model_dir=model_dir, store_dir=store_dir, served_model_name=BASE, limits=limits, lora_roots=lora_roots
     )

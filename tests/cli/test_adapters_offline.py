@@ -4,9 +4,12 @@ import json
 from pathlib import Path
 
 import pytest
+from safetensors.numpy import load_file
 from typer.testing import CliRunner, Result
 
+from adapters_store.base import read_base_dims
 from serve.cli.app import app
+from tests.store.tiny_checkpoints import TinyBase, meteora_checkpoint, mixture, write_checkpoint
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 
@@ -105,3 +108,22 @@ def assert_refused(result: Result, *words: str) -> None:
     assert line.startswith("chorale: ")
     for word in words:
         assert word in line
+
+
+def test_a_checkpoint_is_added_with_its_base_and_options(store_dir: Path, tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "models" / "tiny")
+    base = TinyBase(folder, read_base_dims(folder), load_file(folder / "model.safetensors"))
+    weights = meteora_checkpoint(base, mixture(base.dims, (2, 2)))
+    write_checkpoint(tmp_path / "mix", weights, "F32")
+    (tmp_path / "mix" / "config.json").unlink()
+    command = ("add", "mix", tmp_path / "mix", "--store", store_dir, "--base", folder, "--format", "meteora")
+    options = {"top_k": 2, "temperature": 1.0, "rank": 2, "alpha": 4}
+    (added,) = run_json(*command, "--options", json.dumps(options))
+    assert (added["family"], added["rank"]) == ("meteora", 4)
+    lacking = run(*command, "--options", '{"top_k": 2}')
+    assert lacking.exit_code == 1 and "the option temperature is missing" in lacking.stderr
+    unknown = run(*command[:-1], "gguf")
+    assert unknown.exit_code == 1 and "known: auto, peft, s2ft, meteora" in unknown.stderr
+    # the store knows the base's dimensions by now, but not where its weights are
+    homeless = run("add", "mix", tmp_path / "mix", "--store", store_dir, "--options", json.dumps(options))
+    assert homeless.exit_code == 1 and "--base" in homeless.stderr

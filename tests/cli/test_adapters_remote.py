@@ -34,6 +34,19 @@ def test_an_adapter_is_uploaded_listed_shown_and_deleted_over_http(start_fake: S
     assert len(gone.stderr.splitlines()) == 1
 
 
+def test_what_a_folder_is_declared_as_goes_with_its_upload(start_fake: StartFake, tmp_path: Path) -> None:
+    server = start_fake()
+    voice = write_tiny_adapter(tmp_path, "voice", rank=4, seed=1)
+
+    def add(*arguments: str) -> Result:
+        command = ["adapters", "add", "voice", str(voice.folder), "--url", server.url, "--format", "peft"]
+        return CliRunner().invoke(app, [*command, *arguments])
+
+    refused = add("--options", '{"rank": 8}')
+    assert refused.exit_code == 1 and "no option 'rank'" in refused.stderr
+    assert add().exit_code == 0
+
+
 def test_preloading_publishes_what_is_missing_and_touches_nothing_else(tmp_path: Path, store_dir: Path) -> None:
     base = read_base_dims(write_tiny_model(tmp_path / "tiny"))
     adapters = tmp_path / "adapters"

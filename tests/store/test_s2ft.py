@@ -1,6 +1,7 @@
 """S2FT checkpoints by the published recipe come in exactly; what cannot be told is refused with its reason."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -135,6 +136,22 @@ def test_tensors_s2_that_were_not_fused_are_placed_where_that_can_be_told(tmp_pa
     image = ImageValues(store.open_image(store.put_dir("a", tmp_path / "ft").digest))
     x = np.random.default_rng(5).standard_normal((5, MHA.hidden_size)).astype(np.float32)
     np.testing.assert_allclose(forward(base.weights, MHA, x, image.delta), forward(fused, MHA, x), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("lm_head", ["absent", "equal", "other"])
+def test_a_tied_head_may_be_saved_if_it_is_the_embedding(lm_head: str, tmp_path: Path) -> None:
+    dims = replace(MHA, tie_word_embeddings=True)
+    base = TinyBase.write(tmp_path / "base", dims, lambda weights: weights.pop("lm_head.weight"))
+    weights, _ = s2ft_checkpoint(base, SELECTIONS["down alone"])
+    if lm_head != "absent":
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    if lm_head == "other":
+        weights["lm_head.weight"][0, 0] += 1
+        with pytest.raises(AdapterRefused, match="ties") as refusal:
+            publish(tmp_path, base, weights)
+        assert refusal.value.code == "trained_elsewhere"
+    else:
+        assert publish(tmp_path, base, weights)[1].family == "s2ft"
 
 
 def trains_gate(weights: Weights) -> None:

@@ -78,7 +78,7 @@ class TinyBase:
     weights: Weights
 
     @classmethod
-    def write(cls, folder: Path, dims: BaseDims, change: Callable[[Weights], None] | None = None) -> "TinyBase":
+    def write(cls, folder: Path, dims: BaseDims, change: Callable[[Weights], object] | None = None) -> "TinyBase":
         """Make one; `change` edits its weights first."""
         weights = base_weights(dims)
         if change is not None:
@@ -135,6 +135,10 @@ def s2ft_checkpoint(base: TinyBase, chosen: S2ft, seed: int = 3) -> tuple[Weight
                 delta[part] = fused - weight[part]
             moved = weight + delta
             weights[name] = moved[:, columns[site]] if site in columns else moved[rows[site]]
+            bias = f"{stem(layer, site)}.bias"
+            if bias in weights and site in rows:
+                # the published code knows no biases; they belong to the rows that move
+                weights[bias] = weights[bias][rows[site]]
     return weights, trained
 
 
