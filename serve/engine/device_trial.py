@@ -4,6 +4,7 @@ Owns the rows of those steps; measures nothing itself. Invariant: K/V goes to bl
 nothing of a trial is left in the executor.
 """
 
+from adapter_kernels.gpu.route import LARGEST_OF_FORM
 from serve.engine.device_batch import StepBounds
 from serve.engine.plan import Executor, LoadResult, Row, SampleSpec, StepPlan
 from serve.messages import SamplingParams
@@ -39,17 +40,21 @@ class RanklessAdapters:
 
 
 def run_trial(executor: Executor, bounds: StepBounds, max_model_len: int) -> None:
-    """Run a step of chunks and one of decodes, each as large as can be, without adapters and with them."""
+    """Run a step of chunks and one of decodes, each as large as can be, without adapters and with them.
+
+    And one of chunks for each smaller form of the route: its kernels are compiled for their rows per block.
+    """
+    budgets = {min(largest, bounds.max_step_tokens): None for largest in (*LARGEST_OF_FORM, bounds.max_step_tokens)}
     for adapter_slot in (None, 0):
-        for rows in (_chunks(bounds, max_model_len, adapter_slot), _decodes(bounds, adapter_slot)):
+        chunks = [_chunks(budget, bounds, max_model_len, adapter_slot) for budget in reversed(budgets)]
+        for rows in (*chunks, _decodes(bounds, adapter_slot)):
             executor.execute(StepPlan(rows, {} if adapter_slot is None else {adapter_slot: ""}))
             for row in rows:
                 executor.release_request(row.request_id)
 
 
-def _chunks(bounds: StepBounds, max_model_len: int, adapter_slot: int | None) -> list[Row]:
+def _chunks(budget: int, bounds: StepBounds, max_model_len: int, adapter_slot: int | None) -> list[Row]:
     rows: list[Row] = []
-    budget = bounds.max_step_tokens
     while budget and len(rows) < bounds.max_num_seqs:
         length = min(budget, max_model_len)
         budget -= length

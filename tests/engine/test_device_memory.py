@@ -107,13 +107,14 @@ class Noting:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("max_step_tokens", "max_num_seqs", "max_model_len"), [(96, 4, 40), (8, 20, 100), (60, 2, 7)])
+@pytest.mark.parametrize(("max_step_tokens", "max_num_seqs", "max_model_len"), [(96, 4, 40), (8, 20, 100), (60, 2, 7), (512, 3, 400)])
 def test_a_trial_is_as_large_as_a_step_can_be(max_step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
     executor, bounds = Noting(), StepBounds(max_step_tokens, max_num_seqs, -(-max_model_len // 16))
     run_trial(executor, bounds, max_model_len)
     largest = min(max_step_tokens, max_num_seqs * max_model_len)
     sizes = [sum(len(row.token_ids) for row in plan.rows) for plan in executor.plans]
-    assert sizes == [largest, bounds.max_decodes] * 2 and not executor.live
+    smaller = [form for form in (256, 16) if form < max_step_tokens]
+    assert sizes == [largest, *(min(form, largest) for form in smaller), bounds.max_decodes] * 2 and not executor.live
     for plan in executor.plans:
         assert len(plan.rows) <= max_num_seqs
         assert all(_fits(row, max_model_len) for row in plan.rows)

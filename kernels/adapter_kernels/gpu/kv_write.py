@@ -11,7 +11,7 @@ _BLOCK_ROWS = 4
 _MAX_COLUMNS = 1024
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _kv_write_kernel(
     k,
     v,

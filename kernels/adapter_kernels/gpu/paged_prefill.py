@@ -28,8 +28,9 @@ def default_prefill(head_dim: int) -> LaunchConfig:
     return LaunchConfig(block_k=block_k, num_warps=8, num_stages=2)
 
 
-# a window of 1 is no case of its own
-@triton.jit(do_not_specialize=["window"])
+# a window of 1 is no case of its own; `block_begins` begins behind those of the step's decodes, at any multiple of 4
+# bytes, and must not be compiled anew in the middle of serving
+@triton.jit(do_not_specialize=["window"], do_not_specialize_on_alignment=["block_begins"])
 def _paged_prefill_kernel(
     q,
     k_cache,

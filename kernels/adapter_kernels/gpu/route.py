@@ -16,6 +16,8 @@ from torch import Tensor
 UNUSED = -2
 _MAX_UNGROUPED_ROWS = 16
 _MAX_SMALL_BLOCK_ROWS = 256
+# rows of the largest step of each form but the last, which has no end
+LARGEST_OF_FORM = (_MAX_UNGROUPED_ROWS, _MAX_SMALL_BLOCK_ROWS)
 # rows and blocks that one program looks at at a time
 _CHUNK = 1024
 _BLOCK_CHUNK = 128

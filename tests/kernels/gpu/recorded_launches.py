@@ -79,11 +79,12 @@ def _launch(kernel: Any, args: tuple[object, ...], kwargs: dict[str, object], gr
     for index, parameter in enumerate(kernel.params):
         value = bound.arguments[parameter.name]
         is_free = parameter.do_not_specialize
+        is_unaligned = is_free or parameter.do_not_specialize_on_alignment
         kind = "constexpr" if parameter.is_constexpr else _kind(value, is_free=is_free)
         signature[parameter.name] = kind
         if kind == "constexpr":
             constexprs[parameter.name] = value
-        elif _is_divisible(value) and not is_free:
+        elif _is_divisible(value) and not is_unaligned:
             divisible.append(index)
     assert isinstance(grid, tuple), "launchers of this package pass plain grids"
     numbers = {name: int(value) for name, value in options.items()}  # type: ignore[call-overload]
