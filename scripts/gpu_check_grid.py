@@ -101,7 +101,7 @@ class Model:
     @cached_property
     def decoder(self) -> FusedDecoder:
         """The launch plan as served."""
-        return self.variant(self.side())
+        return self.variant(self.side)
 
     @cached_property
     def kv(self) -> KvCache:
@@ -109,8 +109,9 @@ class Model:
         num_tokens = max(max(self._extent.batches) * SHORT_CONTEXT, 32 * LONG_CONTEXT, max(self._extent.prefills))
         return random_kv(self.spec, 512 if self.place.is_tiny else num_tokens, self.dtype, self.place.device)
 
+    @cached_property
     def side(self) -> SideStream:
-        """Where the adapters' small kernels run."""
+        """Where the adapters' small kernels run; one for all variants, since torch has 32 streams in turn."""
         return InlineSide() if self.place.is_tiny else CudaSide(self.place.device)
 
     def variant(self, side: SideStream) -> FusedDecoder:
@@ -209,7 +210,7 @@ def _decode_cause(model: Model, adapters: RandomAdapters, cell: Cell, base: Timi
             found[f"{rows} rows per block"] = model.time_decode(model.decode(cell, adapters))
     for splits in (1, 2, 4, 8):
         with mock.patch.object(fused_sites, "num_splits", lambda _, splits=splits: splits):
-            decoder = model.variant(model.side())
+            decoder = model.variant(model.side)
         found[f"{splits} splits"] = model.time_decode(model.decode(cell, adapters), decoder)
     only_o = model.adapters(cell.rank, cell.distinct, cell.batch, sites=("o_proj",))
     found["o_proj alone"] = model.time_decode(model.decode(cell, only_o))

@@ -151,22 +151,26 @@ class DecodeGraphs:
 
 
 class CudaRecorder:
-    """Captures on one stream into one memory pool, which all graphs share: they never run at the same time."""
+    """Captures on one stream into one memory pool, which all graphs share: they never run at the same time.
+
+    Notes: one stream for all captures, since the pool's memory belongs to the stream it was taken on. A new one each
+    time would share nothing, and torch has 32 of them in turn: some would be the side's or the adapter loader's.
+    """
 
     def __init__(self) -> None:
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
 
     def record(self, run: Callable[[], StepOutput]) -> Recorded:
         """Warm up, then capture."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
             for _ in range(_NUM_WARM_UPS):
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         # thread_local: the adapter loader goes on copying meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             output = run()
         return CudaRecorded(graph, output)
 

@@ -34,6 +34,17 @@ class Timing:
         return cls(statistics.median(ordered), ordered[last // 10], ordered[last - last // 10], len(ordered))
 
 
+@dataclass(frozen=True, slots=True)
+class _Replay:
+    """A captured pass. The graph knows addresses only: weights, cache and inputs live as long as `run` names them."""
+
+    graph: torch.cuda.CUDAGraph
+    run: Callable[[], object]
+
+    def __call__(self) -> None:
+        self.graph.replay()
+
+
 def time_pass(
     run: Callable[[], object], device: torch.device, num_samples: int = 30, *, is_captured: bool = True
 ) -> Timing:
@@ -60,16 +71,16 @@ def time_pass(
 
 
 def capture(run: Callable[[], object]) -> Callable[[], object]:
-    """Warm up beside the main stream, then capture; returns the replay."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        _warm(run)
+    """Warm up beside the main stream, then capture; returns the replay, which keeps alive what `run` reads."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
+    # torch's own capture stream: of new ones there are 32 in turn, and some would be a side stream of the pass
+    capturing = torch.cuda.graph(graph)
+    capturing.capture_stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(capturing.capture_stream):
+        _warm(run)
+    with capturing:
         run()
-    replay: Callable[[], object] = graph.replay
-    return replay
+    return _Replay(graph, run)
 
 
 def _warm(run: Callable[[], object]) -> Callable[[], object]:
