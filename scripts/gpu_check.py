@@ -10,15 +10,22 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
-from scripts.gpu_check_report import PARTS, PartResult, read_part, result_path, table
+from scripts.gpu_check_report import NO_GPU, PARTS, PartResult, read_part, result_path, table
 
 REPO_ROOT = Path(__file__).resolve().parents[1]
 # what each part gets of the nine minutes; the rest is for starting processes
 BUDGETS_S = {"kernels": 110.0, "engine": 90.0, "grid": 230.0, "loads": 60.0}
 # over its budget a part may finish the unit it is in, then it is killed
 GRACE_S = 45.0
+# all that is imported beside the standard library
+PACKAGES = ("torch", "triton", "numpy", "safetensors", "tokenizers")
+KILLED = 124
+_NO_GPU_TEXT = """gpu-check: nothing was measured and no file was written.
+With a GPU: make gpu-check GPU_PYTHON=PATH, a Python whose torch sees it
+Without: make gpu-check GPU_PYTHON=PATH ARGS='--device interpreter' tries each part, tiny, on the CPU"""
 DEFAULT_OUT = {"cuda": REPO_ROOT / "docs" / "benchmarks", "interpreter": REPO_ROOT / ".chorale" / "gpu-check"}
 
 
@@ -34,18 +41,28 @@ class Options:
 
 
 def main() -> int:
-    """Run the parts; 0 when every part ran whole and no target was missed, else 1."""
+    """Run the parts; 0 when every part ran whole and no target was missed, `NO_GPU` where there is none, else 1."""
     options = _options()
+    if missing := [name for name in PACKAGES if find_spec(name) is None]:
+        print(f"gpu-check: {sys.executable} lacks {', '.join(missing)}; name a Python that has them: GPU_PYTHON=...")
+        return 1
     begin = time.monotonic()
-    statuses = {part: run_part(part, options) for part in options.parts}
-    found = [result for part in options.parts if (result := read_part(options.out, part)) is not None]
-    summary = table(found)
+    statuses: dict[str, int] = {}
+    for part in options.parts:
+        statuses[part] = run_part(part, options)
+        if statuses[part] == NO_GPU:
+            print(_NO_GPU_TEXT)
+            return NO_GPU
+    # parts may be run one by one: the table shows all that lie there, each with its commit
+    found = {part: result for part in PARTS if (result := read_part(options.out, part)) is not None}
+    summary = table(found.values())
     (options.out / "gpu-check.txt").write_text(summary + "\n", encoding="utf-8")
     print(f"\n{summary}\n{time.monotonic() - begin:.0f} s; JSON and this table are in {options.out}")
     for part, status in statuses.items():
         if status:
-            print(f"{part}: ended with status {status}; what it had measured is kept, run it again to go on")
-    return 0 if not any(statuses.values()) and len(found) == len(options.parts) and all(map(is_clean, found)) else 1
+            end = "was over its time and killed" if status == KILLED else f"ended with status {status}"
+            print(f"{part}: {end}; the units it had finished are kept, run it again to go on")
+    return 0 if not any(statuses.values()) and all(part in found and is_clean(found[part]) for part in statuses) else 1
 
 
 def is_clean(result: PartResult) -> bool:
@@ -59,7 +76,7 @@ def is_clean(result: PartResult) -> bool:
 
 
 def run_part(part: str, options: Options) -> int:
-    """Run one part as a child in this interpreter; returns its status, 124 when it had to be killed."""
+    """Run one part as a child in this interpreter; returns its status, `KILLED` when it had to be killed."""
     options.out.mkdir(parents=True, exist_ok=True)
     print(f"== {part} -> {result_path(options.out, part)}", flush=True)
     command = [sys.executable, "-m", f"scripts.gpu_check_{part}", "--device", options.device]
@@ -70,7 +87,7 @@ def run_part(part: str, options: Options) -> int:
             command, cwd=REPO_ROOT, env=environment(options.device), timeout=BUDGETS_S[part] + GRACE_S
         ).returncode
     except subprocess.TimeoutExpired:
-        return 124
+        return KILLED
 
 
 def environment(device: str) -> dict[str, str]:

@@ -12,7 +12,7 @@ from adapter_kernels import reference_attention
 from adapter_kernels.gpu.kv_write import kv_write
 from adapter_kernels.gpu.paged_decode import DecodeWorkspace, paged_decode
 from adapter_kernels.gpu.paged_prefill import paged_prefill
-from scripts.gpu_check_part import Place, moved, relative_error
+from scripts.gpu_check_part import Place, largest, moved, relative_error
 from tests.kernels.gpu.paged_cases import Heads, paged_case, queries
 
 _SCALE = 0.15
@@ -40,12 +40,12 @@ TINY_FORMS = (Form(Heads(4, 2, 32), 20, 5.0, (0, 1, 40)),)
 
 def decode_error(dtype: torch.dtype, place: Place) -> float:
     """Largest error over the forms, with one split and with many."""
-    return max(_decode_error(form, dtype, place, splits) for form in _forms(place) for splits in (1, 16))
+    return largest(_decode_error(form, dtype, place, splits) for form in _forms(place) for splits in (1, 16))
 
 
 def prefill_error(dtype: torch.dtype, place: Place) -> float:
     """Largest error over the forms: chunks from the beginning and from the middle of a prompt."""
-    return max(_prefill_error(form, dtype, place) for form in _forms(place))
+    return largest(_prefill_error(form, dtype, place) for form in _forms(place))
 
 
 def kv_write_error(dtype: torch.dtype, place: Place) -> float:

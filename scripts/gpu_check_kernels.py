@@ -23,7 +23,7 @@ from adapter_kernels.gpu.sink_inputs import DeltaInput, NormWeights, QkvDims
 from adapter_kernels.gpu.swiglu_sink import swiglu_sink
 from adapter_kernels.gpu.tables import DeviceTables, first_site
 from scripts.gpu_check_attention import decode_error, kv_write_error, prefill_error
-from scripts.gpu_check_part import Place, main_of, moved, relative_error
+from scripts.gpu_check_part import Place, largest, main_of, moved, relative_error
 from scripts.gpu_check_report import Measure, Unit
 from tests.kernels.gpu.batches import POPULARITIES, Batch, random_batch, random_tables, rank_capacity
 from tests.kernels.gpu.bridges import bridge_of
@@ -126,7 +126,7 @@ def route_error(step: Step) -> float:
 
 def shrink_error(step: Step) -> float:
     """Largest error of the coefficients at a fused site of three members and at the widest site."""
-    return max(_shrink_error(step, site) for site in ("qkv", "down"))
+    return largest(_shrink_error(step, site) for site in ("qkv", "down"))
 
 
 def expand_error(step: Step) -> float:
@@ -172,7 +172,7 @@ def qkv_sink_error(step: Step) -> float:
     expected = reference_sinks.qkv_sink(qkv.double(), case.delta, dims.num_heads, dims.num_kv_heads, rotation=rotation)
     pairs = [(q.cpu(), expected.q)]
     pairs += [(cache.flatten(0, 1).cpu()[slots.long()], rows) for cache, rows in ((k, expected.k), (v, expected.v))]
-    return max(relative_error(out, rows) for out, rows in pairs)
+    return largest(relative_error(out, rows) for out, rows in pairs)
 
 
 def swiglu_sink_error(step: Step) -> float:
@@ -202,7 +202,7 @@ def add_norm_error(step: Step) -> float:
         x.double(), h.double(), dense, before=reference_sinks.Norm(weight.double(), _EPS)
     )
     assert expected.normed is not None
-    return max(relative_error(x_out, expected.x), relative_error(normed, expected.normed))
+    return largest([relative_error(x_out, expected.x), relative_error(normed, expected.normed)])
 
 
 OPS: dict[str, Callable[[Step], float]] = {
@@ -220,12 +220,11 @@ OPS: dict[str, Callable[[Step], float]] = {
 _STEPLESS = {"paged_decode", "paged_prefill", "kv_write"}
 
 
-def _measure(name: str, error: Callable[[Step], float], dtype: torch.dtype, place: Place) -> list[Measure]:
+def _measure(name: str, error_of: Callable[[Step], float], dtype: torch.dtype, place: Place) -> list[Measure]:
     op = name.split()[0]
     steps = list(_steps(dtype, place))
-    errors = [error(step) for step in (steps[:1] if op in _STEPLESS else steps)]
-    # max() would pass over a NaN that is not the first
-    worst = None if any(math.isnan(value) for value in errors) else max(errors)
+    errors = [error_of(step) for step in (steps[:1] if op in _STEPLESS else steps)]
+    worst = None if math.isnan(error := largest(errors)) else error
     target = {"route": 0.0, "shrink": SHRINK_TARGET, "kv_write": 0.0}.get(op, TARGETS[dtype])
     cause = "" if worst is not None and worst <= target else "wrong result: compare the op's test under the interpreter"
     return [Measure(name, worst, "error", target=target, num_samples=len(errors), cause=cause)]

@@ -6,9 +6,10 @@ Owns the child's side of `gpu_check.py`. Invariant: `--device cuda` without a GP
 
 import argparse
 import dataclasses
+import math
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
-from scripts.gpu_check_report import Unit, describe_environment, run_units
+from scripts.gpu_check_report import NO_GPU, Unit, describe_environment, run_units
 
 _Value = TypeVar("_Value")
 _CPU = torch.device("cpu")
@@ -47,7 +48,7 @@ def run_part(part: str, units: Callable[[Place], list[Unit]], arguments: list[st
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
         print(f"gpu-check {part}: torch {torch.__version__} sees no GPU; --device interpreter checks what a CPU can")
-        return 2
+        return NO_GPU
     place = _place(args.device)
     environment = describe_environment(place.name, torch.__version__, triton.__version__, _driver(place), args.commit)
     run_units(part, units(place), environment, args.out, budget_s=args.budget_s, is_fresh=args.fresh)
@@ -63,6 +64,12 @@ def relative_error(out: Tensor, expected: Tensor) -> float:
     """||out - expected|| / ||expected|| in fp64; NaN in `out` gives NaN, which meets no target."""
     difference = out.to(_CPU).double() - expected.to(_CPU).double()
     return float(difference.norm() / expected.to(_CPU).double().norm().clamp(min=1e-30))
+
+
+def largest(errors: Iterable[float]) -> float:
+    """Return the largest error; NaN when any of them is, which `max` passes over unless it comes first."""
+    found = list(errors)
+    return math.nan if any(map(math.isnan, found)) else max(found)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -14,6 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 PARTS = ("kernels", "engine", "grid", "loads")
+# exit status of a part that found no GPU
+NO_GPU = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,16 +144,18 @@ def run_units(
 
 def table(results: Iterable[PartResult]) -> str:
     """Return the lines `measured / floor / target`, then every miss by name with its cause."""
-    lines, misses = [f"{'':52}{'measured':>12}{'floor':>12}{'target':>12}  met"], []
+    lines, misses, is_measured = [f"{'':52}{'measured':>12}{'floor':>12}{'target':>12}  met"], [], False
     for result in results:
-        lines.append(f"== {result.part} on {result.environment['device']}")
+        is_measured |= bool(result.units)
+        lines.append(f"== {result.part} on {result.environment['device']}, commit {result.environment['commit']}")
         for unit in result.units:
             lines += [_row(measure) for measure in unit.measures]
             misses += [f"{m.name}: {_cause(m)}" for m in unit.measures if m.is_met is False]
             if unit.error is not None:
                 misses.append(f"{result.part}: {unit.unit}: {unit.error}")
         misses += [f"{result.part}: {name}: not run, the time was up" for name in result.not_run]
-    return "\n".join([*lines, "", *(["misses:", *misses] if misses else ["no misses"])])
+    end = ["misses:", *misses] if misses else ["no misses" if is_measured else "nothing was measured"]
+    return "\n".join([*lines, "", *end])
 
 
 def _run(part: str, unit: Unit, clock: Callable[[], float]) -> UnitResult:
@@ -185,8 +189,13 @@ def _cause(measure: Measure) -> str:
 
 
 def _git_commit() -> str:
+    # results themselves lie in docs: a run must not look like a change of what it measured
+    changes = ["git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!docs"]
     try:
-        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
+        commit, changed = (
+            subprocess.run(command, capture_output=True, text=True).stdout.strip()
+            for command in (["git", "rev-parse", "HEAD"], changes)
+        )
     except OSError:
         return "unknown"
-    return git.stdout.strip() or "unknown"
+    return (commit or "unknown") + ("-changed" if changed else "")

@@ -5,6 +5,7 @@ looked at, errors and differing tokens are.
 """
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from scripts.gpu_check import environment, is_clean
-from scripts.gpu_check_report import PARTS, Measure, PartResult, Unit, read_part, result_path, run_units, table
+from scripts.gpu_check import environment, is_clean, main
+from scripts.gpu_check_part import largest
+from scripts.gpu_check_report import (
+    NO_GPU,
+    PARTS,
+    Measure,
+    PartResult,
+    Unit,
+    UnitResult,
+    read_part,
+    result_path,
+    run_units,
+    table,
+)
 from tests.live_server import REPO_ROOT
 
 HERE = {"device": "d", "commit": "c"}
@@ -42,10 +55,31 @@ def test_every_part_runs_tiny(part: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_without_a_gpu_a_part_says_so(tmp_path: Path) -> None:
-    child = run_part("loads", tmp_path, "cuda")
-    assert child.returncode == 2 and "no GPU" in child.stdout
-    assert read_part(tmp_path, "loads") is None
+def test_without_a_gpu_the_command_says_what_it_did_and_keeps_old_results(tmp_path: Path) -> None:
+    run_units("kernels", [unit("a", Measure("m", 1.0, "us"))], HERE, tmp_path, budget_s=5.0)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    command = [sys.executable, "-m", "scripts.gpu_check", "--out", str(tmp_path)]
+    child = subprocess.run(command, cwd=REPO_ROOT, env=environment("cuda"), capture_output=True, text=True)
+    assert child.returncode == NO_GPU
+    assert "nothing was measured" in child.stdout and "ARGS='--device interpreter'" in child.stdout
+    assert "== kernels" in child.stdout and "sees no GPU" in child.stdout and "no misses" not in child.stdout
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_python_without_the_libraries_is_named_with_what_it_lacks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("scripts.gpu_check.find_spec", lambda name: None if name in ("torch", "triton") else name)
+    monkeypatch.setattr(sys, "argv", ["gpu-check"])
+    assert main() == 1
+    said = capsys.readouterr().out
+    assert f"{sys.executable} lacks torch, triton;" in said and "GPU_PYTHON" in said
+
+
+def test_an_error_that_is_no_number_hides_behind_no_other() -> None:
+    assert largest([1.0, 3.0, 2.0]) == 3.0
+    for errors in ([math.nan, 1.0], [1.0, math.nan], [1.0, math.nan, 2.0]):
+        assert math.isnan(largest(errors))
 
 
 def unit(name: str, *measures: Measure, log: list[str] | None = None, error: str = "") -> Unit:
@@ -119,4 +153,5 @@ def test_misses_are_listed_by_name_with_their_cause(tmp_path: Path) -> None:
         "grid: c: not run, the time was up",
     ]
     assert not is_clean(ran)
-    assert "no misses" in table([PartResult("grid", HERE, [], [])])
+    assert "no misses" in table([PartResult("grid", HERE, [UnitResult("a", 1.0, [])], [])])
+    assert "nothing was measured" in table([])
