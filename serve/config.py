@@ -26,9 +26,10 @@ class EngineConfig:
     # graphs and for others on the device
     gpu_memory_utilization: float = 0.9
     block_size: int = 16
-    max_num_seqs: int = 64
-    # token budget of one step: decodes first, then prefill chunks
-    max_step_tokens: int = 512
+    # None: 64 on a CPU, 256 on a GPU
+    max_num_seqs: int | None = None
+    # token budget of one step: decodes first, then prefill chunks; None: 512 on a CPU, 2048 on a GPU
+    max_step_tokens: int | None = None
     # the bound on queued sequences; beyond it the API answers 429
     max_waiting: int = 512
     adapter_host_bytes: int = 4 << 30

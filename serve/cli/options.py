@@ -104,8 +104,18 @@ MaxModelLen = Annotated[
 KvBlocks = Annotated[
     int | None, typer.Option(envvar="CHORALE_KV_BLOCKS", min=1, help="KV blocks; default: sized from free memory.")
 ]
-MaxNumSeqs = Annotated[int, typer.Option(envvar="CHORALE_MAX_NUM_SEQS", min=1, help="Sequences running at once.")]
-MaxStepTokens = Annotated[int, typer.Option(envvar="CHORALE_MAX_STEP_TOKENS", min=1, help="Token budget of one step.")]
+MaxNumSeqs = Annotated[
+    int | None,
+    typer.Option(
+        envvar="CHORALE_MAX_NUM_SEQS", min=1, help="Sequences running at once; default: 64 on a CPU, 256 on a GPU."
+    ),
+]
+MaxStepTokens = Annotated[
+    int | None,
+    typer.Option(
+        envvar="CHORALE_MAX_STEP_TOKENS", min=1, help="Token budget of one step; default: 512 on a CPU, 2048 on a GPU."
+    ),
+]
 AdapterHostBytes = Annotated[
     int, typer.Option(envvar="CHORALE_ADAPTER_HOST_BYTES", min=0, help="Bytes of adapters held in host memory.")
 ]

@@ -77,7 +77,7 @@ def load_device_parts(
     Raises:
         StartError: one line that names what is wrong and the way out.
     """
-    model = read_model_facts(config)
+    model = read_model_facts(config, device_name)
     start = _Start.begin(config, model, device_name)
     shares = start.shares()
     executor = start.finish(shares, open_image, make_grammars(model))
@@ -104,14 +104,14 @@ class _Start:
         """Load the weights and make what every step shares."""
         is_cuda = device_name == "cuda"
         device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
-        bounds = StepBounds(config.max_step_tokens, config.max_num_seqs, -(-model.max_model_len // config.block_size))
+        bounds = StepBounds(model.max_step_tokens, model.max_num_seqs, -(-model.max_model_len // config.block_size))
         decoder = load_fused_decoder(
             config.model_dir,
             model.spec,
             model.dtype,
             device,
             max_model_len=model.max_model_len,
-            max_step_tokens=config.max_step_tokens,
+            max_step_tokens=model.max_step_tokens,
             max_decodes=bounds.max_decodes,
             side=CudaSide(device) if is_cuda else InlineSide(),
             configs=LaunchConfigs.for_device(torch.cuda.get_device_name(device) if is_cuda else None),
@@ -123,7 +123,7 @@ class _Start:
             bounds=bounds,
             decoder=decoder,
             buffers=WordBuffers(bounds, device),
-            outcome=Outcome.build(config.max_num_seqs, device),
+            outcome=Outcome.build(model.max_num_seqs, device),
             workspace=_workspace(config, model, device),
         )
 
@@ -132,7 +132,7 @@ class _Start:
         config, block_bytes = self.config, bytes_per_block(self.model.spec, self.config.block_size, self.model.dtype)
         wishes = Wishes(
             num_kv_blocks=config.num_kv_blocks,
-            max_useful_blocks=config.max_num_seqs * self.bounds.max_blocks_per_seq,
+            max_useful_blocks=self.model.max_num_seqs * self.bounds.max_blocks_per_seq,
             block_bytes=block_bytes,
             adapter_bytes=config.adapter_device_bytes,
         )
@@ -187,7 +187,7 @@ class _Start:
             decoder=self.decoder,
             kv=KvCache.build(spec, num_blocks, self.config.block_size, dtype, self.device),
             tables=DeviceTables.build(spec.dims.num_hidden_layers, num_slots, arena),
-            route=RouteBuffers.build(slots, self.config.max_num_seqs + 1),
+            route=RouteBuffers.build(slots, self.model.max_num_seqs + 1),
             workspace=self.workspace,
             outcome=self.outcome,
         )
@@ -234,7 +234,7 @@ def _workspace(config: EngineConfig, model: ModelFacts, device: torch.device) ->
     dims = model.spec.dims
     widths = [dims.site_shape(site)[1] for site in SITES]
     return Workspace.build(
-        max_rows=config.max_step_tokens,
+        max_rows=model.max_step_tokens,
         max_splits=max(num_splits(width) for width in widths),
         max_members=max(len(members) for members in FUSED_SITES.values()),
         rank_capacity=max(_MIN_RANK_CAPACITY, 1 << (config.max_adapter_rank - 1).bit_length()),

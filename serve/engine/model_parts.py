@@ -51,7 +51,7 @@ def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) 
     Raises:
         StartError: one line that names what is wrong and the way out.
     """
-    model = read_model_facts(config)
+    model = read_model_facts(config, "cpu")
     spec, dtype = model.spec, model.dtype
     start_threads(config.num_threads or _num_threads(spec))
     cpu = torch.device("cpu")
@@ -88,7 +88,7 @@ def _num_kv_blocks(config: EngineConfig, model: ModelFacts) -> int:
     block_bytes = bytes_per_block(model.spec, config.block_size, model.dtype)
     affordable = int(free_bytes * _KV_MEMORY_SHARE) // block_bytes
     # more than every sequence at full length is never used
-    useful = config.max_num_seqs * -(-model.max_model_len // config.block_size)
+    useful = model.max_num_seqs * -(-model.max_model_len // config.block_size)
     num_blocks = min(affordable, useful)
     if num_blocks < 1:
         raise StartError(

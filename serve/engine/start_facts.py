@@ -15,6 +15,10 @@ from serve.errors import StartError
 from serve.messages import Ready
 from serve.model.spec import ModelSpec, read_spec
 
+# unless asked: sequences at once and tokens of one step. A GPU reads the weights once for all of them, and launching a
+# step of 512 tokens takes a large one's host as long as the step itself
+_MAX_NUM_SEQS, _MAX_STEP_TOKENS = 64, 512
+_CUDA_MAX_NUM_SEQS, _CUDA_MAX_STEP_TOKENS = 256, 2048
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -26,6 +30,9 @@ class ModelFacts:
     dtype_name: str
     # prompt plus output of one sequence, by the model and the operator
     max_model_len: int
+    # sequences running at once, and the token budget of one step
+    max_num_seqs: int
+    max_step_tokens: int
 
     @property
     def dtype(self) -> torch.dtype:
@@ -75,14 +82,23 @@ class StartFacts:
         )
 
 
-def read_model_facts(config: EngineConfig) -> ModelFacts:
+def read_model_facts(config: EngineConfig, device_name: str) -> ModelFacts:
     """Read the model's config.
 
+    Args:
+        device_name: "cpu", "cuda" or "interpreter", which the sizes nobody asked for depend on.
     Raises:
         StartError: one line that names what is wrong and the way out.
     """
     spec = read_spec(config.model_dir)
-    return ModelFacts(spec, spec.dtype if config.dtype == "auto" else config.dtype, _max_model_len(config, spec))
+    sizes = (_CUDA_MAX_NUM_SEQS, _CUDA_MAX_STEP_TOKENS) if device_name == "cuda" else (_MAX_NUM_SEQS, _MAX_STEP_TOKENS)
+    return ModelFacts(
+        spec=spec,
+        dtype_name=spec.dtype if config.dtype == "auto" else config.dtype,
+        max_model_len=_max_model_len(config, spec),
+        max_num_seqs=sizes[0] if config.max_num_seqs is None else config.max_num_seqs,
+        max_step_tokens=sizes[1] if config.max_step_tokens is None else config.max_step_tokens,
+    )
 
 
 def choose_device(name: str, *, has_cuda: bool) -> str:

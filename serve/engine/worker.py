@@ -65,8 +65,8 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         num_kv_blocks=facts.num_kv_blocks,
         block_size=facts.block_size,
         max_model_len=facts.max_model_len,
-        max_num_seqs=config.max_num_seqs,
-        max_step_tokens=config.max_step_tokens,
+        max_num_seqs=facts.model.max_num_seqs,
+        max_step_tokens=facts.model.max_step_tokens,
         max_waiting=config.max_waiting,
         # on a device the host tier is the page cache under the files: only the arena binds
         adapter_host_bytes=config.adapter_host_bytes if facts.device == "cpu" else facts.adapter_device_bytes,

@@ -1,13 +1,18 @@
 """How a device's memory is shared out, which device is chosen, and what a start that cannot work says."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
+from serve.config import EngineConfig
 from serve.engine.device_batch import StepBounds
 from serve.engine.device_memory import DeviceMemory, Shares, Wishes, share_out, usable_bytes
 from serve.engine.device_trial import RanklessAdapters, run_trial
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
-from serve.engine.start_facts import choose_device
+from serve.engine.start_facts import choose_device, read_model_facts
 from serve.errors import StartError
+from tests.tiny_model import write_tiny_model
 
 GIB = 1 << 30
 BLOCK = 1 << 20
@@ -79,6 +84,15 @@ def test_the_device_is_what_was_asked_for_or_what_is_there() -> None:
         choose_device("cuda", has_cuda=False)
 
 
+@pytest.mark.parametrize(("device", "sizes"), [("cpu", (64, 512)), ("interpreter", (64, 512)), ("cuda", (256, 2048))])
+def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+    config = EngineConfig(write_tiny_model(tmp_path / "base"), tmp_path)
+    model = read_model_facts(config, device)
+    assert (model.max_num_seqs, model.max_step_tokens) == sizes
+    model = read_model_facts(replace(config, max_num_seqs=3, max_step_tokens=7), device)
+    assert (model.max_num_seqs, model.max_step_tokens) == (3, 7)
+
+
 class Noting:
     """An executor that notes its plans."""
 
@@ -107,7 +121,9 @@ class Noting:
         raise NotImplementedError
 
 
-@pytest.mark.parametrize(("max_step_tokens", "max_num_seqs", "max_model_len"), [(96, 4, 40), (8, 20, 100), (60, 2, 7), (512, 3, 400)])
+@pytest.mark.parametrize(
+    ("max_step_tokens", "max_num_seqs", "max_model_len"), [(96, 4, 40), (8, 20, 100), (60, 2, 7), (512, 3, 400)]
+)
 def test_a_trial_is_as_large_as_a_step_can_be(max_step_tokens: int, max_num_seqs: int, max_model_len: int) -> None:
     executor, bounds = Noting(), StepBounds(max_step_tokens, max_num_seqs, -(-max_model_len // 16))
     run_trial(executor, bounds, max_model_len)
