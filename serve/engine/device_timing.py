@@ -75,8 +75,10 @@ def capture(run: Callable[[], object]) -> Callable[[], object]:
     graph = torch.cuda.CUDAGraph()
     # torch's own capture stream: of new ones there are 32 in turn, and some would be a side stream of the pass
     capturing = torch.cuda.graph(graph)
-    capturing.capture_stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(capturing.capture_stream):
+    stream = capturing.capture_stream
+    assert stream is not None, "torch makes its capture stream with the first capture"
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         _warm(run)
     with capturing:
         run()
