@@ -20,7 +20,7 @@ from adapters_store.file_system import open_regular
 from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES
 from adapters_store.image_check import ImageCheck
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from adapters_store.ops import INDEX_DTYPE, Module
+from adapters_store.ops import Module
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 ALIGNMENT = 128
@@ -42,7 +42,7 @@ def layout(modules: Iterable[Module], base: BaseDims, dtype: str) -> tuple[Tenso
     file_dtype = FILE_DTYPES[dtype]
     for module in modules:
         for spec in module.tensors(base):
-            tensor_dtype = file_dtype if spec.index_limit is None else INDEX_DTYPE
+            tensor_dtype = spec.dtype(file_dtype)
             end = position + ITEM_BYTES[tensor_dtype] * math.prod(spec.shape)
             slots.append(TensorSlot(spec.name, tensor_dtype, spec.shape, position, end))
             position = -(-end // ALIGNMENT) * ALIGNMENT

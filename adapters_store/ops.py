@@ -23,6 +23,8 @@ MAX_SELECTED_SHARE = 0.25
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-6, 1e6
 
 INDEX_DTYPE = "I32"
+# near 1 the steps of bfloat16 are as large as what scales learn
+SCALE_DTYPE = "F32"
 
 _SHORT_SITES = {site: site.removesuffix("_proj") for site in SITES}
 _MODULE_PATH = re.compile(r"layers\.(0|[1-9][0-9]{0,4})\.(self_attn|mlp)\.([a-z]+_proj)\Z")
@@ -40,11 +42,21 @@ class Experts:
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """One tensor of a module: `index_limit` is set for positions, which must lie below it."""
+    """One tensor of a module.
+
+    `index_limit` is set for positions, which must lie below it; scales are float32 whatever the image's dtype.
+    """
 
     name: str
     shape: tuple[int, ...]
     index_limit: int | None = None
+    is_scale: bool = False
+
+    def dtype(self, image_dtype: str) -> str:
+        """Return the tensor's dtype in the file of an image of `image_dtype`, as safetensors spells both."""
+        if self.index_limit is not None:
+            return INDEX_DTYPE
+        return SCALE_DTYPE if self.is_scale else image_dtype
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -104,9 +116,9 @@ class Module:
             specs.append(TensorSpec(self.tensor("rows.idx"), (self.rows,), index_limit=num_out))
             specs.append(TensorSpec(self.tensor("rows.D"), (self.rows, num_in)))
         if self.has_out_scale:
-            specs.append(TensorSpec(self.tensor("out_scale"), (num_out,)))
+            specs.append(TensorSpec(self.tensor("out_scale"), (num_out,), is_scale=True))
         if self.has_in_scale:
-            specs.append(TensorSpec(self.tensor("in_scale"), (num_in,)))
+            specs.append(TensorSpec(self.tensor("in_scale"), (num_in,), is_scale=True))
         if self.has_bias:
             specs.append(TensorSpec(self.tensor("bias"), (num_out,)))
         return specs

@@ -35,7 +35,8 @@ class ConvertOptions:
     def max_image_bytes(self) -> int:
         """Return the size of the largest image that passes the limits: every module at its largest, in float32."""
         shapes = [self.base.site_shape(site) for site in SITES]
-        values = sum(self.largest_rank * (num_out + num_in) + num_out for num_out, num_in in shapes)
+        # factors, scale and bias of the outputs, scale of the inputs
+        values = sum(self.largest_rank * (num_out + num_in) + 2 * num_out + num_in for num_out, num_in in shapes)
         return 4 * values * self.base.num_hidden_layers
 
     def to_json(self) -> str:

@@ -3,8 +3,8 @@
 The image is the data section of the canonical adapter file, byte for byte: layer-major, site order q, k, v, o, gate,
 up, down; per site, each where it exists: gate `[E, in]`, `A [sum of ranks, in]`, rank rows `BT [sum of ranks, out]`,
 cols `idx [s]` and `D [s, out]`, rows `idx [s]` and `D [s, in]`, `out_scale [out]`, `in_scale [in]`, `bias [out]`, each
-aligned to 128 bytes, at true rank. This module only reads; invariants: no view reaches outside the image, and no index
-names a channel that the site lacks.
+aligned to 128 bytes, at true rank. Indices are int32 and scales float32 whatever the image's dtype. This module only
+reads; invariants: no view reaches outside the image, and no index names a channel that the site lacks.
 """
 
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ class SiteTensors:
     """Views into the image: a [rank, in], bt [rank, out] (the scaling is in it), bias [out].
 
     A gate makes the ranks experts; cols.d [s, out] meets the inputs idx, rows.d [s, in] makes the outputs idx;
-    out_scale [out] and in_scale [in] frame the base's product.
+    out_scale [out] and in_scale [in], fp32, frame the base's product.
     """
 
     a: Tensor
@@ -124,8 +124,8 @@ class AdapterImage:
             gate=self._gate(rows, in_dim),
             cols=self._sparse(rows.cols, in_dim, out_dim),
             rows=self._sparse(rows.rows, out_dim, in_dim),
-            out_scale=self._vector(rows.out_scale_offset, out_dim),
-            in_scale=self._vector(rows.in_scale_offset, in_dim),
+            out_scale=self._vector(rows.out_scale_offset, out_dim, torch.float32),
+            in_scale=self._vector(rows.in_scale_offset, in_dim, torch.float32),
         )
 
     def _gate(self, rows: SiteRows, in_dim: int) -> Gate | None:
@@ -150,8 +150,8 @@ class AdapterImage:
             raise ImageError(f"channels at byte {place.idx_offset} are not increasing below {num_channels}; {_WAY_OUT}")
         return Sparse(idx, self._view(place.d_offset, place.count, width))
 
-    def _vector(self, offset: int | None, width: int) -> Tensor | None:
-        return None if offset is None else self._view(offset, 1, width)[0]
+    def _vector(self, offset: int | None, width: int, dtype: torch.dtype | None = None) -> Tensor | None:
+        return None if offset is None else self._view(offset, 1, width, dtype)[0]
 
     def _view(self, offset: int, num_rows: int, width: int, dtype: torch.dtype | None = None) -> Tensor:
         dtype = dtype or self.dtype

@@ -48,8 +48,11 @@ class _Writer:
         self.chunks += [raw, torch.zeros(-raw.numel() % _ALIGNMENT, dtype=torch.uint8)]
         return begin
 
-    def normal(self, *shape: int, around: float = 0.0) -> int:
-        return self.put((torch.randn(*shape, generator=self._generator) + around).to(self._dtype))
+    def normal(self, *shape: int) -> int:
+        return self.put(torch.randn(*shape, generator=self._generator).to(self._dtype))
+
+    def scale(self, width: int) -> int:
+        return self.put(torch.randn(width, generator=self._generator) + 1.0)
 
     def sparse(self, count: int, num_channels: int, width: int) -> SparseRows | None:
         if not count:
@@ -81,8 +84,8 @@ def random_adapter(
                 bt_offset=writer.normal(sum(own.ranks), out_dim) if own.ranks else 0,
                 cols=writer.sparse(own.cols, in_dim, out_dim),
                 rows=writer.sparse(own.rows, out_dim, in_dim),
-                out_scale_offset=writer.normal(out_dim, around=1.0) if own.out_scale else None,
-                in_scale_offset=writer.normal(in_dim, around=1.0) if own.in_scale else None,
+                out_scale_offset=writer.scale(out_dim) if own.out_scale else None,
+                in_scale_offset=writer.scale(in_dim) if own.in_scale else None,
                 bias_offset=writer.normal(out_dim) if own.bias else None,
             )
         )

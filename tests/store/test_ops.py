@@ -85,7 +85,7 @@ def test_the_ops_of_a_module_lie_in_the_images_order() -> None:
         (16,),
         (24,),
     ]
-    assert [slot.dtype for slot in tensors if slot.dtype != "BF16"] == ["I32", "I32"]
+    assert [slot.dtype for slot in tensors if slot.dtype != "BF16"] == ["I32", "I32", "F32", "F32"]
     assert all(slot.begin % ALIGNMENT == 0 for slot in tensors)
 
 
@@ -327,3 +327,18 @@ def test_a_flipped_bit_of_a_stored_selection_is_never_served(tmp_path: Path) -> 
         (folder / "adapter.safetensors").write_bytes(raw)
         with contextlib.suppress(AdapterCorrupt):
             pytest.fail(f"byte {position} was served: {open_image(tmp_path, made.digest())}")
+
+
+def test_scales_keep_float32_in_a_bfloat16_image(tmp_path: Path) -> None:
+    learnt = np.full(24, 1.0009765625, dtype=np.float32)
+    module = Module(0, Q, 0, has_bias=False, has_out_scale=True)
+    (tmp_path / "new").mkdir()
+    written = write_image(tmp_path / "new", (module,), TINY, "bfloat16", lambda _: learnt.tobytes())
+    made = replace(manifest(module), dtype="bfloat16", file_bytes=written.num_bytes, file_sha256=written.sha256)
+    write_manifest(tmp_path / "new", made)
+    assert check_adapter(tmp_path / "new", TINY, "bfloat16", 16) == made
+    (tmp_path / "new").rename(tmp_path / made.digest())
+    image = open_image(tmp_path, made.digest())
+    (entry,) = image.entries
+    offset = entry.out_scale_offset
+    assert offset is not None and image.data[offset : offset + 96] == learnt.tobytes()
