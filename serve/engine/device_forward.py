@@ -49,6 +49,9 @@ class DeviceForward:
         self.tables = tables
         self._route = route
         self._workspace = workspace
+        # one memory for all graphs: a tensor of each one's own would be kept as long as the graph
+        size = (outcome.max_rows, decoder.spec.dims.vocab_size)
+        self._logits = torch.empty(size, dtype=decoder.dtype, device=decoder.device)
 
     @torch.inference_mode()
     def run(self, packed: PackedStep, words: DeviceWords, fused_sites: FusedSites) -> StepOutput:
@@ -65,7 +68,7 @@ class DeviceForward:
         last = hidden if packed.bucket else hidden.index_select(0, words.index(fields.sampled_rows))
         if len(last) == 0:
             return StepOutput(hidden, None)
-        logits = self.decoder.logits(last)
+        logits = self.decoder.logits(last, self._logits[: len(last)])
         take_argmax(logits, self.outcome)
         return StepOutput(hidden, logits)
 

@@ -91,10 +91,16 @@ class FusedDecoder:
                 layer(x, shared)
             return shared.buffers.normed
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Project hidden states [S, D] onto the vocabulary: [S, V], as `Decoder.logits`."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Project hidden states [S, D] onto the vocabulary: [S, V], as `Decoder.logits`.
+
+        Args:
+            out: [S, V] in the model's dtype, for the head's product; it is what comes back where nothing follows.
+        """
+        head = self._weights.lm_head
         with torch.inference_mode():
-            return finish_logits(functional.linear(hidden, self._weights.lm_head), self.spec)
+            product = functional.linear(hidden, head) if out is None else torch.mm(hidden, head.t(), out=out)
+            return finish_logits(product, self.spec)
 
     def _share(self, step: DeviceStep, kv: KvCache) -> FusedStep:
         rotations = (rope.rotation(step.positions) for rope in self._ropes)
