@@ -106,7 +106,8 @@ class DeviceExecutor:
         self._block_size = block_size
         self._graphs = graphs
         self._grammars = grammars
-        self._constrained: set[str] = set()
+        # by request id, how many of its tokens the grammar has seen
+        self._constrained: dict[str, int] = {}
         self._tables = BlockArrays()
         self._histories = TokenHistories()
         # by request id, the row of the logits in the step submitted last
@@ -150,11 +151,7 @@ class DeviceExecutor:
     def collect(self) -> list[RowResult]:
         """Wait for the oldest step; results in the order of its plan."""
         flight = self._in_flight.popleft()
-        results = flight.layout.read(flight.buffer.wait())
-        for result in results:
-            if result.token_id is not None and result.request_id in self._constrained and self._grammars is not None:
-                self._grammars.accept(result.request_id, result.token_id)
-        return results
+        return flight.layout.read(flight.buffer.wait())
 
     def start_load(self, digest: str, slot: int) -> None:
         """Begin to load an adapter into a slot; returns at once."""
@@ -174,7 +171,7 @@ class DeviceExecutor:
         self._histories.release(request_id)
         if request_id in self._constrained and self._grammars is not None:
             self._grammars.release(request_id)
-            self._constrained.discard(request_id)
+            del self._constrained[request_id]
 
     def zero_blocks(self, block_ids: list[int]) -> None:
         """Zero the K/V that a non-finite row wrote, behind all steps submitted so far."""
@@ -240,7 +237,11 @@ class DeviceExecutor:
         assert not row.is_chained, f"{row.request_id} has a grammar and an unknown newest token"
         if row.request_id not in self._constrained:
             grammars.start(row.request_id, spec.params.grammar)
-            self._constrained.add(row.request_id)
+            self._constrained[row.request_id] = 0
+        # from the sequence's own list: results of a step behind a lost one come back too, and are not used
+        for token_id in spec.output_ids[self._constrained[row.request_id] :]:
+            grammars.accept(row.request_id, token_id)
+        self._constrained[row.request_id] = len(spec.output_ids)
         return grammars.mask(row.request_id)
 
 

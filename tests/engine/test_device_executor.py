@@ -189,9 +189,23 @@ def test_a_grammar_holds_and_learns_every_token(both: Both) -> None:
     script.decode_all(2)
     written = script.outputs[0]
     assert all(token % 2 == 0 for token in written) and any(token % 2 for token in script.outputs[1])
-    assert both.grammars.accepted == {"talk-0": written}
+    # the newest one is told when the next is asked for
+    assert both.grammars.accepted == {"talk-0": written[:-1]}
     both.device.release_request("talk-0")
     assert both.grammars.accepted == {}
+
+
+def test_a_grammar_learns_nothing_of_a_result_that_is_not_used(both: Both) -> None:
+    script = Script(both.device, [talk(4, 0, 1, grammar=Grammar("regex", "unused"))])
+    script.prefill_all()
+    plan = script._plan([(0, 1)])
+    # as when the step before it was lost: it is run again, alone
+    unused = both.device.execute(plan)
+    script._apply(plan, both.device.execute(plan))
+    script.decode_all(1)
+    assert script.outputs[0][1] == unused[0].token_id
+    assert both.grammars.accepted == {"talk-0": script.outputs[0][:-1]}
+    both.device.release_request("talk-0")
 
 
 def run_broken(executor: DeviceExecutor, broken: int | None) -> list[Talk]:
