@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from weakref import ref
 
 import pytest
 
@@ -11,6 +12,8 @@ from adapter_kernels.delta import FUSED_SITES
 from serve.engine.cuda_graphs import (
     ALL_SITES,
     NO_SITES,
+    CudaRecorded,
+    CudaRecorder,
     DecodeGraphs,
     GraphChoice,
     GraphKey,
@@ -22,8 +25,10 @@ from serve.engine.cuda_graphs import (
 )
 from serve.engine.device_forward import StepOutput
 from serve.engine.device_parts import load_device_parts, prepare_capture
+from serve.engine.device_timing import capture
 from tests.engine.arena_adapters import Images
 from tests.engine.device_cases import BLOCK_SIZE, Script, Talk, image, load, talk, use_one_split, write_model
+from tests.engine.fake_graphs import FakeGraphs
 
 
 def test_buckets_rise_to_the_largest_step() -> None:
@@ -106,6 +111,43 @@ def test_a_graph_that_cannot_be_captured_is_done_without(caplog: pytest.LogCaptu
     assert graphs.capture_pending() is True and recorder.num_records == 3
     assert graphs.capture_pending() is False
     assert graphs.find(4, 1) is graphs.find(4, ALL_SITES) and graphs.find(2, 1) is not None
+
+
+def test_all_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = FakeGraphs(monkeypatch)
+
+    def run() -> StepOutput:
+        fakes.note()
+        return StepOutput(None, None)  # type: ignore[arg-type]
+
+    recorder = CudaRecorder()
+    first, second = recorder.record(run), recorder.record(run)
+    # memory of a pool belongs to the stream it was taken on; a pass is warm before it is captured
+    once = [("stream 1", False, None)] * 2 + [("stream 1", True, "the pool")]
+    assert fakes.runs == once * 2 and fakes.num_streams == 1
+    assert fakes.current.name == "main"
+    assert isinstance(first, CudaRecorded) and isinstance(second, CudaRecorded) and first.graph is not second.graph
+    first.replay()
+    assert first.graph.num_replays == 1  # type: ignore[attr-defined]
+
+
+def test_a_timed_pass_keeps_what_it_reads_and_takes_no_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = FakeGraphs(monkeypatch)
+
+    class Weights:
+        def run(self) -> None:
+            fakes.note()
+
+    weights = Weights()
+    alive = ref(weights)
+    replay = capture(weights.run)
+    del weights
+    assert alive() is not None
+    replay()
+    assert fakes.runs == [("torch's own", False, None)] * 3 + [("torch's own", True, None)]
+    assert fakes.num_streams == 0
+    del replay
+    assert alive() is None
 
 
 def test_a_replay_is_right_for_other_rows_adapters_and_ranks_than_at_the_capture(tmp_path: Path) -> None:
