@@ -164,9 +164,10 @@ def test_sinks_of_untargeted_sites_carry_no_adapter_code(
     assert sinks_with_adapters(run_step(with_layers(spec, 1), targets, DECODE)) == sinks
 
 
-def test_launches_and_grids_do_not_grow_with_resident_adapters(spec: ModelSpec) -> None:
+@pytest.mark.parametrize("tokens", [DECODE, PREFILL, {0: list(range(20))}], ids=["decode", "prefill", "grouped rows"])
+def test_launches_and_grids_do_not_grow_with_resident_adapters(spec: ModelSpec, tokens: dict[int, list[int]]) -> None:
     def grids(num_resident: int) -> list[object]:
-        events = run_step(with_layers(spec, 1), ALL_SITES, PREFILL, num_resident=num_resident)
+        events = run_step(with_layers(spec, 1), ALL_SITES, tokens, num_resident=num_resident)
         return [event if isinstance(event, str) else (event.kernel, event.grid) for event in events]
 
     assert grids(1) == grids(100) == grids(2000)

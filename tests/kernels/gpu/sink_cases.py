@@ -16,6 +16,15 @@ from tests.kernels.gpu.batches import Batch, route_of
 
 # relative to the largest value; fp16 rounds the bridge, the sum and what follows it
 TOLERANCE = {torch.float32: 5e-6, torch.float16: 4e-3}
+# rows of the step, popularity, dtype: every ragged size, every popularity, every form of the route
+RAGGED_STEPS = [
+    (1, "identical", torch.float32),
+    (17, "distinct", torch.float16),
+    (63, "zipf", torch.float32),
+    (133, "skewed", torch.float16),
+    (133, "identical", torch.float32),
+    (300, "uniform", torch.float32),
+]
 
 
 @dataclass(frozen=True, slots=True)

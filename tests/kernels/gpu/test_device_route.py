@@ -13,11 +13,11 @@ from tests.kernels.gpu.launches import record_launches
 _POISON = -77
 
 
-def built(batch: Batch, max_rows: int | None = None) -> DeviceRoute:
+def built(batch: Batch, max_rows: int | None = None, max_buckets: int | None = None) -> DeviceRoute:
     """Build the route in poisoned buffers, as the engine does."""
     slots = torch.full((max_rows or batch.num_rows,), _POISON, dtype=torch.int32)
     slots[: batch.num_rows] = batch.slots
-    buffers = RouteBuffers.build(slots, batch.slot_of.shape[0])
+    buffers = RouteBuffers.build(slots, max_buckets or batch.slot_of.shape[0])
     for tensor in (buffers.perm, buffers.block_slot, buffers.block_start, buffers.block_len):
         tensor.fill_(_POISON)
     return build_route(batch.local, batch.slot_of, buffers, batch.num_rows)
@@ -47,7 +47,7 @@ def test_rows_are_grouped_as_the_reference_groups_them(num_rows: int, popularity
     check(built(batch), batch)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.lists(st.one_of(st.none(), st.integers(0, 40)), min_size=17, max_size=90), st.integers(0, 5))
 def test_any_split_into_buckets_keeps_every_row_once(slots: list[int | None], spare_rows: int) -> None:
     batch = batch_of(slots)
@@ -84,10 +84,11 @@ def test_few_rows_launch_nothing_and_blocks_are_rows() -> None:
     assert torch.equal(route.block_slot, batch.slots)
 
 
-def test_one_launch_with_one_program_per_bucket() -> None:
+@pytest.mark.parametrize("max_buckets", [None, 2001])
+def test_one_launch_with_one_program_per_bucket_of_the_step(max_buckets: int | None) -> None:
     batch = random_batch(60, num_slots=5, popularity="uniform")
     with record_launches() as launches:
-        built(batch)
+        check(built(batch, max_buckets=max_buckets), batch)
     assert [(launch.kernel, launch.grid) for launch in launches] == [("_route_kernel", (batch.slot_of.shape[0],))]
 
 

@@ -10,7 +10,7 @@ from adapter_kernels import reference
 from adapter_kernels.gpu.expand import expand
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.shrink import shrink
-from adapter_kernels.gpu.tables import DeviceTables, first_site
+from adapter_kernels.gpu.tables import DeviceTables, first_site, table_entries
 from tests.kernels.gpu.batches import (
     POPULARITIES,
     RAGGED_ROWS,
@@ -184,6 +184,16 @@ def test_the_grid_knows_the_step_and_not_the_residents(num_rows: int) -> None:
         grids.add(tuple((launch.kernel, launch.grid) for launch in launches))
     assert len(grids) == 1
     assert len(next(iter(grids))) == 1
+
+
+@pytest.mark.parametrize("block_rows", [1, 16])
+def test_a_bias_may_lie_at_the_arenas_first_byte(block_rows: int) -> None:
+    image = random_image(SHAPES, {}, torch.Generator().manual_seed(3), biased=frozenset({(0, "k_proj")}))
+    tables = DeviceTables.build(1, 1, image.data.view(torch.float32))
+    tables.write(0, table_entries(image, 1, 0))
+    assert tables.rows[QKV + 1, 0].tolist() == [0, 0, 0, 0]
+    case = Case(random_rows(2, IN_DIM, torch.float32, seed=2), tables, batch_of([0, None]))
+    check(case, expanded(case, block_rows=block_rows))
 
 
 def test_shrink_and_expand_together_are_the_delta() -> None:

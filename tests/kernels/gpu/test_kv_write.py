@@ -5,6 +5,7 @@ import torch
 
 from adapter_kernels import reference_attention
 from adapter_kernels.gpu.kv_write import kv_write
+from tests.kernels.gpu.batches import RAGGED_ROWS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
@@ -23,6 +24,20 @@ def test_rows_of_the_fused_projection_land_in_their_slots(num_kv_heads: int, hea
     reference_attention.kv_write(k, v, expected_k, expected_v, slots)
     kv_write(k, v, k_cache, v_cache, slots)
     assert torch.equal(k_cache, expected_k) and torch.equal(v_cache, expected_v)
+
+
+@pytest.mark.parametrize("num_rows", RAGGED_ROWS)
+def test_ragged_steps_write_their_own_slots_only(num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    k, v = (torch.randn(num_rows, 1, 8, generator=generator) for _ in range(2))
+    slots = torch.randperm(40 * 4, generator=generator)[:num_rows].int()
+    slots[1::3] = -1
+    k_cache, v_cache = (torch.full((40, 4, 1, 8), torch.nan) for _ in range(2))
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    reference_attention.kv_write(k, v, expected_k, expected_v, slots)
+    kv_write(k, v, k_cache, v_cache, slots)
+    for cache, expected in ((k_cache, expected_k), (v_cache, expected_v)):
+        assert torch.equal(cache.isnan(), expected.isnan()) and torch.equal(cache.nan_to_num(), expected.nan_to_num())
 
 
 def test_heads_that_are_not_side_by_side_are_refused() -> None:

@@ -13,6 +13,7 @@ from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.paged_decode import DecodeWorkspace, paged_decode
 from adapter_kernels.gpu.step import DecodePart
 from adapter_kernels.reference_attention import paged_attention_rows
+from tests.kernels.gpu.batches import RAGGED_ROWS
 from tests.kernels.gpu.launches import record_launches
 from tests.kernels.gpu.paged_cases import TOLERANCES, Heads, PagedCase, paged_case, queries, relative_error
 
@@ -101,6 +102,14 @@ def test_every_head_shape(heads: Heads, dtype: torch.dtype) -> None:
     case = paged_case((17, 70), heads, dtype)
     q = queries(2, heads, dtype)
     assert relative_error(decode(case, q, heads), expected_rows(case, q)) < TOLERANCES[dtype]
+
+
+@pytest.mark.parametrize("num_seqs", RAGGED_ROWS)
+def test_ragged_steps_of_ragged_contexts(num_seqs: int) -> None:
+    heads = Heads(2, 1, 16)
+    case = paged_case([1 + 17 * index % 67 for index in range(num_seqs)], heads, torch.float32)
+    q = queries(num_seqs, heads, torch.float32)
+    assert relative_error(decode(case, q, heads, num_splits=1), expected_rows(case, q)) < TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("block_size", [8, 64])

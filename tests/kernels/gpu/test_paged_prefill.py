@@ -13,6 +13,7 @@ from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.paged_prefill import paged_prefill
 from adapter_kernels.gpu.ragged import chunk_tiles, ragged_blocks, token_positions, token_slots
 from adapter_kernels.reference_attention import paged_attention_rows
+from tests.kernels.gpu.batches import RAGGED_ROWS
 from tests.kernels.gpu.launches import record_launches
 from tests.kernels.gpu.paged_cases import TOLERANCES, Heads, PagedCase, paged_case, queries, relative_error
 
@@ -64,6 +65,15 @@ def test_prefill_equals_the_reference(dtype: torch.dtype, window: int | None, so
     expected = expected_rows(case, q[FIRST_ROW:num_rows], STARTS, window, soft_cap)
     assert relative_error(out[FIRST_ROW:num_rows], expected) < TOLERANCES[dtype]
     assert out[:FIRST_ROW].isnan().all() and out[num_rows:].isnan().all()
+
+
+@pytest.mark.parametrize("start", [0, 7])
+def test_chunks_of_ragged_lengths(start: int) -> None:
+    heads = Heads(1, 1, 16)
+    case = paged_case([start + length for length in RAGGED_ROWS], heads, torch.float32)
+    q = queries(sum(RAGGED_ROWS), heads, torch.float32)
+    starts = (start,) * len(RAGGED_ROWS)
+    assert relative_error(prefill(case, q, starts, 0), expected_rows(case, q, starts)) < TOLERANCES[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -16,8 +16,16 @@ from serve.model.families import NormKind
 from serve.model.layers import make_norm
 from serve.model.rope import RopeSpec
 from serve.model.rotary import Rotary, Rotation, rotate
-from tests.kernels.gpu.batches import batch_of, random_batch, random_image, random_tables, rank_capacity, tables_of
-from tests.kernels.gpu.sink_cases import SinkCase, assert_close, make_sink_case
+from tests.kernels.gpu.batches import (
+    RANKS,
+    batch_of,
+    random_batch,
+    random_image,
+    random_tables,
+    rank_capacity,
+    tables_of,
+)
+from tests.kernels.gpu.sink_cases import RAGGED_STEPS, SinkCase, assert_close, make_sink_case
 
 BLOCK_SIZE = 4
 # of the first layer's sites, so that a wrong layer shows
@@ -70,6 +78,7 @@ class Outputs:
 
 
 LLAMA = Model(QkvDims(4, 2, 32), rotary_dim=32)
+SMALL = Model(QkvDims(1, 1, 32), rotary_dim=32)
 MODELS = {
     "gqa": LLAMA,
     "head dim 80, partial rotary, norm": Model(QkvDims(2, 1, 80), rotary_dim=32, norm_casts_first=True),
@@ -151,9 +160,16 @@ def check(model: Model, inputs: Inputs, out: Outputs, expected: Heads) -> None:
         assert bool(cache[others].isnan().all())
 
 
-def mixed_case(model: Model, num_rows: int, dtype: torch.dtype, ranks: tuple[int, ...], num_splits: int) -> SinkCase:
+def mixed_case(
+    model: Model,
+    num_rows: int,
+    dtype: torch.dtype,
+    ranks: tuple[int, ...],
+    num_splits: int,
+    popularity: str = "uniform",
+) -> SinkCase:
     tables = random_tables(model.shapes, ranks, dtype=dtype, num_layers=2)
-    batch = random_batch(num_rows, len(ranks), "uniform", seed=num_rows)
+    batch = random_batch(num_rows, len(ranks), popularity, seed=num_rows)
     return make_sink_case(
         tables, batch, FIRST_SITE, model.widths, num_splits=num_splits, rank_capacity=rank_capacity(ranks)
     )
@@ -176,20 +192,27 @@ def test_every_model_with_a_mixed_batch(name: str, num_rows: int, dtype: torch.d
     check(model, inputs, run(model, inputs, case.adapters), reference(model, inputs, case.delta))
 
 
-@pytest.mark.parametrize(
-    "num_rows, ranks, num_splits, dtype",
-    [
-        (1, (64,), 4, torch.float32),
-        (16, (1, 3, 16, 17, 64), 1, torch.float32),
-        (63, (1, 3, 16, 17, 64), 4, torch.float16),
-        (300, (17, 3), 1, torch.float32),
-    ],
-)
-def test_ragged_steps_and_ranks(num_rows: int, ranks: tuple[int, ...], num_splits: int, dtype: torch.dtype) -> None:
-    model = Model(QkvDims(1, 1, 32), rotary_dim=32)
-    inputs = make_inputs(model, num_rows, dtype)
-    case = mixed_case(model, num_rows, dtype, ranks, num_splits)
-    check(model, inputs, run(model, inputs, case.adapters), reference(model, inputs, case.delta))
+@pytest.mark.parametrize("num_rows, popularity, dtype", RAGGED_STEPS)
+def test_ragged_steps_of_any_popularity(num_rows: int, popularity: str, dtype: torch.dtype) -> None:
+    inputs = make_inputs(SMALL, num_rows, dtype)
+    case = mixed_case(SMALL, num_rows, dtype, (17, 3, 8, 0, 16, 1), num_splits=4, popularity=popularity)
+    check(SMALL, inputs, run(SMALL, inputs, case.adapters), reference(SMALL, inputs, case.delta))
+
+
+@pytest.mark.parametrize("block_rows", [1, 16, 64])
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_rank_in_every_path(rank: int, block_rows: int) -> None:
+    tables = random_tables(SMALL.shapes, (rank,), num_layers=2)
+    case = make_sink_case(
+        tables,
+        batch_of([0, None]),
+        FIRST_SITE,
+        SMALL.widths,
+        rank_capacity=rank_capacity((rank,)),
+        block_rows=block_rows,
+    )
+    inputs = make_inputs(SMALL, 2, torch.float32)
+    check(SMALL, inputs, run(SMALL, inputs, case.adapters), reference(SMALL, inputs, case.delta))
 
 
 @pytest.mark.parametrize("block_rows", [1, 16])

@@ -10,8 +10,16 @@ from adapter_kernels.gpu.swiglu_sink import ACTIVATIONS, swiglu_sink
 from adapter_kernels.gpu.tables import first_site
 from adapter_kernels.reference_sinks import swiglu_sink as reference_swiglu_sink
 from serve.model.layers import make_activation
-from tests.kernels.gpu.batches import batch_of, random_batch, random_image, random_tables, rank_capacity, tables_of
-from tests.kernels.gpu.sink_cases import SinkCase, assert_close, make_sink_case
+from tests.kernels.gpu.batches import (
+    RANKS,
+    batch_of,
+    random_batch,
+    random_image,
+    random_tables,
+    rank_capacity,
+    tables_of,
+)
+from tests.kernels.gpu.sink_cases import RAGGED_STEPS, SinkCase, assert_close, make_sink_case
 
 # not a multiple of the tile
 WIDTH = 72
@@ -33,9 +41,11 @@ def run(gate_up: Tensor, adapters: SiteAdapters | None, activation: str = "silu"
     return out
 
 
-def mixed_case(num_rows: int, dtype: torch.dtype, ranks: tuple[int, ...], num_splits: int) -> SinkCase:
+def mixed_case(
+    num_rows: int, dtype: torch.dtype, ranks: tuple[int, ...], num_splits: int, popularity: str = "uniform"
+) -> SinkCase:
     tables = random_tables(SHAPES, ranks, dtype=dtype, num_layers=2)
-    batch = random_batch(num_rows, len(ranks), "uniform", seed=num_rows)
+    batch = random_batch(num_rows, len(ranks), popularity, seed=num_rows)
     return make_sink_case(tables, batch, FIRST_SITE, WIDTHS, num_splits=num_splits, rank_capacity=rank_capacity(ranks))
 
 
@@ -50,18 +60,21 @@ def test_every_activation_with_and_without_adapters(activation: str, dtype: torc
     assert_close(run(gate_up, case.adapters, activation), expected)
 
 
-@pytest.mark.parametrize(
-    "num_rows, ranks, num_splits, dtype",
-    [
-        (1, (64,), 4, torch.float32),
-        (17, (1, 3, 16, 17, 64), 1, torch.float16),
-        (63, (1, 3, 16, 17, 64), 4, torch.float32),
-        (300, (17, 3), 1, torch.float16),
-    ],
-)
-def test_ragged_steps_and_ranks(num_rows: int, ranks: tuple[int, ...], num_splits: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("num_rows, popularity, dtype", RAGGED_STEPS)
+def test_ragged_steps_of_any_popularity(num_rows: int, popularity: str, dtype: torch.dtype) -> None:
     gate_up = projection(num_rows, dtype)
-    case = mixed_case(num_rows, dtype, ranks, num_splits)
+    case = mixed_case(num_rows, dtype, (17, 3, 8, 0, 16, 1), num_splits=4, popularity=popularity)
+    assert_close(run(gate_up, case.adapters), reference_swiglu_sink(gate_up.double(), case.delta, "silu"))
+
+
+@pytest.mark.parametrize("block_rows", [1, 16, 64])
+@pytest.mark.parametrize("rank", RANKS)
+def test_every_rank_in_every_path(rank: int, block_rows: int) -> None:
+    tables = random_tables(SHAPES, (rank,), num_layers=2)
+    capacity = rank_capacity((rank,))
+    batch = batch_of([0, None])
+    case = make_sink_case(tables, batch, FIRST_SITE, WIDTHS, rank_capacity=capacity, block_rows=block_rows)
+    gate_up = projection(2, torch.float32)
     assert_close(run(gate_up, case.adapters), reference_swiglu_sink(gate_up.double(), case.delta, "silu"))
 
 
