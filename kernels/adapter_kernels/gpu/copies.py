@@ -103,13 +103,15 @@ class CudaFence:
 class CudaCopies:
     """One copy stream beside whichever stream is current on the step's thread.
 
-    Notes: build it, like all that allocates, at start and outside a graph capture; no upload may run during a capture
-    in CUDA's "global" mode, which forbids event queries to all threads.
+    Notes: build it, like all that allocates, at start and outside a graph capture, after the memory it will copy to: it
+    begins behind whatever fills that. No upload may run during a capture in CUDA's "global" mode, which forbids event
+    queries to all threads.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(device))
         self._bounce = torch.empty(_BOUNCE_BYTES, dtype=torch.uint8, device=device)
 
     def pinned(self, num_bytes: int) -> Tensor:
