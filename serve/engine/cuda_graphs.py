@@ -163,14 +163,19 @@ class CudaRecorder:
 
     def record(self, run: Callable[[], StepOutput]) -> Recorded:
         """Warm up, then capture."""
-        self._stream.wait_stream(torch.cuda.current_stream())
+        before = torch.cuda.current_stream()
+        self._stream.wait_stream(before)
         with torch.cuda.stream(self._stream):
             for _ in range(_NUM_WARM_UPS):
                 run()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
+        # the outer context, since torch's own leaves the capture's stream current when the capture fails;
         # thread_local: the adapter loader goes on copying meanwhile
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(before),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"),
+        ):
             output = run()
         return CudaRecorded(graph, output)
 

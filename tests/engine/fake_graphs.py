@@ -56,8 +56,12 @@ class FakeGraphs:
                 fakes.is_capturing, fakes.pool = True, self._pool
                 self._before, fakes.current = fakes.current, self.capture_stream
 
-            def __exit__(self, *_: object) -> None:
-                fakes.is_capturing, fakes.pool, fakes.current = False, None, self._before
+            def __exit__(self, *failure: object) -> None:
+                fakes.is_capturing, fakes.pool = False, None
+                # as torch: the end of a capture that failed raises before the stream is given back
+                if failure[0] is not None:
+                    raise RuntimeError("operation failed due to a previous error during capture")
+                fakes.current = self._before
 
         monkeypatch.setattr(torch.cuda, "Stream", self._new_stream)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.current)

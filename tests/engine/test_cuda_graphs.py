@@ -131,6 +131,19 @@ def test_all_captures_share_one_stream_and_one_pool(monkeypatch: pytest.MonkeyPa
     assert first.graph.num_replays == 1  # type: ignore[attr-defined]
 
 
+def test_a_failed_capture_leaves_the_main_stream_current(monkeypatch: pytest.MonkeyPatch) -> None:
+    fakes = FakeGraphs(monkeypatch)
+
+    def run() -> StepOutput:
+        if fakes.is_capturing:
+            raise MemoryError
+        return StepOutput(None, None)  # type: ignore[arg-type]
+
+    with pytest.raises(RuntimeError, match="previous error"):
+        CudaRecorder().record(run)
+    assert fakes.current.name == "main"
+
+
 def test_a_timed_pass_keeps_what_it_reads_and_takes_no_stream_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     fakes = FakeGraphs(monkeypatch)
 
