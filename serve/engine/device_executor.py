@@ -189,7 +189,7 @@ class DeviceExecutor:
         self._adapters.close()
 
     def _run(self, packed: PackedStep, sent: SentWords) -> StepOutput:
-        sites: FusedSites = frozenset().union(*(self._adapters.fused_sites(slot) for slot in packed.adapter_slots))
+        sites: FusedSites = frozenset().union(*{self._adapters.fused_sites(slot) for slot in packed.adapter_slots})
         if self._graphs is not None and packed.bucket is not None:
             recorded = self._graphs.find(packed.bucket, site_mask(sites))
             if recorded is not None:
