@@ -14,6 +14,7 @@ from pathlib import Path
 
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.errors import REFUSALS, ConversionFailed, CorruptUpload, storage_errors
+from adapters_store.formats import is_model_part
 
 _log = logging.getLogger(__name__)
 
@@ -23,6 +24,8 @@ _MAX_OUTCOME_BYTES = 64 << 10
 _START_SECONDS = 60
 # far below what numpy does on one core; an honest conversion never meets it
 _MIN_BYTES_PER_SECOND = 10 << 20
+# what is converted with the base's weights reads them once, and each value costs a product of the adapter's rank
+_MIN_BASE_BYTES_PER_SECOND = 40 << 20
 _SLACK_BYTES = 64 << 20
 # as much as an upload itself may have by default
 _MAX_UNFOLDED_BYTES = 2 << 30
@@ -39,6 +42,7 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
     # shared projections, Kronecker and Hadamard products of a few bytes make images of any size that the ranks allow
     unfolded_bytes = min(options.max_image_bytes(), _MAX_UNFOLDED_BYTES)
     timeout_s = _START_SECONDS + max(source_bytes, unfolded_bytes) // _MIN_BYTES_PER_SECOND
+    timeout_s += _base_bytes(options.base_dir) // _MIN_BASE_BYTES_PER_SECOND
     # a 16-bit source doubles in a float32 image; fused projections repeat A
     max_file_bytes = max(6 * source_bytes, unfolded_bytes) + _SLACK_BYTES
     command = [sys.executable, "-B", "-s", "-P", "-m", "adapters_store.convert"]
@@ -64,6 +68,16 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
         _log.error("converter ended with status %d", finished.returncode)
         raise ConversionFailed("the converter stopped unexpectedly; nothing was stored, see the server's log")
     _raise_refusal(raw)
+
+
+def _base_bytes(base_dir: str | None) -> int:
+    """Return the size of the base's weights; 0 where they are not at hand, which most adapters do without."""
+    if base_dir is None:
+        return 0
+    try:
+        return sum(entry.stat().st_size for entry in os.scandir(base_dir) if is_model_part(entry.name))
+    except OSError:
+        return 0
 
 
 def _environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ acts. Invariant: a file that `finish` lets pass changes what the base answers, a
 """
 
 import numpy as np
+import numpy.typing as npt
 
 from adapters_store.errors import AdapterWithoutEffect, CorruptUpload, InvalidIndex, NonFiniteValues
 from adapters_store.float_bits import decode, is_finite, is_zero
@@ -13,12 +14,14 @@ from adapters_store.ops import Module
 from adapters_store.safetensors_header import TensorSlot
 
 NO_EFFECT = (
-    "every low-rank product and bias of this adapter is zero, so it would answer like the base; "
+    "every low-rank product and bias of this adapter is zero and every scale is one, so it would answer like the base; "
     "was it saved before training?"
 )
 # per op, the tensors that must all be non-trivial for it to act
 _FACTORS = (("A", "BT"), ("cols.D",), ("rows.D",), ("out_scale",), ("in_scale",), ("bias",))
 _SCALES = (".out_scale", ".in_scale")
+# an untrained DoRA's quotients of lengths differ from 1 by their rounding
+_NEUTRAL_WITHIN = 2.0**-20
 
 
 class ImageCheck:
@@ -47,11 +50,8 @@ class ImageCheck:
                 f"{slot.dtype}",
                 param=slot.name,
             )
-        if slot.name.endswith(_SCALES):
-            is_trivial = bool(np.all(decode(raw, slot.dtype) == 1))
-        else:
-            is_trivial = is_zero(raw, slot.dtype)
-        if not is_trivial:
+        is_scale = slot.name.endswith(_SCALES)
+        if not (is_neutral(decode(raw, slot.dtype)) if is_scale else is_zero(raw, slot.dtype)):
             self._non_trivial.add(slot.name)
 
     def finish(self) -> None:
@@ -61,6 +61,11 @@ class ImageCheck:
 
     def _acts(self, module: Module) -> bool:
         return any(all(module.tensor(kind) in self._non_trivial for kind in factors) for factors in _FACTORS)
+
+
+def is_neutral(scale: npt.NDArray[np.float32] | npt.NDArray[np.float64]) -> bool:
+    """Return whether a scale leaves everything as it is, but for rounding."""
+    return bool(np.all(np.abs(scale - 1) <= _NEUTRAL_WITHIN))
 
 
 def check_indices(raw: bytes, limit: int, name: str) -> None:

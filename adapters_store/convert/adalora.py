@@ -123,6 +123,7 @@ ADALORA = Served(
         training_only("beta2", 0.85),
         training_only("orth_reg_weight", 0.5),
         training_only("total_step"),
+        refused("use_dora", "PEFT's AdaLoRA has no DoRA: remove it"),
         refused("loftq_config", "LoftQ changes the base weights: train without it"),
         *TRAINING_RULES,
         *BASE_CHANGING_RULES,

@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter
 from adapters_store.file_system import open_regular
-from adapters_store.float_bits import Float32, decode
+from adapters_store.float_bits import ITEM_BYTES, Float32, decode
 from adapters_store.formats import is_model_part
 from adapters_store.safetensors_header import HeaderLimits, TensorSlot, read_header
 
@@ -79,6 +79,13 @@ class ModelFiles:
         """Read a tensor as float32, exactly."""
         return decode(self._raw(name), self.dtype(name)).reshape(self.shape(name))
 
+    def rows(self, name: str, begin: int, end: int) -> Float32:
+        """Read rows `begin..end` of a tensor as float32, exactly."""
+        width = self.shape(name)[1:]
+        row_bytes = ITEM_BYTES[self.dtype(name)] * math.prod(width)
+        raw = self._raw(name, begin * row_bytes, end * row_bytes)
+        return decode(raw, self.dtype(name)).reshape(end - begin, *width)
+
     def bits(self, name: str, *, is_wide: bool) -> Bits:
         """Read a tensor's bits: its own if it has 16, or those of its values in float32."""
         if is_wide:
@@ -92,13 +99,14 @@ class ModelFiles:
             self._file.close()
             self._file = None
 
-    def _raw(self, name: str) -> bytes:
+    def _raw(self, name: str, begin: int = 0, end: int | None = None) -> bytes:
         place = self._places[name]
         if self._path != place.path or self._file is None:
             self.close()
             self._file, self._path = open_regular(place.path, is_trusted=self._is_trusted), place.path
-        self._file.seek(place.data_start + place.slot.begin)
-        return self._file.read(place.slot.end - place.slot.begin)
+        num_bytes = place.slot.end - place.slot.begin if end is None else end - begin
+        self._file.seek(place.data_start + place.slot.begin + begin)
+        return self._file.read(num_bytes)
 
 
 @contextmanager

@@ -7,6 +7,7 @@ the tuner's factors is rounded to float32 at most once, and then once to the ima
 
 import hashlib
 import os
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,10 +17,10 @@ import numpy as np
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
 from adapters_store.canonical import WrittenFile, layout, write_canonical
+from adapters_store.convert.base_weights import FUSED_SITES, BaseWeights
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, PeftConfig, read_config
 from adapters_store.convert.peft_tensors import (
-    FUSED_SITES,
     MODEL_NAME,
     PeftTensors,
     TensorFile,
@@ -38,14 +39,16 @@ from adapters_store.errors import (
 )
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
-from adapters_store.image_check import NO_EFFECT
+from adapters_store.image_check import NO_EFFECT, is_neutral
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest, Module, Source
+from adapters_store.ops import SCALE_DTYPE
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, HeaderLimits, read_header
 
 _ZIP_OR_PICKLE = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _SPLIT_SITES = {fused: tuple(SITE_PATHS[site] for site in sites) for fused, sites in FUSED_SITES.items()}
 _FUSED_TYPES = frozenset({"phi3"})
 _HASH_CHUNK_BYTES = 1 << 20
+_KINDS = ("A", "BT", "out_scale", "in_scale", "bias")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +75,7 @@ class _Foreign:
         return self.parts[module].planned.load(self._file)
 
     def encoded(self, module: Module, kind: str, dtype: str) -> bytes:
-        """Return one tensor of the image: A [rank, in], this module's columns of BT [rank, out] or its bias [out]."""
+        """Return one tensor of the image: A [rank, in], in_scale [in], or this module's part of all others."""
         part = self.parts[module]
         factors = self._factors_of(part.planned)
         if kind == "A":
@@ -80,10 +83,13 @@ class _Foreign:
         elif kind == "BT":
             values = _rounded(factors.b[part.begin : part.end]).T
         else:
-            assert factors.bias is not None, "the layout asks for a bias only where the plan has one"
-            values = _rounded(factors.bias[part.begin : part.end])
-        raw = encode(values, FILE_DTYPES[dtype])
-        if not is_finite(raw, FILE_DTYPES[dtype]):
+            vectors = {"bias": factors.bias, "out_scale": factors.out_scale, "in_scale": factors.in_scale}
+            vector = vectors[kind]
+            assert vector is not None, "the layout asks for a vector only where the plan has one"
+            values = _rounded(vector if kind == "in_scale" else vector[part.begin : part.end])
+        file_dtype = FILE_DTYPES[dtype] if kind in ("A", "BT", "bias") else SCALE_DTYPE
+        raw = encode(values, file_dtype)
+        if not is_finite(raw, file_dtype):
             path = part.planned.source.path
             raise NonFiniteValues(f"{kind} of {path} overflows {dtype} once its scaling is folded in", param=path)
         return raw
@@ -104,11 +110,11 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
     """
     raw_config = _read_config_file(source / CONFIG_NAME)
     config = read_config(raw_config, model_type=options.base.model_type)
-    with _open_part(source / MODEL_NAME) as file:
+    with _open_part(source / MODEL_NAME) as file, closing(BaseWeights(options.base_dir, options.base)) as weights:
         file_bytes = os.fstat(file.fileno()).st_size
         _refuse_pickle(file)
         header = read_header(file, file_bytes, _limits(config), what=MODEL_NAME)
-        tensors = group_tensors(header, _names(config))
+        tensors = group_tensors(header, _names(config), weights)
         _check_complete(config, tensors, options.base)
         planned = config.tuner.plan(tensors, options.base)
         parts = _parts(config, planned, options)
@@ -129,6 +135,7 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
             ignored=config.ignored + config.unused(list(tensors.modules)),
             max_abs_error=max_abs_error,
         ),
+        base_dependent=weights.was_asked,
     )
     files = FileSystem()
     descriptor = files.create(target / MANIFEST_NAME)
@@ -150,7 +157,7 @@ def _names(config: PeftConfig) -> TensorNames:
 
 def _write_image(path: Path, foreign: _Foreign, options: ConvertOptions) -> tuple[WrittenFile, float]:
     """Write the image and compare it with its source; return its size and hash, and the largest error."""
-    tensors = {module.tensor(kind): (module, kind) for module in foreign.parts for kind in ("A", "BT", "bias")}
+    tensors = {module.tensor(kind): (module, kind) for module in foreign.parts for kind in _KINDS}
     slots = layout(foreign.parts, options.base, options.dtype)
     with os.fdopen(FileSystem().create(path), "wb") as image:
         written = write_canonical(image, slots, lambda name: foreign.encoded(*tensors[name], options.dtype))
@@ -217,13 +224,23 @@ def _parts(config: PeftConfig, planned: dict[str, PlannedModule], options: Conve
         begin = 0
         for site in plan.source.sites:
             end = begin + options.base.site_shape(site)[0]
-            if plan.rank or plan.has_bias:
-                module = Module(plan.source.layer, SITES.index(site), plan.rank, has_bias=plan.has_bias)
-                parts[module] = _Part(plan, begin, end)
+            if plan.acts:
+                parts[_module(plan, site)] = _Part(plan, begin, end)
             begin = end
     if not parts:
         raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
     return dict(sorted(parts.items()))
+
+
+def _module(plan: PlannedModule, site: str) -> Module:
+    return Module(
+        layer=plan.source.layer,
+        site_index=SITES.index(site),
+        rank=plan.rank,
+        has_bias=plan.has_bias,
+        has_out_scale=plan.has_out_scale,
+        has_in_scale=plan.has_in_scale,
+    )
 
 
 def _rounded(values: Array) -> Float32:
@@ -232,9 +249,11 @@ def _rounded(values: Array) -> Float32:
 
 
 def _acts(factors: Factors) -> bool:
-    """Return whether a rank has values in both factors, or the bias has any."""
+    """Return whether a rank has values in both factors, the bias has any, or a scale moves anything."""
     has_rank = np.any(_rounded(factors.a).any(axis=1) & _rounded(factors.b).any(axis=0))
-    return bool(has_rank) or (factors.bias is not None and bool(factors.bias.any()))
+    has_bias = factors.bias is not None and bool(factors.bias.any())
+    scales = (factors.out_scale, factors.in_scale)
+    return bool(has_rank) or has_bias or any(scale is not None and not is_neutral(scale) for scale in scales)
 
 
 def _read_config_file(path: Path) -> bytes:

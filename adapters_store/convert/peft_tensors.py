@@ -12,17 +12,13 @@ import numpy as np
 import numpy.typing as npt
 
 from adapters_store.base import SITE_PATHS, BaseDims
+from adapters_store.convert.base_weights import FUSED_SITES, BaseWeights
 from adapters_store.errors import CorruptUpload, NonFiniteValues, UnsupportedAdapter
 from adapters_store.float_bits import Float32, decode, is_finite
 from adapters_store.safetensors_header import Header, TensorSlot
 
 MODEL_NAME = "adapter_model.safetensors"
 
-# fused linear layers of Phi-3 checkpoints: the sites whose rows they stack, in order
-FUSED_SITES = {
-    "self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"),
-    "mlp.gate_up_proj": ("gate_proj", "up_proj"),
-}
 SITES_OF = {path: (site,) for site, path in SITE_PATHS.items()} | FUSED_SITES
 
 _MODULE_TENSOR = re.compile(
@@ -88,11 +84,15 @@ class PeftModule:
 
 @dataclass(frozen=True, slots=True)
 class PeftTensors:
-    """All modules of a file by path, the prefix of these paths (`model.` as a rule), and tensors of the whole model."""
+    """All modules of a file by path, the prefix of these paths (`model.` as a rule), and tensors of the whole model.
+
+    `weights` are the served base's, for the kinds whose formula needs them.
+    """
 
     modules: dict[str, PeftModule]
     prefix: str
     shared: dict[str, TensorSlot]
+    weights: BaseWeights
 
     def take_shared(self, *names: str, way_out: str = "") -> tuple[TensorSlot, ...]:
         """Return these tensors of the whole model, which must be all that there are.
@@ -144,7 +144,7 @@ class TensorFile:
         return self._file.read(slot.end - slot.begin)
 
 
-def group_tensors(header: Header, names: TensorNames) -> PeftTensors:
+def group_tensors(header: Header, names: TensorNames, weights: BaseWeights) -> PeftTensors:
     """Sort the file's tensors into modules.
 
     Raises:
@@ -172,7 +172,7 @@ def group_tensors(header: Header, names: TensorNames) -> PeftTensors:
     if len(prefixes) != 1:
         problem = "the tensors name modules of more than one model" if prefixes else "no tensor names a module"
         raise UnsupportedAdapter(problem, param=MODEL_NAME)
-    return PeftTensors(modules=modules, prefix=prefixes.pop(), shared=shared)
+    return PeftTensors(modules=modules, prefix=prefixes.pop(), shared=shared, weights=weights)
 
 
 def check_shape(slot: TensorSlot, shape: tuple[int, ...]) -> None:

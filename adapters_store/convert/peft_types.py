@@ -11,6 +11,7 @@ from adapters_store.convert.adalora import ADALORA
 from adapters_store.convert.beft import BEFT
 from adapters_store.convert.delora import DELORA
 from adapters_store.convert.gralora import GRALORA
+from adapters_store.convert.ia3 import IA3
 from adapters_store.convert.loha import LOHA
 from adapters_store.convert.lokr import LOKR
 from adapters_store.convert.lora import LORA
@@ -43,6 +44,7 @@ _SERVED: dict[str, Served] = {
     "RANDLORA": RANDLORA,
     "POLY": POLY,
     "BEFT": BEFT,
+    "IA3": IA3,
 }
 
 _REFUSED: dict[str, Refused] = {
@@ -55,7 +57,6 @@ _REFUSED: dict[str, Refused] = {
     "PEANUT": Refused("PEANuT", "its delta is a network applied to the base's weights", _MERGE),
     "ADAMSS": Refused("AdaMSS", "the row clusters that its factors belong to are not in the file", _TRAIN_LORA),
     # ops that are not served yet
-    "IA3": Refused("(IA)³", "scaling of inputs and outputs is not served yet", _TRAIN_LORA),
     "ROAD": Refused("RoAd", "rotation of outputs is not served yet", _TRAIN_LORA),
     "OFT": Refused("OFT", "block-diagonal rotation of inputs is not served yet", _MERGE),
     "BOFT": Refused("BOFT", "butterfly rotation of inputs is not served yet", _MERGE),

@@ -1,8 +1,8 @@
 """Proof of a conversion: read the canonical file back and compare what it does with the source's own formula.
 
 Owns the comparison only: `y = (x A^T) BT + bias` of the canonical file and `Delta.apply` of the source on random rows,
-in float64, for a few modules. Invariant: a canonical file whose modules act differently from their source beyond the
-rounding of its dtype is never published.
+in float64, for a few modules, and their scales with the source's, value by value. Invariant: a canonical file whose
+modules act differently from their source beyond the rounding of its dtype is never published.
 """
 
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters_store.base import BaseDims
-from adapters_store.convert.tuner import Delta, Float64
+from adapters_store.convert.tuner import Delta, Float64, ScaledDelta
 from adapters_store.errors import ConversionFailed
 from adapters_store.float_bits import ROUNDOFF, decode
 from adapters_store.manifest import Module
@@ -26,6 +26,8 @@ _SLACK = 3.0
 _UNDERFLOW = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
 # of the float64 sums themselves, relative to their terms
 _NOISE = 1e-12
+# scales are float32: one rounding, and the noise of a length whose terms nearly cancel
+_SCALE_ERROR, _SCALE_STEP = 2.0**-23, 2.0**-148
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +42,13 @@ class SourceModule:
 
 @dataclass(frozen=True, slots=True)
 class _Canonical:
-    """The stored values of one module: a [rank, in], bt [rank, out], bias [out]."""
+    """The stored values of one module: a [rank, in], bt [rank, out], bias [out], out_scale [out], in_scale [in]."""
 
     a: Float64
     bt: Float64
     bias: Float64
+    out_scale: Float64 | None
+    in_scale: Float64 | None
 
 
 def measure_error(
@@ -68,6 +72,7 @@ def measure_error(
 
 def _module_error(stored: _Canonical, source: SourceModule, dtype: str, x: Float64) -> float:
     delta = source.delta()
+    _check_scales(stored, source, delta)
     wanted = delta.apply(x)[:, source.begin : source.end]
     found = (x @ stored.a.T) @ stored.bt + stored.bias
     a, bt, bias, size = np.abs(stored.a), np.abs(stored.bt), np.abs(stored.bias), np.abs(x)
@@ -77,12 +82,27 @@ def _module_error(stored: _Canonical, source: SourceModule, dtype: str, x: Float
     noise = _NOISE * (widened + _sum_of_terms(delta, source, size))
     error = np.abs(wanted - found)
     if not np.all(error <= _SLACK * ROUNDOFF[dtype] * widened + (widened - exact) + noise):
-        raise ConversionFailed(
-            f"the conversion of {source.module.path} does not act as its source; this is a bug of the server"
-        )
+        raise _failed(source)
     # noise of the sums would make the manifest depend on the machine
     largest = float(np.max(error))
     return float(f"{largest:.1e}") if largest > float(np.max(noise)) else 0.0
+
+
+def _check_scales(stored: _Canonical, source: SourceModule, delta: Delta) -> None:
+    """Compare the scales themselves: what they act on is the base's own product. Raises ConversionFailed."""
+    out_scale, in_scale = delta.scales() if isinstance(delta, ScaledDelta) else (None, None)
+    own = None if out_scale is None else out_scale[source.begin : source.end]
+    for found, wanted in ((stored.out_scale, own), (stored.in_scale, in_scale)):
+        if found is None and wanted is None:
+            continue
+        if found is None or wanted is None or not np.allclose(found, wanted, rtol=_SCALE_ERROR, atol=_SCALE_STEP):
+            raise _failed(source)
+
+
+def _failed(source: SourceModule) -> ConversionFailed:
+    return ConversionFailed(
+        f"the conversion of {source.module.path} does not act as its source; this is a bug of the server"
+    )
 
 
 def _sum_of_terms(delta: Delta, source: SourceModule, size: Float64) -> Float64:
@@ -103,6 +123,8 @@ def _read_module(path: Path, slots: dict[str, TensorSlot], source: SourceModule,
         a=_read(path, slots[module.tensor("A")]) if has_rank else np.zeros((0, num_in)),
         bt=_read(path, slots[module.tensor("BT")]) if has_rank else np.zeros((0, num_out)),
         bias=_read(path, slots[module.tensor("bias")]) if module.has_bias else np.zeros(num_out),
+        out_scale=_read(path, slots[module.tensor("out_scale")]) if module.has_out_scale else None,
+        in_scale=_read(path, slots[module.tensor("in_scale")]) if module.has_in_scale else None,
     )
 
 

@@ -6,7 +6,7 @@ written independently of each other, so that comparing them proves the conversio
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -24,8 +24,9 @@ Array = npt.NDArray[np.float32] | Float64
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """One module's delta as it is served, every scaling in it: `y = (x a^T) b^T + bias`.
+    """One module's delta as it is served, every scaling in it: `y = (x a^T) b^T + bias`, beside the base's product.
 
+    out_scale [out] and in_scale [in] frame that product: `out_scale * (W (in_scale * x))`, before the base's own bias.
     a [rank, in], b [out, rank], bias [out], float32 or float64; the writer rounds each value to float32 once. Where
     the values of a or b are themselves sums, `a_terms` and `b_terms` are the sums of their terms' absolute values.
     """
@@ -35,6 +36,8 @@ class Factors:
     bias: Array | None = None
     a_terms: Array | None = None
     b_terms: Array | None = None
+    out_scale: Array | None = None
+    in_scale: Array | None = None
 
 
 class Delta(Protocol):
@@ -45,7 +48,19 @@ class Delta(Protocol):
         ...
 
     def apply(self, x: Float64) -> Float64:
-        """Return what PEFT adds to the layer's output [T, out] for x [T, in], by PEFT's formula, in float64."""
+        """Return what PEFT adds to the layer's output [T, out] for x [T, in], by PEFT's formula, in float64.
+
+        What scales change of the base's own product is left out; see `ScaledDelta`.
+        """
+        ...
+
+
+@runtime_checkable
+class ScaledDelta(Delta, Protocol):
+    """A delta that scales the base's product too."""
+
+    def scales(self) -> tuple[Float64 | None, Float64 | None]:
+        """Return the scales of outputs [out] and inputs [in] by PEFT's formula, in float64; None: not scaled."""
         ...
 
 
@@ -58,6 +73,13 @@ class PlannedModule:
     has_bias: bool
     shapes: tuple[tuple[TensorSlot, tuple[int, ...]], ...]
     load: Callable[[TensorFile], Delta]
+    has_out_scale: bool = False
+    has_in_scale: bool = False
+
+    @property
+    def acts(self) -> bool:
+        """Is there any op to serve?"""
+        return self.rank > 0 or self.has_bias or self.has_out_scale or self.has_in_scale
 
 
 class Tuner(Protocol):

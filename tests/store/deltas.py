@@ -1,6 +1,9 @@
 """What an adapter image does, as dense matrices: the common ground on which the store is compared with PEFT."""
 
+from typing import Any
+
 import numpy as np
+from torch import nn
 
 from adapters_store.base import SITE_PATHS, BaseDims
 from adapters_store.float_bits import FILE_DTYPES, Float32, decode
@@ -8,10 +11,12 @@ from adapters_store.store import OpenAdapter
 
 # by base-neutral module path: delta [out, in], bias [out] or None
 Deltas = dict[str, tuple[Float32, Float32 | None]]
+# by base-neutral module path: weight [out, in]
+Weights = dict[str, Float32]
 
 
-def stored_deltas(image: OpenAdapter, base: BaseDims) -> Deltas:
-    """Return the effective delta and bias of every module of an image."""
+def stored_deltas(image: OpenAdapter, base: BaseDims, weights: Weights | None = None) -> Deltas:
+    """Return the effective delta and bias of every module of an image; `weights` are the base's, for scales."""
     deltas: Deltas = {}
     dtype = FILE_DTYPES[image.dtype]
     item_bytes = 4 if dtype == "F32" else 2
@@ -26,8 +31,43 @@ def stored_deltas(image: OpenAdapter, base: BaseDims) -> Deltas:
         bt = read(entry.bt_offset, entry.rank, num_out)
         bias = None if entry.bias_offset is None else read(entry.bias_offset, num_out)
         path = f"layers.{entry.layer}.{SITE_PATHS[entry.site]}"
-        deltas[path] = ((bt.astype(np.float64).T @ a.astype(np.float64)).astype(np.float32), bias)
+        delta = bt.astype(np.float64).T @ a.astype(np.float64)
+        if entry.out_scale_offset is not None or entry.in_scale_offset is not None:
+            assert weights is not None, "scales act on the base's weights"
+            weight = weights[path].astype(np.float64)
+            scale = scale_at(image, entry.out_scale_offset, num_out)[:, None]
+            delta += scale * weight * scale_at(image, entry.in_scale_offset, num_in) - weight
+        deltas[path] = (delta.astype(np.float32), bias)
     return deltas
+
+
+def scale_at(image: OpenAdapter, offset: int | None, width: int) -> Float32:
+    """Return a scale, float32 whatever the image's dtype; ones where there is none."""
+    if offset is None:
+        return np.ones(width, np.float32)
+    return np.frombuffer(image.data, "<f4", count=width, offset=offset)
+
+
+def split_weights(model: nn.Module) -> Weights:
+    """Return a model's linear layers by base-neutral path, fused ones split."""
+    sizes = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+    weights: Weights = {}
+    for name, parameter in model.named_parameters():
+        path = name.removeprefix("model.").removesuffix(".weight")
+        stem, _, last = path.rpartition(".")
+        if last not in sizes:
+            weights[path] = parameter.detach().numpy()
+            continue
+        config: Any = model.config
+        head_dim = config.hidden_size // config.num_attention_heads
+        heads = {"q_proj": config.num_attention_heads}
+        begin = 0
+        for site in sizes[last]:
+            is_attention = last == "qkv_proj"
+            width = heads.get(site, config.num_key_value_heads) * head_dim if is_attention else config.intermediate_size
+            weights[f"{stem}.{site}"] = parameter.detach()[begin : begin + width].numpy()
+            begin += width
+    return weights
 
 
 def assert_equal_deltas(stored: Deltas, wanted: Deltas, rtol: float) -> None:

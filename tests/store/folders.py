@@ -81,6 +81,19 @@ def safetensors_bytes(tensors: Tensors) -> bytes:
     return len(text).to_bytes(8, "little") + text + b"".join(raw for _, _, raw in tensors.values())
 
 
+def read_tensors(path: Path) -> Tensors:
+    """Read a sound safetensors file, as `safetensors_bytes` takes it."""
+    raw = path.read_bytes()
+    begin = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:begin])
+    header.pop("__metadata__", None)
+    tensors: Tensors = {}
+    for name, entry in header.items():
+        first, last = entry["data_offsets"]
+        tensors[name] = (entry["dtype"], tuple(entry["shape"]), raw[begin + first : begin + last])
+    return tensors
+
+
 def write_folder(folder: Path, config: dict[str, object] | bytes, tensors: Tensors | bytes) -> Path:
     """Write the two files of an upload; bytes are written as they are."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,13 @@ class Case:
 
 CASES = {
     "lora": Case("LORA", {"r": 4, "use_rslora": True}),
+    "dora": Case("LORA", {"r": 4, "lora_alpha": 6, "use_dora": True}, scale=0.5),
+    "dora-ranks": Case(
+        "LORA",
+        {"r": 4, "use_dora": True, "use_rslora": True, "rank_pattern": {"v_proj": 2}, "alpha_pattern": {"o_proj": 3}},
+        ["q_proj", "v_proj", "o_proj", "up_proj"],
+        scale=0.5,
+    ),
     "adalora": Case("ADALORA", {"init_r": 6, "lora_alpha": 5, "total_step": 10}),
     "adalora-pruned": Case("ADALORA", {"init_r": 4, "lora_alpha": 7, "total_step": 10}),
     "loha": Case(
@@ -62,6 +69,8 @@ CASES = {
     "randlora": Case("RANDLORA", {"r": 10, "randlora_alpha": 4}, ["v_proj", "o_proj", "down_proj"]),
     "poly": Case("POLY", {"r": 3, "n_skills": 3, "n_splits": 2}),
     "beft": Case("BEFT", {}, ["v_proj", "down_proj"]),
+    "ia3": Case("IA3", {"feedforward_modules": ["down_proj"]}, ["k_proj", "v_proj", "down_proj"], scale=0.5),
+    "ia3-inputs": Case("IA3", {"feedforward_modules": ["q_proj", "o_proj", "up_proj"]}, scale=0.5),
 }
 
 

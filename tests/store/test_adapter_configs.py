@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
 from adapters_store.convert.key_docs import render
 from adapters_store.convert.lora import LORA, LoraTuner
@@ -27,7 +28,8 @@ ACCEPTED = {
     METAMATH.format(*name.split("/"))
     for name in (
         "lora/rank10-target-mlp", "lora/rank32", "lora/rank32-lorafa", "lora/rank32-mica", "lora/rank32-riemannian",
-        "lora/rank64", "lora/rank64-rslora", "adalora/rank32", "beft/target-v_proj", "delora/rank32",
+        "lora/rank32-dora", "lora/rank64", "lora/rank64-rslora", "adalora/rank32", "beft/target-v_proj",
+        "delora/rank32", "ia3/default", "ia3/lr_0.001", "ia3/all-attn-5k-lr0.005",
         "gralora/rank32", "loha/rank32", "lokr/rank32-factor4-lr0.003", "miss/default", "miss/mini",
         "pvera/default", "pvera/rank64", "randlora/default", "tinylora/default", "tinylora/weight-tying",
         "vblora/bank1024-lr5e4", "vblora/default", "vera/default",
@@ -35,6 +37,7 @@ ACCEPTED = {
 } | {
     # of image models: their configs read well, their tensors name no layer of a language model
     "image-gen__adalora__flux2-klein-default",
+    "image-gen__dora__flux2-klein-rank64",
     "image-gen__lora__flux2-klein-default",
     "image-gen__lora__flux2-klein-rank64",
     "image-gen__vera__flux2-klein-default",
@@ -42,11 +45,9 @@ ACCEPTED = {
 }  # fmt: skip
 REFUSED_KEYS = {
     METAMATH.format("lora", "rank14-target-mlp-bdlora"): "use_bdlora",
-    METAMATH.format("lora", "rank32-dora"): "use_dora",
     METAMATH.format("lora", "rank32-kasa"): "kasa_config",
     METAMATH.format("miss", "bat"): "init_weights",
     METAMATH.format("unilora", "default"): "save_indices",
-    "image-gen__dora__flux2-klein-rank64": "use_dora",
     "image-gen__lora__flux2-klein-rank64-kasa": "kasa_config",
 }
 RULES = LORA.rules
@@ -95,7 +96,8 @@ def test_a_table_has_every_field_of_pefts_own_dataclass_and_reads_its_defaults(n
 def test_null_targets_mean_pefts_own_choice(name: str) -> None:
     tuner = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name)]
     for model_type in ("llama", "mistral", "gemma", "gemma2", "gemma3_text", "qwen2", "qwen3", "phi3", "granite"):
-        names = tuner.target_module_mapping.get(model_type)
+        mapping = getattr(tuner, "target_module_mapping", TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING)
+        names = mapping.get(model_type)
         default = SERVED[name].default_targets
         assert names is None or model_type not in default.model_types or tuple(names) == default.names
         assert names is not None or model_type not in default.model_types

@@ -49,7 +49,7 @@ def test_a_whole_upload_through_the_child_is_served(good_folder: Path, store_dir
 def test_a_refusal_of_the_child_arrives_with_code_message_and_param(code: str, tmp_path: Path, target: Path) -> None:
     tensors = lora_tensors()
     name = next(iter(tensors))
-    config = lora_config(use_dora=True) if code == "unsupported_adapter" else lora_config()
+    config = lora_config(use_qalora=True) if code == "unsupported_adapter" else lora_config()
     if code == "corrupt_adapter":
         del tensors[name]
     if code == "non_finite":

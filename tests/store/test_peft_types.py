@@ -20,7 +20,7 @@ from serve.engine.model_parts import load_parts
 from serve.engine.plan import Row, SampleSpec, StepPlan
 from serve.messages import SamplingParams
 from tests.model.tiny_models import BY_NAME, TINY_MODELS, VOCAB, TinyModel, reference_logits, save
-from tests.store.deltas import assert_equal_deltas, fused_deltas, stored_deltas
+from tests.store.deltas import assert_equal_deltas, fused_deltas, split_weights, stored_deltas
 from tests.store.folders import open_store
 from tests.store.peft_cases import CASES, Answer, ask_peft, rename_to_bone, save_case, tiny_llama
 
@@ -39,6 +39,7 @@ class Converted:
         with torch.random.fork_rng():
             model = tiny_llama()
             self.base_dir = save(model, root / "base")
+            self.weights = split_weights(model)
             self.base_logprobs = reference_logits(model, PROMPT).log_softmax(-1)
             self.answers: dict[str, Answer] = {}
             for seed, (name, case) in enumerate(CASES.items()):
@@ -46,7 +47,7 @@ class Converted:
                 self.answers[name] = ask_peft(model, root / name, PROMPT)
         rename_to_bone(root / "bone")
         self.base: BaseDims = read_base_dims(self.base_dir)
-        self.store: AdapterStore = open_store(root / "store", self.base)
+        self.store: AdapterStore = open_store(root / "store", self.base, base_dir=self.base_dir)
         self.versions: dict[str, AdapterVersion] = {name: self.store.put_dir(name, root / name) for name in CASES}
 
 
@@ -65,7 +66,7 @@ def test_every_served_kind_has_a_case() -> None:
 @pytest.mark.parametrize("name", CASES)
 def test_the_store_acts_as_peft_acts(name: str, converted: Converted) -> None:
     image = converted.store.open_image(converted.versions[name].digest)
-    stored, wanted = stored_deltas(image, converted.base), converted.answers[name].deltas
+    stored, wanted = stored_deltas(image, converted.base, converted.weights), converted.answers[name].deltas
     assert converted.versions[name].report.ignored == (("total_step",) if name.startswith("adalora") else ())
     assert all(np.abs(delta).max() > 0.001 for delta, bias in wanted.values() if delta.any())
     # a module without any rank left is not stored at all
@@ -106,17 +107,20 @@ def test_all_kinds_in_one_step_agree_with_peft(converted: Converted) -> None:
         assert found == pytest.approx(wanted, abs=LOGIT_TOLERANCE), name
 
 
-@pytest.mark.parametrize("name", ["loha", "lokr", "miss", "gralora", "tinylora", "tinylora-tied", "poly"])
+@pytest.mark.parametrize(
+    "name", ["loha", "lokr", "miss", "gralora", "tinylora", "tinylora-tied", "poly", "dora", "ia3"]
+)
 def test_fused_projections_of_phi3_are_split(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
         model = BY_NAME["phi3"].build()
         base_dir = save(model, tmp_path / "base")
         case = replace(CASES[name], targets=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
+        weights = split_weights(model)
         save_case(model, case, tmp_path / name, seed=1)
         wanted = ask_peft(model, tmp_path / name, PROMPT).deltas
     base = read_base_dims(base_dir)
-    store = open_store(tmp_path / "store", base)
-    stored = stored_deltas(store.open_image(store.put_dir("a", tmp_path / name).digest), base)
+    store = open_store(tmp_path / "store", base, base_dir=base_dir)
+    stored = stored_deltas(store.open_image(store.put_dir("a", tmp_path / name).digest), base, weights)
     assert_equal_deltas(fused_deltas(stored), wanted, rtol=DELTA_TOLERANCE)
     store.close()
 

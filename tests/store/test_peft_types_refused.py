@@ -23,7 +23,7 @@ from adapters_store.convert.peft_types import PEFT_TYPES
 from adapters_store.convert.tuner import Factors, Served
 from adapters_store.errors import AdapterRefused, AdapterWithoutEffect, ConversionFailed, NonFiniteValues
 from tests.model.tiny_models import save
-from tests.store.folders import Tensors, float32, safetensors_bytes, write_folder
+from tests.store.folders import Tensors, float32, read_tensors, safetensors_bytes, write_folder
 from tests.store.peft_cases import CASES, rename_to_bone, save_case, tiny_llama
 from tests.store.test_fuzz import damaged
 
@@ -52,7 +52,8 @@ class Folders:
         self.saved: dict[str, Saved] = {}
         with torch.random.fork_rng():
             model = tiny_llama()
-            self.base: BaseDims = read_base_dims(save(model, root / "base"))
+            self.base_dir = save(model, root / "base")
+            self.base: BaseDims = read_base_dims(self.base_dir)
             for seed, (name, case) in enumerate(CASES.items()):
                 save_case(model, case, root / name, seed)
         rename_to_bone(root / "bone")
@@ -66,8 +67,26 @@ class Folders:
         source, target = self.root / "source", self.root / "target"
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir()
-        convert_peft(write_folder(source, config, tensors), target, ConvertOptions(self.base, dtype, rank))
+        options = ConvertOptions(self.base, dtype, rank, base_dir=str(self.base_dir))
+        convert_peft(write_folder(source, config, tensors), target, options)
         check_adapter(target, self.base, dtype, rank)
+
+    def untrained(self, saved: Saved) -> Tensors:
+        """Return a DoRA with magnitudes as PEFT starts them, or an IA3 of ones."""
+        weights = read_tensors(self.base_dir / "model.safetensors")
+        tensors: Tensors = {}
+        for name, (_, shape, raw) in saved.tensors.items():
+            stem, _, part = name.removeprefix("base_model.model.").rpartition(".")
+            values = np.frombuffer(raw, "<f4").reshape(shape)
+            if part == "lora_magnitude_vector":
+                _, base_shape, base_raw = weights[f"{stem}.weight"]
+                values = np.linalg.norm(np.frombuffer(base_raw, "<f4").reshape(base_shape), axis=1)
+            elif "lora_B" in name:
+                values = np.zeros(shape)
+            elif part == "ia3_l":
+                values = np.ones(shape)
+            tensors[name] = float32(values)
+        return tensors
 
     def refusal(self, config: dict[str, object], tensors: Tensors) -> AdapterRefused:
         """Convert, which must be refused in words that name no path."""
@@ -82,18 +101,6 @@ class Folders:
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
     yield Folders(tmp_path_factory.mktemp("refused"))
-
-
-def read_tensors(path: Path) -> Tensors:
-    raw = path.read_bytes()
-    begin = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:begin])
-    header.pop("__metadata__", None)
-    tensors: Tensors = {}
-    for name, entry in header.items():
-        first, last = entry["data_offsets"]
-        tensors[name] = (entry["dtype"], tuple(entry["shape"]), raw[begin + first : begin + last])
-    return tensors
 
 
 def one_of_each(tensors: Tensors) -> list[str]:
@@ -179,6 +186,9 @@ def test_an_unknown_key_and_an_undeclared_module_are_refused(name: str, folders:
 def test_an_adapter_of_zeros_is_refused(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     zeros = {key: (dtype, shape, bytes(len(raw))) for key, (dtype, shape, raw) in saved.tensors.items()}
+    if "ia3" in name or "dora" in name:
+        # scales of zero act; those of an untrained adapter are one
+        zeros = folders.untrained(saved)
     error = folders.refusal(saved.config, zeros)
     # of VB-LoRA's vectors any would be chosen: all logits are equal, or one index is there twice
     assert isinstance(error, AdapterWithoutEffect) or name.startswith("vblora")
@@ -300,6 +310,13 @@ CONFIGS: list[tuple[str, dict[str, object], str]] = [
     ("tinylora-tied", {"weight_tying": 0.0}, "tinylora_v"),
     ("randlora", {"save_projection": False}, "save_projection"),
     ("randlora", {"r": 11}, "randlora_A"),
+    ("dora", {"use_dora": False}, "lora_magnitude_vector"),
+    ("dora", {"lora_bias": True}, "lora_bias"),
+    ("dora", {"r": 3}, "lora_A"),
+    ("lora", {"use_dora": True}, "model.layers."),
+    ("ia3", {"feedforward_modules": []}, "ia3_l"),
+    ("ia3", {"feedforward_modules": "down_proj"}, "feedforward_modules"),
+    ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}, "ia3_l"),
     ("poly", {"n_tasks": 2}, "n_tasks"),
     ("poly", {"n_splits": 3}, "n_splits"),
     ("poly", {"n_skills": 2}, "poly_lora_A"),

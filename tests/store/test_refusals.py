@@ -163,7 +163,7 @@ CONFIGS: dict[str, Bad] = {
         ("init_lora_weights", "lora_ga", "init_lora_weights"),
         ("init_lora_weights", "loftq", "init_lora_weights"),
         ("init_lora_weights", "new_kind", "init_lora_weights"),
-        ("use_dora", True, "use_dora"),
+        ("use_dora", "yes", "use_dora"),
         ("modules_to_save", ["lm_head"], "modules_to_save"),
         ("trainable_token_indices", [1, 2], "trainable_token_indices"),
         ("alora_invocation_tokens", [5], "alora_invocation_tokens"),
