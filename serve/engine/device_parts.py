@@ -15,7 +15,7 @@ import torch
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.copies import Copies, CudaCopies, InlineCopies
-from adapter_kernels.gpu.launch_config import LaunchConfigs
+from adapter_kernels.gpu.launch_config import CONFIG_DIR, LaunchConfigError, LaunchConfigs
 from adapter_kernels.gpu.route import RouteBuffers
 from adapter_kernels.gpu.shrink import num_splits
 from adapter_kernels.gpu.step import Workspace
@@ -46,6 +46,7 @@ from serve.engine.packed_words import Words
 from serve.engine.sampling_plan import Grammars
 from serve.engine.start_facts import MakeGrammars, ModelFacts, StartFacts, no_grammars, read_model_facts
 from serve.engine.step_packing import BlockArrays, pack_step
+from serve.errors import StartError
 from serve.model.fused_decoder import FusedDecoder, load_fused_decoder
 from serve.model.kv_cache import KvCache, bytes_per_block
 
@@ -104,6 +105,7 @@ class _Start:
         """Load the weights and make what every step shares."""
         is_cuda = device_name == "cuda"
         device = torch.device("cuda", torch.cuda.current_device()) if is_cuda else torch.device("cpu")
+        configs = _pinned_tiles(torch.cuda.get_device_name(device) if is_cuda else None)
         bounds = StepBounds(model.max_step_tokens, model.max_num_seqs, -(-model.max_model_len // config.block_size))
         decoder = load_fused_decoder(
             config.model_dir,
@@ -114,7 +116,7 @@ class _Start:
             max_step_tokens=model.max_step_tokens,
             max_decodes=bounds.max_decodes,
             side=CudaSide(device) if is_cuda else InlineSide(),
-            configs=LaunchConfigs.for_device(torch.cuda.get_device_name(device) if is_cuda else None),
+            configs=configs,
         )
         return cls(
             config=config,
@@ -228,6 +230,13 @@ def _open_within_rank(open_image: Callable[[str], OpenAdapter], max_rank: int, d
     if rank > max_rank:
         raise UnsupportedAdapter(f"the adapter has rank {rank}; this server accepts up to {max_rank} (--max-rank)")
     return adapter
+
+
+def _pinned_tiles(gpu_name: str | None) -> LaunchConfigs:
+    try:
+        return LaunchConfigs.for_device(gpu_name)
+    except LaunchConfigError as error:
+        raise StartError(f"pinned tiles: {error}; correct the file or remove it from {CONFIG_DIR}") from error
 
 
 def _workspace(config: EngineConfig, model: ModelFacts, device: torch.device) -> Workspace:

@@ -94,7 +94,7 @@ def read_model_facts(config: EngineConfig, device_name: str) -> ModelFacts:
     sizes = (_CUDA_MAX_NUM_SEQS, _CUDA_MAX_STEP_TOKENS) if device_name == "cuda" else (_MAX_NUM_SEQS, _MAX_STEP_TOKENS)
     return ModelFacts(
         spec=spec,
-        dtype_name=spec.dtype if config.dtype == "auto" else config.dtype,
+        dtype_name=_dtype_name(config.dtype, spec.dtype, device_name),
         max_model_len=_max_model_len(config, spec),
         max_num_seqs=sizes[0] if config.max_num_seqs is None else config.max_num_seqs,
         max_step_tokens=sizes[1] if config.max_step_tokens is None else config.max_step_tokens,
@@ -115,6 +115,17 @@ def choose_device(name: str, *, has_cuda: bool) -> str:
             "the driver and that torch is a CUDA build"
         )
     return name
+
+
+def _dtype_name(asked: str, own: str, device_name: str) -> str:
+    chosen = own if asked == "auto" else asked
+    if device_name != "interpreter" or chosen != "bfloat16":
+        return chosen
+    if asked == "auto":
+        return "float32"
+    raise StartError(
+        "--dtype bfloat16: --device interpreter multiplies it wrongly; use --dtype float32, or leave it to auto"
+    )
 
 
 def _max_model_len(config: EngineConfig, spec: ModelSpec) -> int:

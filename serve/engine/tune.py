@@ -103,7 +103,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(arguments)
     if not torch.cuda.is_available():
-        print("chorale: tune measures on a GPU, and torch sees none here", file=sys.stderr)
+        said = f"chorale: tune measures on a GPU, and torch {torch.__version__} sees none; run it on the machine that"
+        print(f"{said} shall serve. Without a table kernels take their defaults", file=sys.stderr)
         return 2
     device = torch.device("cuda", torch.cuda.current_device())
     try:

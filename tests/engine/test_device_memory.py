@@ -1,5 +1,6 @@
 """How a device's memory is shared out, which device is chosen, and what a start that cannot work says."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int, int
     assert (model.max_num_seqs, model.max_step_tokens) == sizes
     model = read_model_facts(replace(config, max_num_seqs=3, max_step_tokens=7), device)
     assert (model.max_num_seqs, model.max_step_tokens) == (3, 7)
+
+
+def test_the_interpreter_never_computes_in_bfloat16(tmp_path: Path) -> None:
+    folder = write_tiny_model(tmp_path / "tiny")
+    text = json.loads((folder / "config.json").read_text())
+    dtype_key = "dtype" if "dtype" in text else "torch_dtype"
+    (folder / "config.json").write_text(json.dumps(text | {dtype_key: "bfloat16"}))
+    config = EngineConfig(model_dir=folder, store_dir=tmp_path)
+    assert read_model_facts(config, "cpu").dtype_name == "bfloat16"
+    assert read_model_facts(config, "interpreter").dtype_name == "float32"
+    assert read_model_facts(replace(config, dtype="float16"), "interpreter").dtype_name == "float16"
+    with pytest.raises(StartError, match=r"--dtype bfloat16.*use --dtype float32"):
+        read_model_facts(replace(config, dtype="bfloat16"), "interpreter")
 
 
 class Noting:

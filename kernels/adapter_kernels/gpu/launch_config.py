@@ -24,7 +24,8 @@ _WIDTH_CLASSES = (("narrow", 2048), ("middle", 8192))
 _WIDEST_CLASS = "wide"
 _SHAPE_CLASS = re.compile(r"(narrow|middle|wide)/(1|16|64)")
 _TABLE_KEYS = {"devices", "measured", "ops"}
-_MAX_TILE = 1024
+# tensor cores take nothing smaller
+_MIN_TILE, _MAX_TILE = 16, 1024
 _MAX_WARPS = 16
 _MAX_STAGES = 8
 
@@ -73,10 +74,11 @@ class LaunchConfigs:
         Raises:
             LaunchConfigError: any table of the folder is broken, or two of them name the same GPU.
         """
-        found = [path for path in sorted(folder.glob("*.json")) if name in _devices(path, _read(path))]
+        tables = {path: cls.from_file(path) for path in sorted(folder.glob("*.json"))}
+        found = [path for path in tables if name in _devices(path, _read(path))]
         if len(found) > 1:
             raise LaunchConfigError(f"{found[1].name}: devices: '{name}' is in {found[0].name} already; keep one")
-        return cls.from_file(found[0]) if found else cls({})
+        return tables[found[0]] if found else cls({})
 
     @classmethod
     def from_file(cls, path: Path) -> "LaunchConfigs":
@@ -139,16 +141,17 @@ def _config(path: Path, key: str, values: object) -> LaunchConfig:
     read = dict(_items(path, key, values))
     if set(read) != set(_FIELDS):
         raise LaunchConfigError(f"{path.name}: {key}: exactly {', '.join(_FIELDS)} are needed, not {sorted(read)}")
-    limits = {"num_warps": _MAX_WARPS, "num_stages": _MAX_STAGES}
-    checked = {name: _number(path, f"{key}.{name}", read[name], limits.get(name, _MAX_TILE)) for name in _FIELDS}
+    limits = {"num_warps": (1, _MAX_WARPS), "num_stages": (1, _MAX_STAGES)}
+    tile = (_MIN_TILE, _MAX_TILE)
+    checked = {name: _number(path, f"{key}.{name}", read[name], *limits.get(name, tile)) for name in _FIELDS}
     return LaunchConfig(**checked)
 
 
-def _number(path: Path, key: str, value: object, limit: int) -> int:
+def _number(path: Path, key: str, value: object, least: int, most: int) -> int:
     # bool is an int to isinstance, and a tile of `true` is a slip
-    if type(value) is not int or not 1 <= value <= limit:
-        raise LaunchConfigError(f"{path.name}: {key} is {value!r}; an integer from 1 to {limit} is needed")
-    if limit != _MAX_STAGES and value & (value - 1):
+    if type(value) is not int or not least <= value <= most:
+        raise LaunchConfigError(f"{path.name}: {key} is {value!r}; an integer from {least} to {most} is needed")
+    if most != _MAX_STAGES and value & (value - 1):
         raise LaunchConfigError(f"{path.name}: {key} is {value}; a power of two is needed")
     return value
 

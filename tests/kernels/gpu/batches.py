@@ -114,7 +114,7 @@ def random_tables(
                 key: value for key, value in per_site.items() if key[1] not in ("k_proj", "up_proj", "down_proj")
             }
         elif index % 3 == 2 and rank:
-            biased = frozenset(key for key in keys if key[1] in ("q_proj", "k_proj", "up_proj", "o_proj"))
+            biased = frozenset(key for key in keys if key[1] in ("q_proj", "k_proj", "gate_proj", "up_proj", "o_proj"))
             per_site = {key: value for key, value in per_site.items() if key[1] != "k_proj"}
         images.append(random_image(shapes, per_site, generator, dtype, biased))
     return tables_of(images, num_layers, dtype)

@@ -67,6 +67,13 @@ def test_other_block_rows_have_no_class() -> None:
         shape_class(64, 32)
 
 
+def test_a_broken_table_stops_every_start_also_of_other_gpus(tmp_path: Path) -> None:
+    write(tmp_path, "broken.json", _with_row(num_warps=3))
+    for name in ("GPU A", "GPU B", None):
+        with pytest.raises(LaunchConfigError, match=r"broken\.json: ops\.shrink\.middle/16\.num_warps is 3"):
+            LaunchConfigs.for_device(name, tmp_path)
+
+
 def test_two_tables_for_one_gpu_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "a.json", table())
     write(tmp_path, "b.json", table())
@@ -92,6 +99,8 @@ BROKEN: dict[str, tuple[Callable[[], object], str]] = {
     "a field too many": (lambda: _with_row(block_m=16), "ops.shrink.middle/16: exactly"),
     "no power of two": (lambda: _with_row(block_k=96), "middle/16.block_k is 96; a power of two"),
     "too many warps": (lambda: _with_row(num_warps=32), "num_warps is 32; an integer from 1 to 16"),
+    "warps that are no power of two": (lambda: _with_row(num_warps=3), "num_warps is 3; a power of two"),
+    "a tile too small for tensor cores": (lambda: _with_row(block_r=8), "block_r is 8; an integer from 16 to 1024"),
     "no stages": (lambda: _with_row(num_stages=0), "num_stages is 0"),
     "a bool": (lambda: _with_row(num_stages=True), "num_stages is True"),
     "a float": (lambda: _with_row(block_o=64.0), r"block_o is 64\.0"),

@@ -3,6 +3,8 @@
 Outputs are pre-filled with NaN, and so is every cache slot that is not to be read.
 """
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -125,6 +127,9 @@ def test_a_tile_without_chunk_does_nothing_and_prefill_is_one_launch() -> None:
     case = paged_case((40,), heads, torch.float32)
     part = case.prefill_part((0,), 0, 32)
     part.tile_seq.fill_(-1)
+    # a kernel that went on would find a chunk of 40 rows at index -1
+    lengths, zeros = torch.tensor([40, 40], dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    part = replace(part, lengths=lengths[1:], starts=zeros[1:], row_begins=zeros[1:], block_begins=zeros[1:])
     q = queries(40, heads, torch.float32)
     out = torch.full_like(q, float("nan"))
     with record_launches() as launches:
