@@ -15,8 +15,8 @@ CLIENTS := .venv-clients/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 PYTEST  := $(BIN)/python -m pytest
-# gpu-check runs where a CUDA build of torch is: .venv has the CPU's
-GPU_PYTHON ?= $(PYTHON)
+# gpu-check takes the Python whose torch sees a GPU: $(PYTHON) if it has one, else that of .venv
+GPU_PYTHON ?=
 
 .DEFAULT_GOAL := help
 .PHONY: help setup serve demo test lint test-long test-clients bench-cpu gpu-check
@@ -50,8 +50,12 @@ test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)
 
-gpu-check: ## on a machine with a GPU: tests, benchmark grid, targets (PART=kernels|engine|grid|loads, GPU_PYTHON, ARGS)
-	PYTHONPATH=.:kernels $(GPU_PYTHON) -m scripts.gpu_check $(addprefix --part ,$(PART)) $(ARGS)
+gpu-check: ## on a GPU: tests, benchmark grid, targets; else a tiny trial (PART=kernels|engine|grid|loads, GPU_PYTHON, ARGS)
+	@python="$(GPU_PYTHON)"; \
+	if [ -z "$$python" ] && $(PYTHON) -c 'import torch, triton, sys; sys.exit(not torch.cuda.is_available())' 2>/dev/null; \
+	then python=$(PYTHON); fi; \
+	if [ -z "$$python" ]; then $(MAKE) --no-print-directory setup && python=$(BIN)/python; fi && \
+	PYTHONPATH=.:kernels $$python -m scripts.gpu_check $(addprefix --part ,$(PART)) $(ARGS)
 
 $(BIN)/python:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' \

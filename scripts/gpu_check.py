@@ -26,6 +26,7 @@ KILLED = 124
 _NO_GPU_TEXT = """gpu-check: nothing was measured and no file was written.
 With a GPU: make gpu-check GPU_PYTHON=PATH, a Python whose torch sees it
 Without: make gpu-check GPU_PYTHON=PATH ARGS='--device interpreter' tries each part, tiny, on the CPU"""
+_TRIAL_TEXT = "gpu-check: no GPU here: every part is tried, tiny, under Triton's interpreter; nothing is measured"
 DEFAULT_OUT = {"cuda": REPO_ROOT / "docs" / "benchmarks", "interpreter": REPO_ROOT / ".chorale" / "gpu-check"}
 
 
@@ -42,10 +43,10 @@ class Options:
 
 def main() -> int:
     """Run the parts; 0 when every part ran whole and no target was missed, `NO_GPU` where there is none, else 1."""
-    options = _options()
     if missing := [name for name in PACKAGES if find_spec(name) is None]:
         print(f"gpu-check: {sys.executable} lacks {', '.join(missing)}; name a Python that has them: GPU_PYTHON=...")
         return 1
+    options = _options()
     begin = time.monotonic()
     statuses: dict[str, int] = {}
     for part in options.parts:
@@ -101,13 +102,29 @@ def environment(device: str) -> dict[str, str]:
 def _options() -> Options:
     parser = argparse.ArgumentParser(prog="gpu-check", description=__doc__)
     parser.add_argument("--part", choices=PARTS, action="append", help="repeatable; default: all, in order")
-    parser.add_argument("--device", choices=list(DEFAULT_OUT), default="cuda", help="interpreter: tiny, no times")
-    parser.add_argument("--out", type=Path, help="folder of the results; default: docs/benchmarks")
+    parser.add_argument(
+        "--device",
+        choices=["auto", *DEFAULT_OUT],
+        default="auto",
+        help="interpreter: tiny, no times; auto: as there is",
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results; default on a GPU: docs/benchmarks")
     parser.add_argument("--commit", default="", help="commit id, where the checkout has no git")
     parser.add_argument("--fresh", action="store_true", help="measure everything anew")
     args = parser.parse_args()
-    out = (args.out or DEFAULT_OUT[args.device]).absolute()
-    return Options(args.part or list(PARTS), args.device, out, args.commit, args.fresh)
+    device = args.device
+    if device == "auto":
+        device = "cuda" if _has_gpu() else "interpreter"
+        if device == "interpreter":
+            print(_TRIAL_TEXT, flush=True)
+    out = (args.out or DEFAULT_OUT[device]).absolute()
+    return Options(args.part or list(PARTS), device, out, args.commit, args.fresh)
+
+
+def _has_gpu() -> bool:
+    # asked of a child: this process imports no torch
+    question = "import sys, torch; sys.exit(not torch.cuda.is_available())"
+    return subprocess.run([sys.executable, "-c", question], stderr=subprocess.DEVNULL).returncode == 0
 
 
 if __name__ == "__main__":

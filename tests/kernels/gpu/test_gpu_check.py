@@ -58,12 +58,21 @@ def test_every_part_runs_tiny(part: str, tmp_path: Path) -> None:
 def test_without_a_gpu_the_command_says_what_it_did_and_keeps_old_results(tmp_path: Path) -> None:
     run_units("kernels", [unit("a", Measure("m", 1.0, "us"))], HERE, tmp_path, budget_s=5.0)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    command = [sys.executable, "-m", "scripts.gpu_check", "--out", str(tmp_path)]
+    command = [sys.executable, "-m", "scripts.gpu_check", "--device", "cuda", "--out", str(tmp_path)]
     child = subprocess.run(command, cwd=REPO_ROOT, env=environment("cuda"), capture_output=True, text=True)
     assert child.returncode == NO_GPU
     assert "nothing was measured" in child.stdout and "ARGS='--device interpreter'" in child.stdout
     assert "== kernels" in child.stdout and "sees no GPU" in child.stdout and "no misses" not in child.stdout
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_where_there_is_no_gpu_the_parts_are_tried_under_the_interpreter(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "scripts.gpu_check", "--part", "kernels", "--out", str(tmp_path)]
+    child = subprocess.run(command, cwd=REPO_ROOT, env=environment("cuda"), capture_output=True, text=True)
+    assert child.returncode == 0, child.stdout + child.stderr
+    assert "no GPU here" in child.stdout and "nothing is measured" in child.stdout and "no misses" in child.stdout
+    assert (tmp_path / "gpu-check.txt").is_file()
 
 
 def test_a_python_without_the_libraries_is_named_with_what_it_lacks(
