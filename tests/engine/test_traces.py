@@ -47,14 +47,16 @@ def test_every_request_of_every_trace_gets_what_it_gets_alone(is_async: bool, nu
 def test_traces_end_well_when_penalised_sequences_sit_out_every_second_step(monkeypatch: pytest.MonkeyPatch) -> None:
     # else a handful of sequences always waits for the ones that cannot be chained
     monkeypatch.setattr(scheduler, "MIN_ROWS_PER_SITTING_OUT", 0)
-    _run_traces(range(NUM_TRACES, NUM_TRACES + 300), is_async=True)
+    seen = _run_traces(range(NUM_TRACES, NUM_TRACES + 300), is_async=True)
+    assert min(seen["preemptions"], seen["loads"], seen["evictions"]) > 10, seen
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("is_async", [False, True])
 def test_every_request_of_a_long_run_of_traces_gets_what_it_gets_alone(is_async: bool) -> None:
-    _run_traces(range(NUM_TRACES, NUM_TRACES + NUM_LONG_TRACES), is_async=is_async)
+    seen = _run_traces(range(NUM_TRACES, NUM_TRACES + NUM_LONG_TRACES), is_async=is_async)
+    assert min(seen["preemptions"], seen["prefix hits"], seen["loads"], seen["evictions"]) > 100, seen
 
 
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS.keys())

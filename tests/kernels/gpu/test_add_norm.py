@@ -14,6 +14,7 @@ from adapter_kernels.reference_sinks import Norm, NormedResidual
 from adapter_kernels.reference_sinks import add_norm as reference_add_norm
 from serve.model.families import NormKind
 from serve.model.layers import make_norm
+from tests.kernels.gpu.launches import record_launches
 
 # relative to the largest value; fp16 rounds up to five times between input and output
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 3e-3}
@@ -184,4 +185,6 @@ def test_the_residual_may_be_changed_in_place() -> None:
 
 def test_no_rows_launch_nothing() -> None:
     empty = torch.empty(0, 64)
-    add_norm(empty, empty, x_out=empty)
+    with record_launches() as launches:
+        add_norm(empty, empty, x_out=empty)
+    assert launches == []

@@ -19,6 +19,7 @@ from tests.kernels.gpu.batches import (
     rank_capacity,
     tables_of,
 )
+from tests.kernels.gpu.launches import record_launches
 from tests.kernels.gpu.sink_cases import RAGGED_STEPS, SinkCase, assert_close, make_sink_case
 
 # not a multiple of the tile
@@ -125,4 +126,6 @@ def test_fp16_rounds_where_the_cpu_path_rounds(activation: str) -> None:
 
 
 def test_no_rows_launch_nothing() -> None:
-    swiglu_sink(torch.empty(0, 8), None, activation="silu", out=torch.empty(0, 4))
+    with record_launches() as launches:
+        swiglu_sink(torch.empty(0, 8), None, activation="silu", out=torch.empty(0, 4))
+    assert launches == []
