@@ -64,6 +64,8 @@ class BuiltEngine:
     ready: Ready
     # a piece of work for when there is nothing else to do, within the heartbeat; False: there is none left
     rest: Callable[[], bool] | None = None
+    # called once, when the loop has ended: loads that wait must not hold the process up
+    close: Callable[[], None] | None = None
 
 
 BuildEngine = Callable[[EngineConfig], BuiltEngine]
@@ -113,6 +115,9 @@ def run_worker(socket_path: str, config_json: bytes, build: BuildEngine) -> int:
             # the wall of the engine process: logged once, and the parent ends every stream and starts anew
             logger.exception("a step was lost; the engine process ends")
             return 1
+        finally:
+            if built.close is not None:
+                built.close()
     return 0
 
 

@@ -38,7 +38,7 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 def _on_cpu(config: EngineConfig) -> BuiltEngine:
     parts = load_parts(config, partial(_grammars, config))
     executor = TorchExecutor(parts, partial(open_image, config.store_dir / "objects"))
-    return BuiltEngine(_engine(config, parts.facts, executor), parts.facts.ready())
+    return BuiltEngine(_engine(config, parts.facts, executor), parts.facts.ready(), close=executor.close)
 
 
 def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
@@ -49,7 +49,8 @@ def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
     parts = load_device_parts(config, device, image, partial(_grammars, config))
     # graphs that steps missed are captured while nobody waits for a token
     rest = parts.executor.capture_pending
-    return BuiltEngine(_engine(config, parts.facts, parts.executor), parts.facts.ready(), rest)
+    engine = _engine(config, parts.facts, parts.executor)
+    return BuiltEngine(engine, parts.facts.ready(), rest, close=parts.executor.close)
 
 
 def _grammars(config: EngineConfig, model: ModelFacts) -> GrammarMasks | None:

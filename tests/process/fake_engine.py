@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from serve.config import EngineConfig
 from serve.engine.step_loop import BuiltEngine, run_worker
@@ -41,6 +42,10 @@ class FakeSequence:
 
     submit: Submit
     num_done: int = 0
+
+
+# names a file that appears when the engine is closed
+END_NOTE = "FAKE_ENGINE_END_NOTE"
 
 
 class FakeEngine:
@@ -136,7 +141,12 @@ def build_fake(config: EngineConfig) -> BuiltEngine:
     if start == "sleeps":
         time.sleep(3600)
     ready = Ready("sha256:fake", 4096, 64, 16, "float32", "cpu", [0], 256, 4)
-    return BuiltEngine(FakeEngine(), ready)
+    return BuiltEngine(FakeEngine(), ready, close=_note_end)
+
+
+def _note_end() -> None:
+    if note := os.environ.get(END_NOTE):
+        Path(note).touch()
 
 
 if __name__ == "__main__":

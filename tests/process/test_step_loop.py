@@ -19,6 +19,7 @@ from serve.engine.ipc import encode_config, encode_frame, event_reader
 from serve.engine.launch import _bind
 from serve.engine.step_loop import Channel, step_loop
 from serve.messages import Command, Event, Finished, Ready, SamplingParams, Shutdown, Stats, Submit, Tokens
+from tests.process.fake_engine import END_NOTE
 
 
 class Worker:
@@ -32,7 +33,8 @@ class Worker:
             listener.listen(1)
             listener.settimeout(60.0)
             command = [sys.executable, "-m", "tests.process.fake_engine", "--socket", str(path)]
-            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+            self.end_note = folder / "ended"
+            environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), END_NOTE: str(self.end_note)}
             self.process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment)
             assert self.process.stdin is not None
             self.process.stdin.write(encode_config(EngineConfig(Path("models/works"), Path("store"))))
@@ -87,6 +89,8 @@ def test_the_worker_ends_in_mid_work_when_its_parents_socket_closes(worker: Work
 def test_the_worker_leaves_on_shutdown(worker: Worker) -> None:
     worker.send(Shutdown())
     assert worker.process.wait(30.0) == 0
+    # what the engine holds is given back: no load in its line keeps the process alive
+    assert worker.end_note.exists()
 
 
 @pytest.mark.parametrize("frame", [struct.pack("<I", 1 << 31), struct.pack("<I", 3) + b"abc"], ids=["huge", "garbage"])
