@@ -41,11 +41,15 @@ _FAMILIES = frozenset({"lora", "s2ft", "meteora"})
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """What an upload did: modules acted on, config keys set but without effect here, sites never acted on."""
+    """What an upload did: modules acted on, config keys set but without effect here, sites never acted on.
+
+    `refused` is empty in every version: one refused part refuses the whole upload.
+    """
 
     applied: tuple[str, ...]
     ignored: tuple[str, ...]
     missing: tuple[str, ...]
+    refused: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

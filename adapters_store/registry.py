@@ -10,8 +10,12 @@ from typing import Protocol
 from adapters_store.base import BaseDims
 from adapters_store.manifest import Manifest, Report
 from adapters_store.names import parse_selector
+from adapters_store.strict_json import Json
 
 BaseFacts = dict[str, str | int | bool]
+
+# versions older than the probe
+NOT_PROBED_BEFORE = "published before adapters were probed; upload it again"
 
 # what must be equal for an adapter to act on a base; the fingerprint may differ (same shapes, retrained base)
 _SHAPE_KEYS = (
@@ -45,7 +49,11 @@ def base_dims(facts: BaseFacts) -> BaseDims:
 
 @dataclass(frozen=True, slots=True)
 class AdapterVersion:
-    """One immutable upload of a name. `created` is in unix seconds, `num_bytes` the size of the canonical file."""
+    """One immutable upload of a name. `created` is in unix seconds, `num_bytes` the size of the canonical file.
+
+    `num_virtual_tokens` come before a request's own; `invocation_tokens`, if any, switch the adapter on. `proof` is
+    what the probe measured before the version became visible; None: it was not probed, and `not_probed` says why.
+    """
 
     name: str
     version: int
@@ -57,6 +65,10 @@ class AdapterVersion:
     base: BaseFacts
     report: Report
     dtype: str
+    num_virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    proof: dict[str, Json] | None = None
+    not_probed: str = NOT_PROBED_BEFORE
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +84,10 @@ class NewVersion:
     base: BaseFacts
     report: Report
     dtype: str
+    num_virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
+    proof: dict[str, Json] | None = None
+    not_probed: str = ""
 
     @classmethod
     def of(cls, name: str, manifest: Manifest, *, created: int) -> "NewVersion":
@@ -99,6 +115,8 @@ class AdapterRef:
     rank: int
     num_bytes: int
     family: str
+    num_virtual_tokens: int = 0
+    invocation_tokens: tuple[int, ...] = ()
 
 
 class Registry(Protocol):

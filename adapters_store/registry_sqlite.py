@@ -171,7 +171,9 @@ def _connect(path: Path) -> sqlite3.Connection:
 def _version(number: int, facts: str) -> AdapterVersion:
     values = json.loads(facts)
     report = {key: tuple(items) for key, items in values.pop("report").items()}
-    return AdapterVersion(version=number, report=Report(**report), **values)
+    tokens = tuple(values.pop("invocation_tokens", ()))
+    # fields that a version's registry did not know yet take their defaults
+    return AdapterVersion(version=number, report=Report(**report), invocation_tokens=tokens, **values)
 
 
 @contextmanager

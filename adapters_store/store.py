@@ -181,7 +181,16 @@ class AdapterStore:
             found = self._find(model.removeprefix(prefix))
         if found is None:
             return None
-        return AdapterRef(found.name, found.version, found.digest, found.rank, found.num_bytes, found.family)
+        return AdapterRef(
+            found.name,
+            found.version,
+            found.digest,
+            found.rank,
+            found.num_bytes,
+            found.family,
+            found.num_virtual_tokens,
+            found.invocation_tokens,
+        )
 
     def list(self) -> Versions:
         """Return the current version of every adapter of this base, by name."""

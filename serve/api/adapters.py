@@ -136,7 +136,11 @@ def adapter_card(version: AdapterVersion) -> Json:
         "dtype": version.dtype,
         "created": version.created,
         "base": version.base,
+        "num_virtual_tokens": version.num_virtual_tokens,
+        "invocation_tokens": list(version.invocation_tokens),
         "report": asdict(version.report),
+        "proof": version.proof,
+        "not_probed": version.not_probed if version.proof is None else None,
     }
 
 

@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from adapters_store.strict_json import Json
+
 
 class AdapterRow(TypedDict):
     """One version of an adapter, as `POST /v1/adapters` answers it."""
@@ -24,7 +26,11 @@ class AdapterRow(TypedDict):
     created: int
     dtype: str
     base: dict[str, str | int | bool]
+    num_virtual_tokens: int
+    invocation_tokens: list[int]
     report: dict[str, list[str]]
+    proof: dict[str, Json] | None
+    not_probed: str | None
 
 
 def show_rows(rows: Sequence[AdapterRow], *, as_json: bool) -> None:

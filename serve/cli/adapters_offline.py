@@ -6,6 +6,7 @@ there. Invariant: nothing is created in a folder that is no store, except by `ad
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from adapters_store.base import BaseDims
@@ -85,7 +86,11 @@ def row_of(version: AdapterVersion) -> AdapterRow:
         created=version.created,
         dtype=version.dtype,
         base=version.base,
-        report={"applied": [*report.applied], "ignored": [*report.ignored], "missing": [*report.missing]},
+        num_virtual_tokens=version.num_virtual_tokens,
+        invocation_tokens=[*version.invocation_tokens],
+        report={key: [*modules] for key, modules in asdict(report).items()},
+        proof=version.proof,
+        not_probed=version.not_probed if version.proof is None else None,
     )
 
 

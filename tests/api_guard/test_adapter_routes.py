@@ -21,7 +21,7 @@ def test_an_upload_is_answered_with_what_it_became(api: WholeApi, name_first: bo
     assert card["name"] == "poet" and card["version"] >= 1 and card["family"] == "lora" and card["rank"] == 2
     assert card["digest"].startswith("sha256:") and len(card["digest"]) == 71 and card["bytes"] > 0
     assert card["base"]["hidden_size"] == 16
-    assert set(card["report"]) == {"applied", "ignored", "missing"} and len(card["report"]["applied"]) == 14
+    assert set(card["report"]) == {"applied", "ignored", "missing", "refused"} and len(card["report"]["applied"]) == 14
     assert card["tier"] == "disk"
 
 
