@@ -6,11 +6,12 @@ positions become one group, one batched GEMM for all of them. Invariant: every r
 group, rows without adapter in none.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from adapter_kernels.extras import AdapterExtras
 from adapter_kernels.slab import Slab
 
 # up to this many rows a padded batched GEMM beats one group per adapter, whose 264 calls of 38 us cost 10 ms more:
@@ -23,11 +24,13 @@ _MAX_GAP_BYTES = 64 << 20
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """Where an adapter lies: a position of a slab. `slab_id` orders slabs."""
+    """Where an adapter lies: a position of a slab, and what no slab packs. `slab_id` orders slabs."""
 
     slab_id: int
     slab: Slab
     position: int
+    # a place is a position of a slab; whoever lies there brings its own
+    extras: AdapterExtras | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,17 +83,24 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
-class Route:
-    """One step's row ranges by adapter."""
+class Run:
+    """Neighbouring rows `begin .. begin + count` of one adapter."""
 
-    groups: tuple[Group, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
     begin: int
     count: int
     placement: Placement
+
+    def own(self, rows: Tensor) -> Tensor:
+        """Cut the run's rows out of the step's: a view."""
+        return rows[self.begin : self.begin + self.count]
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """One step's row ranges by adapter: `groups` share calls, `runs` are each one adapter's alone, in row order."""
+
+    groups: tuple[Group, ...]
+    runs: tuple[Run, ...] = ()
 
 
 def build_route(placements: list[Placement | None], counts: list[int]) -> Route:
@@ -102,8 +112,9 @@ def build_route(placements: list[Placement | None], counts: list[int]) -> Route:
         counts: per sequence, its number of rows, each >= 1.
     """
     groups: list[Group] = []
-    pending: list[_Run] = []
-    for run in _runs(placements, counts):
+    pending: list[Run] = []
+    runs = _runs(placements, counts)
+    for run in runs:
         if run.count > MAX_GROUPED_ROWS:
             groups.append(_group([run]))
             continue
@@ -113,31 +124,31 @@ def build_route(placements: list[Placement | None], counts: list[int]) -> Route:
         pending.append(run)
     if pending:
         groups.append(_group(pending))
-    return Route(tuple(groups))
+    return Route(tuple(groups), tuple(runs))
 
 
-def _runs(placements: list[Placement | None], counts: list[int]) -> list[_Run]:
-    runs: list[_Run] = []
+def _runs(placements: list[Placement | None], counts: list[int]) -> list[Run]:
+    runs: list[Run] = []
     begin = 0
     for placement, count in zip(placements, counts, strict=True):
         if placement is not None:
             last = runs[-1] if runs else None
             if last is not None and last.placement == placement and last.begin + last.count == begin:
-                runs[-1] = _Run(last.begin, last.count + count, placement)
+                runs[-1] = Run(last.begin, last.count + count, placement)
             else:
-                runs.append(_Run(begin, count, placement))
+                runs.append(Run(begin, count, placement))
         begin += count
     return runs
 
 
-def _joins(left: _Run, right: _Run) -> bool:
+def _joins(left: Run, right: Run) -> bool:
     if left.placement.slab_id != right.placement.slab_id or left.begin + left.count != right.begin:
         return False
     gap = right.placement.position - left.placement.position - 1
     return gap >= 0 and gap * left.placement.slab.bytes_per_position <= _MAX_GAP_BYTES
 
 
-def _group(runs: list[_Run]) -> Group:
+def _group(runs: list[Run]) -> Group:
     begin, end = runs[0].begin, runs[-1].begin + runs[-1].count
     first, last = runs[0].placement.position, runs[-1].placement.position + 1
     width = max(run.count for run in runs)
