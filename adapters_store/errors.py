@@ -54,6 +54,42 @@ class UnsupportedFormat(AdapterRefused):
     default_code = "unsupported_format"
 
 
+class UnknownField(UnsupportedAdapter):
+    """400 `unknown_field`: a config holds a key that nothing here knows, so nobody can say what it changes."""
+
+    default_code = "unknown_field"
+
+
+class NoTarget(UnsupportedAdapter):
+    """400 `no_target`: the config's targets name nothing that this base has."""
+
+    default_code = "no_target"
+
+
+class MissingLayers(CorruptUpload):
+    """400 `missing_layers`: the config names layers or modules that the file has no tensors for."""
+
+    default_code = "missing_layers"
+
+
+class LayerReplication(UnsupportedAdapter):
+    """400 `layer_replication`: trained on a base whose layers were repeated, which is another model."""
+
+    default_code = "layer_replication"
+
+
+class UnconvertedInit(UnsupportedAdapter):
+    """400 `unconverted_init`: saved without undoing what its initialisation had done to the base."""
+
+    default_code = "unconverted_init"
+
+
+class SwappedFactors(UnsupportedAdapter):
+    """400 `swapped_factors`: A has B's shape and B has A's, or each is transposed."""
+
+    default_code = "swapped_factors"
+
+
 class LimitExceeded(AdapterRefused):
     """400 `limit_exceeded`: too many experts, ranks or selected channels to serve."""
 
@@ -168,6 +204,12 @@ REFUSALS: dict[str, type[AdapterRefused]] = {
         CorruptUpload,
         UnsupportedAdapter,
         UnsupportedFormat,
+        UnknownField,
+        NoTarget,
+        MissingLayers,
+        LayerReplication,
+        UnconvertedInit,
+        SwappedFactors,
         LimitExceeded,
         InvalidGate,
         InvalidIndex,
