@@ -4,12 +4,17 @@ Owns the choice only. Invariant: what is detected is what the converter of that 
 tried out.
 """
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 from adapters_store.convert.meteora import convert_meteora, is_meteora
+from adapters_store.convert.meteora_source import open_meteora
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
+from adapters_store.convert.peft_source import open_peft
 from adapters_store.convert.s2ft import convert_s2ft
+from adapters_store.convert.s2ft_source import open_s2ft
+from adapters_store.convert.source_model import SourceModel
 from adapters_store.errors import InvalidOption
 from adapters_store.formats import AUTO, is_model_part
 
@@ -30,6 +35,22 @@ def convert(source: Path, target: Path, options: ConvertOptions) -> None:
     else:
         _refuse_options(options)
         convert_peft(source, target, options)
+
+
+def open_source(source: Path, options: ConvertOptions) -> AbstractContextManager[SourceModel]:
+    """Open the folder `source`, which was converted before, as its own forward.
+
+    Raises:
+        AdapterRefused: as `convert`.
+    """
+    declared = options.declared.format
+    if declared == AUTO:
+        declared = _detect(source)
+    if declared == "meteora":
+        return open_meteora(source, options)
+    if declared == "s2ft":
+        return open_s2ft(source)
+    return open_peft(source, options)
 
 
 def _detect(source: Path) -> str:
