@@ -8,7 +8,7 @@ Rows without adapter are never read or written; each row meets its own adapter's
 import torch
 from torch import Tensor
 
-from adapter_kernels.delta import BaseLinear
+from adapter_kernels.delta import BaseLinear, ModelDelta
 from adapter_kernels.gate import Choice, add_chosen, choose, weigh
 from adapter_kernels.route import Group, Route
 from adapter_kernels.scales import scaled_product
@@ -18,8 +18,9 @@ from adapter_kernels.slab import FusedRows, Member
 class CpuDelta:
     """One step's `AdapterDelta` on the CPU."""
 
-    def __init__(self, route: Route) -> None:
+    def __init__(self, route: Route, model: ModelDelta | None = None) -> None:
         self.route = route
+        self.model = model
         self._has_scales = any(group.slab.has_scales for group in route.groups)
 
     def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:

@@ -4,50 +4,72 @@ Owns the layout of the fused projection (q | k | v); the attention itself lies i
 and values of the step are in the cache before any row of the step attends.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from adapter_kernels.attention_plan import AttentionPlan
-from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.delta import AdapterDelta, ModelDelta
 from adapter_kernels.paged_attention import kv_write, paged_attention
 from serve.model.adapted_linear import AdaptedLinear
+from serve.model.adapted_norm import AdaptedNorm
 from serve.model.kv_cache import KvCache
 from serve.model.layers import Norm
 from serve.model.rotary import Rotation, rotate
 from serve.model.spec import ModelSpec
 
-# queries and keys as they leave the projection [T, (H + K) * E] -> heads [T, H + K, E]
-SplitHeads = Callable[[Tensor], Tensor]
+
+class SplitHeads(Protocol):
+    """Queries and keys as they leave the projection [T, (H + K) * E] -> heads [T, H + K, E]."""
+
+    def __call__(self, qk: Tensor, model: ModelDelta | None) -> Tensor: ...
 
 
 class PlainHeads:
-    """No norm; or one norm over each head, its weight [H + K, E] holding q's and k's."""
+    """No norm between projection and heads."""
 
-    def __init__(self, num_heads: int, head_dim: int, norm: Norm | None) -> None:
+    def __init__(self, num_heads: int, head_dim: int) -> None:
+        self._num_heads = num_heads
+        self._head_dim = head_dim
+
+    def __call__(self, qk: Tensor, model: ModelDelta | None) -> Tensor:
+        return qk.view(-1, self._num_heads, self._head_dim)
+
+
+class HeadNormHeads:
+    """One norm over each head, its weight [H + K, E] holding q's and k's."""
+
+    def __init__(self, layer: int, num_query_heads: int, num_heads: int, head_dim: int, norm: Norm) -> None:
+        self._layer = layer
+        self._num_query_heads = num_query_heads
         self._num_heads = num_heads
         self._head_dim = head_dim
         self._norm = norm
 
-    def __call__(self, qk: Tensor) -> Tensor:
+    def __call__(self, qk: Tensor, model: ModelDelta | None) -> Tensor:
         heads = qk.view(-1, self._num_heads, self._head_dim)
-        return heads if self._norm is None else self._norm(heads)
+        normed = self._norm(heads)
+        if model is not None:
+            first_key = self._num_query_heads
+            model.norm(self._layer, "q_norm", heads[:, :first_key], normed[:, :first_key], self._norm)
+            model.norm(self._layer, "k_norm", heads[:, first_key:], normed[:, first_key:], self._norm)
+        return normed
 
 
 class FullNormHeads:
     """One norm over all query heads together and one over all key heads, before they are split."""
 
-    def __init__(self, query_width: int, head_dim: int, q_norm: Norm, k_norm: Norm) -> None:
+    def __init__(self, query_width: int, head_dim: int, q_norm: AdaptedNorm, k_norm: AdaptedNorm) -> None:
         self._query_width = query_width
         self._head_dim = head_dim
         self._q_norm = q_norm
         self._k_norm = k_norm
 
-    def __call__(self, qk: Tensor) -> Tensor:
-        queries = self._q_norm(qk[:, : self._query_width])
-        keys = self._k_norm(qk[:, self._query_width :])
+    def __call__(self, qk: Tensor, model: ModelDelta | None) -> Tensor:
+        queries = self._q_norm(qk[:, : self._query_width], model)
+        keys = self._k_norm(qk[:, self._query_width :], model)
         return torch.cat((queries, keys), dim=-1).view(qk.shape[0], -1, self._head_dim)
 
 
@@ -58,6 +80,8 @@ class StepInputs:
     plan: AttentionPlan
     kv: KvCache
     adapters: AdapterDelta | None
+    # of `adapters`: what they do outside the linear layers
+    model: ModelDelta | None
     rotations: tuple[Rotation, ...]
 
 
@@ -82,13 +106,15 @@ class Attention:
     def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         """x [T, D] -> [T, D]; writes this step's keys and values."""
         qkv = self._qkv(x, step.adapters)
-        heads = self._split_heads(qkv[:, : self._qk_width])
+        heads = self._split_heads(qkv[:, : self._qk_width], step.model)
         if self._rope_index is not None:
             heads = rotate(heads, step.rotations[self._rope_index])
         queries, keys = heads[:, : self._num_heads], heads[:, self._num_heads :]
         values = qkv[:, self._qk_width :].view(-1, keys.shape[1], self._head_dim)
         k_cache, v_cache = step.kv.k[self._layer], step.kv.v[self._layer]
         kv_write(keys, values, k_cache, v_cache, step.plan.slot_mapping)
+        if step.model is not None:
+            step.model.write_prefix(self._layer, k_cache, v_cache)
         attended = paged_attention(
             queries, k_cache, v_cache, step.plan, scale=self._scale, window=self._window, soft_cap=self._soft_cap
         )

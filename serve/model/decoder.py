@@ -4,6 +4,7 @@ Owns the order of a layer's parts and the multipliers between them; the parts co
 Invariant: each row depends on its own sequence alone: nothing here reads the number or kind of the other rows.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +12,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from adapter_kernels.attention_plan import AttentionPlan
-from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.delta import AdapterDelta, ModelDelta
 from serve.model.adapted_linear import AdaptedLinear
+from serve.model.adapted_norm import AdaptedNorm
 from serve.model.attention import Attention, StepInputs
 from serve.model.kv_cache import KvCache
-from serve.model.layers import Activation, Linear, Norm
+from serve.model.layers import Activation, Linear
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
 
@@ -23,23 +25,31 @@ from serve.model.spec import ModelSpec
 class Mlp:
     """down(activation(gate) * up) on the fused gate | up projection."""
 
-    def __init__(self, gate_up: AdaptedLinear, down: AdaptedLinear, activation: Activation) -> None:
+    def __init__(self, layer: int, gate_up: AdaptedLinear, down: AdaptedLinear, activation: Activation) -> None:
+        self._layer = layer
         self._gate_up = gate_up
         self._down = down
         self._activation = activation
 
-    def __call__(self, x: Tensor, adapters: AdapterDelta | None) -> Tensor:
+    def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         """x [T, D] -> [T, D]."""
-        gate, up = self._gate_up(x, adapters).chunk(2, dim=-1)
-        return self._down(self._activation(gate).mul_(up), adapters)
+        gate_up = self._gate_up(x, step.adapters)
+        if step.model is not None:
+            mixed = step.model.mlp(
+                self._layer, x, gate_up, self._activation, lambda activated: self._down(activated, step.adapters)
+            )
+            if mixed is not None:
+                return mixed
+        gate, up = gate_up.chunk(2, dim=-1)
+        return self._down(self._activation(gate).mul_(up), step.adapters)
 
 
 @dataclass(frozen=True, slots=True)
 class BlockNorms:
     """Norms before and after a block; None where the family has none."""
 
-    before: Norm | None
-    after: Norm | None
+    before: AdaptedNorm | None
+    after: AdaptedNorm | None
 
 
 class DecoderLayer:
@@ -56,12 +66,12 @@ class DecoderLayer:
 
     def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         """x [T, D] -> [T, D]; `x` is left as it was."""
-        norms = self._attention_norms
-        h = self._attention(x if norms.before is None else norms.before(x), step)
-        x = torch.add(x, h if norms.after is None else norms.after(h), alpha=self._residual_scale)
+        norms, model = self._attention_norms, step.model
+        h = self._attention(x if norms.before is None else norms.before(x, model), step)
+        x = torch.add(x, h if norms.after is None else norms.after(h, model), alpha=self._residual_scale)
         norms = self._mlp_norms
-        h = self._mlp(x if norms.before is None else norms.before(x), step.adapters)
-        return torch.add(x, h if norms.after is None else norms.after(h), alpha=self._residual_scale)
+        h = self._mlp(x if norms.before is None else norms.before(x, model), step)
+        return torch.add(x, h if norms.after is None else norms.after(h, model), alpha=self._residual_scale)
 
 
 class Decoder:
@@ -73,7 +83,7 @@ class Decoder:
         embedding: Tensor,
         ropes: tuple[Rotary, ...],
         layers: tuple[DecoderLayer, ...],
-        final_norm: Norm,
+        final_norm: AdaptedNorm,
         lm_head: Linear,
     ) -> None:
         self.spec = spec
@@ -90,30 +100,41 @@ class Decoder:
         """Run the step's tokens through all layers.
 
         Args:
-            token_ids: [T] int64, sequence after sequence as in `plan`.
+            token_ids: [T] int64, sequence after sequence as in `plan`; below -1: an adapter's virtual tokens.
             kv: gets this step's keys and values at `plan.slot_mapping`.
             adapters: None when no row of the step has one.
         Returns:
             [T, D] after the final norm, in the model's dtype.
         """
         with torch.inference_mode():
-            x = functional.embedding(token_ids, self._embedding)
-            if self._embedding_scale != 1.0:
-                x = x * self._embedding_scale
+            model = None if adapters is None else adapters.model
+            x = self._embed(token_ids, model)
             rotations = tuple(rope.rotation(plan.positions) for rope in self._ropes)
-            step = StepInputs(plan, kv, adapters, rotations)
+            step = StepInputs(plan, kv, adapters, model, rotations)
             for layer in self._layers:
                 x = layer(x, step)
-            return self._final_norm(x)
+            return self._final_norm(x, model)
 
-    def logits(self, hidden: Tensor) -> Tensor:
+    def logits(self, hidden: Tensor, adapters: AdapterDelta | None = None, rows: Sequence[int] | None = None) -> Tensor:
         """Project hidden states [S, D] onto the vocabulary: [S, V], divisor and soft-cap applied.
 
+        `adapters` are those of the step that `hidden` comes from, `rows` its rows there, increasing; None: all of them.
         In the model's dtype, or fp32 where the family computes on the logits: the sampler reads in fp32 only the rows
         that need it, for 32 rows of 152 k tokens a cast of all of them is 6 % of a decode step (2 cores, 2026-11).
         """
         with torch.inference_mode():
-            return finish_logits(self._lm_head(hidden), self.spec)
+            model = None if adapters is None else adapters.model
+            product = self._lm_head(hidden) if model is None else model.head(hidden, rows, self._lm_head)
+            return finish_logits(product, self.spec)
+
+    def _embed(self, token_ids: Tensor, model: ModelDelta | None) -> Tensor:
+        table = self._embedding
+        x = functional.embedding(token_ids, table) if model is None else model.look_up(token_ids, table)
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
+        if model is not None:
+            model.place_prompts(x, self.spec.prompt_scale)
+        return x
 
 
 def embedding_scale(spec: ModelSpec, dtype: torch.dtype) -> float:

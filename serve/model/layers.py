@@ -14,10 +14,17 @@ from torch.nn import functional
 from serve.model.families import NormKind
 
 Activation = Callable[[Tensor], Tensor]
-Norm = Callable[[Tensor], Tensor]
 
 # the batch size that oneDNN picks its blocked order for; M of 1 and 512 gave the same speed (2 cores, 2026-11)
 _PACKING_ROWS = 32
+
+
+class Norm(Protocol):
+    """A norm over the last dim, [.., D] -> [.., D], fresh; `replaced` runs it with another weight [D] of a file."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def replaced(self, x: Tensor, weight: Tensor) -> Tensor: ...
 
 
 class RmsNorm:
@@ -32,25 +39,37 @@ class RmsNorm:
         """x [.., D] -> [.., D]; a weight of [N, D] scales each of N heads on its own."""
         return functional.rms_norm(x, self._shape, None, self._eps) * self._weight
 
+    def replaced(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Run with another weight [D]; see `Norm`."""
+        return functional.rms_norm(x, self._shape, None, self._eps) * weight.to(x.dtype)
+
 
 class Fp32RmsNorm:
     """RMSNorm over the last dim, weight included in fp32, as OLMo2 and (with 1 + weight) Gemma do."""
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self._weight = weight.float()
+    def __init__(self, weight: Tensor, eps: float, offset: float = 0.0) -> None:
+        self._offset = offset
+        self._weight = weight.float() + offset
         self._shape = (weight.shape[-1],)
         self._eps = eps
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., D] -> [.., D] in x's dtype."""
-        return (functional.rms_norm(x.float(), self._shape, None, self._eps) * self._weight).to(x.dtype)
+        return self._scaled(x, self._weight)
+
+    def replaced(self, x: Tensor, weight: Tensor) -> Tensor:
+        """Run with another weight [D]; see `Norm`."""
+        return self._scaled(x, weight.float() + self._offset)
+
+    def _scaled(self, x: Tensor, weight: Tensor) -> Tensor:
+        return (functional.rms_norm(x.float(), self._shape, None, self._eps) * weight).to(x.dtype)
 
 
 def make_norm(weight: Tensor, eps: float, kind: NormKind) -> Norm:
     """Build the RMSNorm of a family."""
     if kind is NormKind.CAST_THEN_SCALE:
         return RmsNorm(weight, eps)
-    return Fp32RmsNorm(weight.float() + 1.0 if kind is NormKind.UNIT_OFFSET else weight, eps)
+    return Fp32RmsNorm(weight, eps, offset=1.0 if kind is NormKind.UNIT_OFFSET else 0.0)
 
 
 def make_activation(name: str) -> Activation:

@@ -67,6 +67,8 @@ class ModelSpec:
     logit_divisor: float
     embedding_scale: float
     residual_scale: float
+    # factor on embeddings that an adapter brings instead of tokens: Granite scales them too, Gemma its table alone
+    prompt_scale: float = 1.0
 
     def has_bias(self, site: str) -> bool:
         """Do the base's linear layers of a fused site have a bias?"""
@@ -118,6 +120,7 @@ def read_spec(model_dir: Path) -> ModelSpec:
         logit_divisor=_multiplier(config, family, "logits_scaling"),
         embedding_scale=_embedding_scale(config, family, dims.hidden_size),
         residual_scale=_multiplier(config, family, "residual_multiplier"),
+        prompt_scale=_multiplier(config, family, "embedding_multiplier"),
     )
 
 

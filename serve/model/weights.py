@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from serve.model.adapted_linear import AdaptedLinear
-from serve.model.attention import Attention, FullNormHeads, PlainHeads, SplitHeads
+from serve.model.adapted_norm import AdaptedNorm
+from serve.model.attention import Attention, FullNormHeads, HeadNormHeads, PlainHeads, SplitHeads
 from serve.model.checkpoint import Checkpoint
 from serve.model.decoder import BlockNorms, Decoder, DecoderLayer, Mlp
 from serve.model.families import QkNorm
-from serve.model.layers import Linear, Norm, PlainLinear, can_pack, make_activation, make_linear, make_norm
+from serve.model.layers import Linear, PlainLinear, can_pack, make_activation, make_linear, make_norm
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
 from serve.model.weight_names import WeightNames, block_norm_names
@@ -58,12 +59,12 @@ class _Loader:
             embedding=embedding,
             ropes=tuple(Rotary(rope, max_model_len, source.dtype, source.device) for rope in self.spec.ropes),
             layers=tuple(self._layer(i) for i in range(self.spec.dims.num_hidden_layers)),
-            final_norm=make_norm(source.final_norm(), self.spec.norm_eps, self.spec.norm_kind),
+            final_norm=self._adapted(source.final_norm(), -1, "norm"),
             lm_head=self._lm_head(embedding),
         )
 
     def _layer(self, layer: int) -> DecoderLayer:
-        mlp = Mlp(self._site(layer, "gate_up"), self._site(layer, "down"), make_activation(self.spec.activation))
+        mlp = Mlp(layer, self._site(layer, "gate_up"), self._site(layer, "down"), make_activation(self.spec.activation))
         attention = Attention(
             self.spec, layer, self._site(layer, "qkv"), self._site(layer, "o"), self._split_heads(layer)
         )
@@ -84,18 +85,19 @@ class _Loader:
         return PlainLinear(embedding, None)
 
     def _split_heads(self, layer: int) -> SplitHeads:
-        dims, kind = self.spec.dims, self.spec.norm_kind
+        dims = self.spec.dims
         num_heads = dims.num_attention_heads + dims.num_key_value_heads
         if self.spec.qk_norm is QkNorm.NONE:
-            return PlainHeads(num_heads, dims.head_dim, None)
+            return PlainHeads(num_heads, dims.head_dim)
         q_width, k_width = self.spec.qk_norm_widths()
         q_norm = self.source.norm(layer, "self_attn.q_norm", q_width)
         k_norm = self.source.norm(layer, "self_attn.k_norm", k_width)
-        eps = self.spec.norm_eps
         if self.spec.qk_norm is QkNorm.FULL:
-            return FullNormHeads(q_width, dims.head_dim, make_norm(q_norm, eps, kind), make_norm(k_norm, eps, kind))
+            norms = self._adapted(q_norm, layer, "q_norm"), self._adapted(k_norm, layer, "k_norm")
+            return FullNormHeads(q_width, dims.head_dim, *norms)
         weights = [q_norm.expand(dims.num_attention_heads, -1), k_norm.expand(dims.num_key_value_heads, -1)]
-        return PlainHeads(num_heads, dims.head_dim, make_norm(torch.cat(weights), eps, kind))
+        norm = make_norm(torch.cat(weights), self.spec.norm_eps, self.spec.norm_kind)
+        return HeadNormHeads(layer, dims.num_attention_heads, num_heads, dims.head_dim, norm)
 
     def _block_norms(self, layer: int) -> tuple[BlockNorms, BlockNorms]:
         attention, mlp = block_norm_names(self.spec.norm_placement)
@@ -104,8 +106,10 @@ class _Loader:
             BlockNorms(self._norm(layer, mlp.before), self._norm(layer, mlp.after)),
         )
 
-    def _norm(self, layer: int, path: str | None) -> Norm | None:
+    def _norm(self, layer: int, path: str | None) -> AdaptedNorm | None:
         if path is None:
             return None
-        weight = self.source.norm(layer, path, self.spec.dims.hidden_size)
-        return make_norm(weight, self.spec.norm_eps, self.spec.norm_kind)
+        return self._adapted(self.source.norm(layer, path, self.spec.dims.hidden_size), layer, path)
+
+    def _adapted(self, weight: Tensor, layer: int, name: str) -> AdaptedNorm:
+        return AdaptedNorm(make_norm(weight, self.spec.norm_eps, self.spec.norm_kind), layer, name)

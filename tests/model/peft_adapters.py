@@ -82,6 +82,8 @@ def _members(target: str) -> tuple[str, ...]:
 class SlowDelta:
     """`AdapterDelta` in loops over rows and sites: row t has the adapter when `has_adapter[t]`."""
 
+    model = None
+
     def __init__(self, sites: Sites, dims: BaseDims, has_adapter: list[bool]) -> None:
         self._sites = sites
         self._dims = dims

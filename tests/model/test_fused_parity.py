@@ -62,6 +62,8 @@ STEPS: tuple[dict[int, list[int]], ...] = (
 class ReferenceDelta:
     """`AdapterDelta` by the definition: row t has the adapter `images[t]`."""
 
+    model = None
+
     def __init__(self, images: Sequence[AdapterImage | None], shapes: dict[str, tuple[int, int]]) -> None:
         self._images = images
         self._shapes = shapes

@@ -61,6 +61,7 @@ def test_without_adapters_the_linear_runs_alone(tmp_path: Path) -> None:
 
     class Silent:
         calls = 0
+        model = None
 
         def apply(self, layer: int, site: str, x: torch.Tensor, base: BaseLinear) -> torch.Tensor:
             y = base(x)
