@@ -54,6 +54,12 @@ class UnsupportedFormat(AdapterRefused):
     default_code = "unsupported_format"
 
 
+class UnsafePickle(UnsupportedFormat):
+    """400 `unsafe_pickle`: a pickle that names code, breaks a limit or holds more than tensors and plain values."""
+
+    default_code = "unsafe_pickle"
+
+
 class UnknownField(UnsupportedAdapter):
     """400 `unknown_field`: a config holds a key that nothing here knows, so nobody can say what it changes."""
 
@@ -204,6 +210,7 @@ REFUSALS: dict[str, type[AdapterRefused]] = {
         CorruptUpload,
         UnsupportedAdapter,
         UnsupportedFormat,
+        UnsafePickle,
         UnknownField,
         NoTarget,
         MissingLayers,
