@@ -12,6 +12,9 @@ from pathlib import Path
 # order of the sites inside a layer of the adapter image
 SITES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
+# the output head: no site of any layer, yet a linear layer that adapters may act on
+HEAD = "lm_head"
+
 # base-neutral module path of each site, as the manifest spells it
 SITE_PATHS = {
     "q_proj": "self_attn.q_proj",
@@ -44,7 +47,7 @@ class BaseDims:
     weights_fingerprint: str
 
     def site_shape(self, site: str) -> tuple[int, int]:
-        """Return (out, in) of one of `SITES`, as in `nn.Linear.weight`."""
+        """Return (out, in) of one of `SITES` or of `HEAD`, as in `nn.Linear.weight`."""
         hidden = self.hidden_size
         query = self.num_attention_heads * self.head_dim
         key = self.num_key_value_heads * self.head_dim
@@ -56,6 +59,7 @@ class BaseDims:
             "gate_proj": (self.intermediate_size, hidden),
             "up_proj": (self.intermediate_size, hidden),
             "down_proj": (hidden, self.intermediate_size),
+            HEAD: (self.vocab_size, hidden),
         }[site]
 
     def to_dict(self) -> dict[str, str | int | bool]:

@@ -13,56 +13,21 @@ from pathlib import Path
 
 from adapters_store.base import BaseDims
 from adapters_store.canonical import read_layout
+from adapters_store.entries import NO_MODEL_ENTRIES, ModelEntries, SiteEntry, read_entries
 from adapters_store.errors import AdapterCorrupt, StoreError
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
-from adapters_store.ops import Module
 
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-
-
-@dataclass(frozen=True, slots=True)
-class SparseEntry:
-    """Where a selection lies: positions int32 `[count]`, and D `[count, out]` (cols) or `[count, in]` (rows)."""
-
-    count: int
-    idx_offset: int
-    d_offset: int
-
-
-@dataclass(frozen=True, slots=True)
-class SiteEntry:
-    """Where one module's tensors lie, in bytes relative to `OpenAdapter.data`.
-
-    A is `[rank, in]`, BT `[rank, out]`, stacked by expert; gate `[experts, in]`; bias and out_scale `[out]`, in_scale
-    `[in]`; all contiguous. `ranks` is empty where there is no low-rank op, and one number for a plain LoRA.
-    """
-
-    layer: int
-    site: str
-    ranks: tuple[int, ...]
-    a_offset: int
-    bt_offset: int
-    bias_offset: int | None
-    gate_offset: int | None = None
-    top_k: int = 0
-    temperature: float = 1.0
-    cols: SparseEntry | None = None
-    rows: SparseEntry | None = None
-    out_scale_offset: int | None = None
-    in_scale_offset: int | None = None
-
-    @property
-    def rank(self) -> int:
-        """Rows of A and BT."""
-        return sum(self.ranks)
 
 
 @dataclass(frozen=True, slots=True)
 class OpenAdapter:
     """A verified adapter image: `data` is a read-only view of the mapped data section, valid while referenced.
 
-    `base_dependent`: only a base of the same weights may serve it.
+    `base_dependent`: only a base of the same weights may serve it. `model` is what it does outside linear layers,
+    `num_virtual_tokens` the positions that it puts in front of every sequence; `activation` are the token ids from
+    whose last occurrence on it acts, none: from the first.
     """
 
     digest: str
@@ -73,6 +38,9 @@ class OpenAdapter:
     data: memoryview
     entries: tuple[SiteEntry, ...]
     base_dependent: bool = False
+    model: ModelEntries = NO_MODEL_ENTRIES
+    num_virtual_tokens: int = 0
+    activation: tuple[int, ...] = ()
 
 
 class Blobs:
@@ -152,7 +120,7 @@ def _map_image(path: Path, manifest: Manifest, digest: str) -> OpenAdapter:
             raise AdapterCorrupt(f"the weights of adapter {digest[:12]} do not match their hash; upload it again")
         slots, data_start = read_layout(file, manifest.file_bytes, manifest)
     data = mapped[data_start:]
-    offsets = {slot.name: slot.begin for slot in slots}
+    entries = read_entries(manifest, slots)
     return OpenAdapter(
         digest=digest,
         dtype=manifest.dtype,
@@ -160,32 +128,9 @@ def _map_image(path: Path, manifest: Manifest, digest: str) -> OpenAdapter:
         num_bytes=len(data),
         base=manifest.base,
         data=data,
-        entries=tuple(_entry(module, offsets) for module in manifest.modules),
+        entries=entries.sites,
         base_dependent=manifest.base_dependent,
-    )
-
-
-def _entry(module: Module, offsets: dict[str, int]) -> SiteEntry:
-    def offset(kind: str) -> int | None:
-        return offsets.get(module.tensor(kind))
-
-    def sparse(op: str, count: int) -> SparseEntry | None:
-        names = (module.tensor(f"{op}.idx"), module.tensor(f"{op}.D"))
-        return SparseEntry(count, offsets[names[0]], offsets[names[1]]) if count else None
-
-    experts = module.experts
-    return SiteEntry(
-        layer=module.layer,
-        site=module.site,
-        ranks=module.ranks,
-        a_offset=offset("A") or 0,
-        bt_offset=offset("BT") or 0,
-        bias_offset=offset("bias"),
-        gate_offset=offset("G"),
-        top_k=experts.top_k if experts is not None else 0,
-        temperature=experts.temperature if experts is not None else 1.0,
-        cols=sparse("cols", module.cols),
-        rows=sparse("rows", module.rows),
-        out_scale_offset=offset("out_scale"),
-        in_scale_offset=offset("in_scale"),
+        model=entries.model,
+        num_virtual_tokens=manifest.num_virtual_tokens,
+        activation=manifest.activation,
     )

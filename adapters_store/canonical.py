@@ -1,8 +1,8 @@
 """The canonical adapter file: a safetensors file whose data section is the adapter image, byte for byte.
 
-Owns the layout (layer by layer, site by site, the tensors of `Module.tensors`, each followed by explicit padding to 128
-bytes), its writer and its checker. Invariant: the manifest alone determines every name,
-shape and offset, so reading is comparing: whatever `layout` does not produce is refused.
+Owns the layout (layer by layer, site by site, the tensors of `Module.tensors`, then those of `ModelOps.tensors`, each
+followed by explicit padding to 128 bytes), its writer and its checker. Invariant: the manifest alone determines every
+name, shape and offset, so reading is comparing: whatever `layout` does not produce is refused.
 """
 
 import hashlib
@@ -20,11 +20,15 @@ from adapters_store.file_system import open_regular
 from adapters_store.float_bits import FILE_DTYPES, ITEM_BYTES
 from adapters_store.image_check import ImageCheck
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
+from adapters_store.model_ops import NO_MODEL_OPS, ModelOps
+from adapters_store.op_limits import check_dense_bytes
 from adapters_store.ops import Module
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 ALIGNMENT = 128
 _PADDING_DTYPE = "U8"
+# no op's tensor is called so
+_PADDING = "pad."
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,26 +39,27 @@ class WrittenFile:
     sha256: str
 
 
-def layout(modules: Iterable[Module], base: BaseDims, dtype: str) -> tuple[TensorSlot, ...]:
+def layout(
+    modules: Iterable[Module], base: BaseDims, dtype: str, model_ops: ModelOps = NO_MODEL_OPS
+) -> tuple[TensorSlot, ...]:
     """Return every tensor of the file in order, padding included; `dtype` is a serving dtype."""
     slots: list[TensorSlot] = []
     position = 0
     file_dtype = FILE_DTYPES[dtype]
-    for module in modules:
-        for spec in module.tensors(base):
-            tensor_dtype = spec.dtype(file_dtype)
-            end = position + ITEM_BYTES[tensor_dtype] * math.prod(spec.shape)
-            slots.append(TensorSlot(spec.name, tensor_dtype, spec.shape, position, end))
-            position = -(-end // ALIGNMENT) * ALIGNMENT
-            if position > end:
-                padding = (position - end,)
-                slots.append(TensorSlot(f"pad.{len(slots)}", _PADDING_DTYPE, padding, end, position))
+    for spec in (*(spec for module in modules for spec in module.tensors(base)), *model_ops.tensors(base)):
+        tensor_dtype = spec.dtype(file_dtype)
+        end = position + ITEM_BYTES[tensor_dtype] * math.prod(spec.shape)
+        slots.append(TensorSlot(spec.name, tensor_dtype, spec.shape, position, end))
+        position = -(-end // ALIGNMENT) * ALIGNMENT
+        if position > end:
+            padding = (position - end,)
+            slots.append(TensorSlot(f"{_PADDING}{len(slots)}", _PADDING_DTYPE, padding, end, position))
     return tuple(slots)
 
 
 def is_padding(slot: TensorSlot) -> bool:
     """Return whether the slot only fills up to the next 128-byte boundary."""
-    return slot.dtype == _PADDING_DTYPE
+    return slot.name.startswith(_PADDING)
 
 
 def encode_header(slots: Iterable[TensorSlot]) -> bytes:
@@ -86,12 +91,12 @@ def read_layout(file: BinaryIO, file_bytes: int, manifest: Manifest) -> tuple[tu
         CorruptUpload: the header is not exactly the one that the manifest demands.
     """
     header = read_header(file, file_bytes, CANONICAL_LIMITS, what=IMAGE_NAME)
-    if header.tensors != layout(manifest.modules, manifest.base, manifest.dtype):
+    if header.tensors != layout(manifest.modules, manifest.base, manifest.dtype, manifest.model_ops):
         raise CorruptUpload(f"{IMAGE_NAME} does not hold the tensors of its manifest", param=IMAGE_NAME)
     return header.tensors, header.data_start
 
 
-def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int) -> Manifest:
+def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int, dense_budget_bytes: int = 0) -> Manifest:
     """Read what a converter wrote with our own parsers, trusting none of it, and return its manifest.
 
     Raises:
@@ -105,6 +110,7 @@ def check_adapter(folder: Path, base: BaseDims, dtype: str, max_rank: int) -> Ma
         raise UnsupportedAdapter(
             f"the adapter has rank {manifest.largest_expert_rank}; this server accepts up to {max_rank}"
         )
+    check_dense_bytes(manifest.modules, base, dtype, dense_budget_bytes)
     check_file(folder / IMAGE_NAME, manifest)
     return manifest
 

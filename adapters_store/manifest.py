@@ -10,16 +10,19 @@ import re
 from dataclasses import dataclass, fields
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
-from adapters_store.errors import CorruptUpload
+from adapters_store.errors import CorruptUpload, LimitExceeded
 from adapters_store.float_bits import FILE_DTYPES
-from adapters_store.json_values import flag, integer, json_list, json_object, number, text
-from adapters_store.ops import Module, check_module, parse_module
+from adapters_store.json_values import flag, integer, integers, json_list, json_object, number, text
+from adapters_store.model_ops import NO_MODEL_OPS, ModelOps, check_model_ops, parse_model_ops
+from adapters_store.op_limits import check_module
+from adapters_store.ops import Module, parse_module
 from adapters_store.strict_json import Json, canonical_json, read_json
 
 # `Module` is part of a manifest; its ops live in a file of their own
 __all__ = [
     "IMAGE_NAME",
     "MANIFEST_NAME",
+    "MAX_INVOCATION_TOKENS",
     "MAX_MANIFEST_BYTES",
     "Manifest",
     "Module",
@@ -36,7 +39,25 @@ MAX_MANIFEST_BYTES = 8 << 20
 _SHA256 = re.compile(r"[0-9a-f]{64}\Z")
 _MAX_DIM = 1 << 31
 _MAX_EXPERT_NAME = 200
-_FAMILIES = frozenset({"lora", "s2ft", "meteora"})
+_FROM_LAST_MATCH = "from_last_match"
+_FAMILIES = frozenset(
+    {
+        "lora",
+        "s2ft",
+        "meteora",
+        "mixture",
+        "mixlora",
+        "sparse",
+        "rotation",
+        "scale",
+        "norm",
+        "tokens",
+        "prompt",
+        "model",
+    }
+)
+# longer invocations are no marker of a turn any more
+MAX_INVOCATION_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +89,8 @@ class Manifest:
     """Everything that identifies an adapter. `dtype` is a serving dtype; `modules` are sorted.
 
     `base_dependent`: the conversion used the base's weights, so only a base of the same fingerprint may serve it.
-    `experts` names those of a mixture, in the gates' order; empty otherwise.
+    `experts` names those of a mixture, in the gates' order; empty otherwise. `activation`: the token ids from whose
+    last occurrence on the adapter acts; empty: it acts always.
     """
 
     family: str
@@ -80,22 +102,34 @@ class Manifest:
     source: Source
     base_dependent: bool = False
     experts: tuple[str, ...] = ()
+    model_ops: ModelOps = NO_MODEL_OPS
+    activation: tuple[int, ...] = ()
 
     @property
     def rank(self) -> int:
         """Largest rank of any module, that of a mixture being the sum of its experts'; 0 without low-rank ops."""
-        return max((sum(module.ranks) for module in self.modules), default=0)
+        return max((self._embed_rank, *(sum(module.ranks) for module in self.modules)))
 
     @property
     def largest_expert_rank(self) -> int:
         """Largest rank of any one LoRA in the file."""
-        return max((rank for module in self.modules for rank in module.ranks), default=0)
+        return max((self._embed_rank, *(rank for module in self.modules for rank in module.ranks)))
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that the adapter puts in front of every sequence."""
+        return self.model_ops.num_virtual_tokens
+
+    @property
+    def _embed_rank(self) -> int:
+        embed = self.model_ops.embed_lowrank
+        return 0 if embed is None else embed.rank
 
     def report(self) -> Report:
         """Return the report of the upload; all of it follows from the manifest."""
         touched = {module.site for module in self.modules}
         return Report(
-            applied=tuple(module.path for module in self.modules),
+            applied=(*(module.path for module in self.modules), *self.model_ops.paths()),
             ignored=self.source.ignored,
             missing=tuple(SITE_PATHS[site] for site in SITES if site not in touched),
         )
@@ -103,8 +137,10 @@ class Manifest:
     def to_bytes(self) -> bytes:
         """Return the manifest's one byte form."""
         source = self.source
-        # only where there are any: a LoRA's manifest is older than mixtures
-        experts: dict[str, Json] = {"experts": [*self.experts]} if self.experts else {}
+        # only where there are any: a LoRA's manifest is older than these
+        younger: dict[str, Json] = {"experts": [*self.experts]} if self.experts else {}
+        if self.activation:
+            younger["activation"] = {"mode": _FROM_LAST_MATCH, "tokens": [*self.activation]}
         return canonical_json(
             {
                 "format": "chorale-adapter",
@@ -121,7 +157,8 @@ class Manifest:
                     "ignored": list(source.ignored),
                     "max_abs_error": source.max_abs_error,
                 },
-                **experts,
+                **younger,
+                **self.model_ops.to_json(),
             }
         )
 
@@ -169,7 +206,15 @@ def _from_json(value: dict[str, Json]) -> Manifest:
         ),
         base_dependent=flag(base["base_dependent"]),
         experts=tuple(text(name) for name in json_list(value.get("experts", []))),
+        model_ops=parse_model_ops(json_list(value.get("model_ops", [])), json_object(value.get("gates", {}))),
+        activation=_activation(value),
     )
+
+
+def _activation(value: dict[str, Json]) -> tuple[int, ...]:
+    if "activation" not in value:
+        return ()
+    return integers(json_list(json_object(value["activation"])["tokens"]))
 
 
 def _base(value: dict[str, Json]) -> BaseDims:
@@ -201,19 +246,39 @@ def _check_ranges(manifest: Manifest) -> None:
         and manifest.dtype in FILE_DTYPES
         and manifest.file_bytes > 0
         and _SHA256.match(manifest.file_sha256) is not None
-        and len(manifest.modules) > 0
+        and (len(manifest.modules) > 0 or manifest.model_ops.acts)
     )
     if not is_sane:
         raise CorruptUpload(f"{MANIFEST_NAME} holds a value out of range", param=MANIFEST_NAME)
     for module in manifest.modules:
         check_module(module, base)
+    check_model_ops(manifest.model_ops, manifest.modules, base)
     check_expert_names(manifest.experts, manifest.modules)
+    check_activation(manifest.activation, base, manifest.num_virtual_tokens)
+
+
+def check_activation(tokens: tuple[int, ...], base: BaseDims, num_virtual_tokens: int) -> None:
+    """Refuse invocation tokens that no request of this base can hold; raises CorruptUpload, LimitExceeded."""
+    if any(not 0 <= token < base.vocab_size for token in tokens):
+        raise CorruptUpload(
+            f"an invocation token lies outside the base's vocabulary, 0 to {base.vocab_size - 1}", param="activation"
+        )
+    if len(tokens) > MAX_INVOCATION_TOKENS:
+        raise LimitExceeded(
+            f"the adapter acts from {len(tokens)} tokens on; the limit is {MAX_INVOCATION_TOKENS}", param="activation"
+        )
+    if tokens and num_virtual_tokens:
+        raise CorruptUpload(
+            "an adapter with a prompt acts from the first position, and not from invocation tokens on",
+            param="activation",
+        )
 
 
 def check_expert_names(names: tuple[str, ...], modules: tuple[Module, ...]) -> None:
-    """Refuse names that are not short, distinct and as many as every gate is wide; raises CorruptUpload."""
+    """Refuse names that are not short, distinct and as many as the widest gate has; raises CorruptUpload."""
     widths = {len(module.experts.ranks) for module in modules if module.experts is not None}
-    if widths != ({len(names)} if names else set()):
+    # some mixtures have fewer experts in their lower layers
+    if len(names) != max(widths, default=0):
         raise CorruptUpload(
             f"the mixture names {len(names)} experts but its gates have {sorted(widths)}", param="experts"
         )

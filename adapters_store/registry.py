@@ -102,6 +102,8 @@ class NewVersion:
             base=base_facts(manifest.base, is_base_dependent=manifest.base_dependent),
             report=manifest.report(),
             dtype=manifest.dtype,
+            num_virtual_tokens=manifest.num_virtual_tokens,
+            invocation_tokens=manifest.activation,
         )
 
 
@@ -117,6 +119,20 @@ class AdapterRef:
     family: str
     num_virtual_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, version: AdapterVersion) -> "AdapterRef":
+        """Point to a version."""
+        return cls(
+            version.name,
+            version.version,
+            version.digest,
+            version.rank,
+            version.num_bytes,
+            version.family,
+            version.num_virtual_tokens,
+            version.invocation_tokens,
+        )
 
 
 class Registry(Protocol):

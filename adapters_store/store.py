@@ -12,10 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.base import BaseDims
-from adapters_store.blobs import Blobs, OpenAdapter, SiteEntry, SparseEntry, open_image
+from adapters_store.blobs import Blobs, OpenAdapter, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.converter import convert_in_child
+from adapters_store.entries import CsrEntry, ModelEntries, SiteEntry, SparseEntry
 from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
@@ -39,6 +40,8 @@ __all__ = [
     "AdapterRef",
     "AdapterStore",
     "AdapterVersion",
+    "CsrEntry",
+    "ModelEntries",
     "OpenAdapter",
     "Report",
     "SiteEntry",
@@ -90,6 +93,7 @@ class AdapterStore:
         served_name: str = "",
         max_rank: int = 256,
         max_product_rank: int = 0,
+        dense_budget_bytes: int = 0,
         max_upload_bytes: int = 2 << 30,
         image_dtype: str = "bfloat16",
         files: FileSystem | None = None,
@@ -104,6 +108,7 @@ class AdapterStore:
             served_name: the base's name in the API: no adapter may take it, and `served_name:x` means adapter x.
             max_rank, max_product_rank: largest rank of a module, and of one whose rank is a product of ranks (LoHa,
                 LoKr) if that is larger; the server's kernels must have room for both.
+            dense_budget_bytes: what one adapter may hold of dense changes of whole matrices.
             image_dtype: dtype of new images, "float32", "bfloat16" or "float16": the server's serving dtype.
             files, convert, clock: replaced by tests.
         Raises:
@@ -120,6 +125,7 @@ class AdapterStore:
                 dtype=image_dtype,
                 max_rank=max_rank,
                 max_product_rank=max_product_rank,
+                dense_budget_bytes=dense_budget_bytes,
                 base_dir=None if base_dir is None else str(base_dir),
             ),
             SqliteRegistry(root / "registry.sqlite"),
@@ -179,18 +185,7 @@ class AdapterStore:
         prefix = f"{self._served_name}:"
         if found is None and self._served_name and model.startswith(prefix):
             found = self._find(model.removeprefix(prefix))
-        if found is None:
-            return None
-        return AdapterRef(
-            found.name,
-            found.version,
-            found.digest,
-            found.rank,
-            found.num_bytes,
-            found.family,
-            found.num_virtual_tokens,
-            found.invocation_tokens,
-        )
+        return None if found is None else AdapterRef.of(found)
 
     def list(self) -> Versions:
         """Return the current version of every adapter of this base, by name."""
@@ -266,7 +261,10 @@ class AdapterStore:
         self.check_name(name)
         self._convert(upload.source, upload.object, replace(self._options, declared=declared))
         with storage_errors():
-            manifest = check_adapter(upload.object, self._options.base, self._options.dtype, self._options.largest_rank)
+            options = self._options
+            manifest = check_adapter(
+                upload.object, options.base, options.dtype, options.largest_rank, options.dense_budget_bytes
+            )
         new = NewVersion.of(name, manifest, created=int(self._clock()))
         self.sweep()
         with storage_errors():

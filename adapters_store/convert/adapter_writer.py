@@ -17,6 +17,7 @@ from adapters_store.errors import NonFiniteValues
 from adapters_store.file_system import FileSystem
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest
+from adapters_store.model_ops import NO_MODEL_OPS, ModelOps
 from adapters_store.ops import Module
 
 
@@ -28,17 +29,27 @@ def encode_values(values: Float32, dtype: str, what: str) -> bytes:
     return raw
 
 
+def encode_signs(negative: npt.NDArray[np.bool_]) -> bytes:
+    """Return the signs of a ternary matrix as the image holds them: one bit each, 1 for negative, lowest bit first."""
+    return np.packbits(negative, bitorder="little").tobytes()
+
+
 def encode_indices(indices: npt.NDArray[np.int64]) -> bytes:
     """Return positions as the image holds them."""
     return indices.astype("<i4").tobytes()
 
 
 def write_image(
-    target: Path, modules: tuple[Module, ...], base: BaseDims, dtype: str, encoded: Callable[[str], bytes]
+    target: Path,
+    modules: tuple[Module, ...],
+    base: BaseDims,
+    dtype: str,
+    encoded: Callable[[str], bytes],
+    model_ops: ModelOps = NO_MODEL_OPS,
 ) -> WrittenFile:
-    """Write the image of sorted modules; `encoded(name)` is called once per tensor, in order."""
+    """Write the image of sorted modules and model ops; `encoded(name)` is called once per tensor, in order."""
     with os.fdopen(FileSystem().create(target / IMAGE_NAME), "wb") as image:
-        return write_canonical(image, layout(modules, base, dtype), encoded)
+        return write_canonical(image, layout(modules, base, dtype, model_ops), encoded)
 
 
 def write_manifest(target: Path, manifest: Manifest) -> None:

@@ -19,8 +19,8 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.site_effect import Float64, SourceEffect, measure_effect
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter, WrongBase
 from adapters_store.float_bits import Float32
+from adapters_store.gates import Experts, check_experts
 from adapters_store.manifest import IMAGE_NAME, Manifest, Module, Source, check_expert_names
-from adapters_store.ops import Experts, check_experts
 from adapters_store.safetensors_header import CANONICAL_LIMITS, EXTERNAL_LIMITS
 
 _GATE, _A, _B = "moe_gate.weight", "lora_A.weight", "lora_B.weight"

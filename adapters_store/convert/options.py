@@ -17,6 +17,7 @@ class ConvertOptions:
     """`dtype` is a serving dtype: "float32", "bfloat16" or "float16".
 
     `max_product_rank` is the limit where a rank is a product of two (LoHa, LoKr); without effect below `max_rank`.
+    `dense_budget_bytes` bounds what one adapter may hold of dense changes of whole matrices.
     `base_dir` holds the base's weights, which some formats need; None: they are not at hand.
     """
 
@@ -25,6 +26,7 @@ class ConvertOptions:
     max_rank: int
     max_product_rank: int = 0
     base_dir: str | None = None
+    dense_budget_bytes: int = 0
     declared: Declared = field(default_factory=Declared)
 
     @property
@@ -37,7 +39,10 @@ class ConvertOptions:
         shapes = [self.base.site_shape(site) for site in SITES]
         # factors, scale and bias of the outputs, scale of the inputs
         values = sum(self.largest_rank * (num_out + num_in) + 2 * num_out + num_in for num_out, num_in in shapes)
-        return 4 * values * self.base.num_hidden_layers
+        hidden, vocab = self.base.hidden_size, self.base.vocab_size
+        # embedding and output head each have factors, the head a bias
+        outer = 2 * self.largest_rank * (hidden + vocab) + vocab
+        return 4 * (values * self.base.num_hidden_layers + outer) + self.dense_budget_bytes
 
     def to_json(self) -> str:
         """Return one line for the converter's command line."""

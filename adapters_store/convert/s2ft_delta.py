@@ -14,7 +14,7 @@ from adapters_store.convert.model_files import BitPair, ModelFiles, num_rows
 from adapters_store.convert.s2ft_order import LayerOrder, Order
 from adapters_store.errors import AmbiguousOrder, CorruptUpload, TrainedElsewhere, WrongBase
 from adapters_store.float_bits import Float32
-from adapters_store.ops import check_selected
+from adapters_store.op_limits import check_selected
 
 # site -> whether its selection is of columns (inputs) rather than of rows (outputs)
 TRAINED_SITES = {"v_proj": False, "o_proj": True, "up_proj": False, "down_proj": True}

@@ -14,8 +14,9 @@ from adapters_store.blobs import open_image
 from adapters_store.canonical import ALIGNMENT, check_adapter, is_padding, layout
 from adapters_store.convert.adapter_writer import encode_indices, encode_values, write_image, write_manifest
 from adapters_store.errors import AdapterCorrupt, AdapterRefused, CorruptUpload
+from adapters_store.gates import Experts
 from adapters_store.manifest import Manifest, Source, parse_manifest
-from adapters_store.ops import Experts, Module
+from adapters_store.ops import Module
 from tests.store.folders import TINY, lora_config, lora_tensors, open_store, write_folder
 
 DOWN, UP, Q = SITES.index("down_proj"), SITES.index("up_proj"), SITES.index("q_proj")
@@ -216,13 +217,13 @@ def test_names_of_experts_without_a_mixture_are_refused() -> None:
     ("path", "value"),
     [
         ((0, "gate", "source"), "external"),
-        ((0, "gate", "logit"), "abs"),
-        ((0, "gate", "mix"), "rank"),
-        ((0, "gate", "weight"), "one"),
+        ((0, "gate", "logit"), 1),
+        ((0, "gate", "source"), "group:layers.0.mlp"),
+        ((0, "gate", "weight"), None),
         ((0, "gate", "W"), "L1.q.G"),
         ((0, "gate", "bias"), "L0.q.g"),
         ((0, "gate", "temperature"), 1),
-        ((0, "gate", "select"), "all"),
+        ((0, "gate", "select"), "some"),
         ((0, "ranks"), [2, 3.0]),
         ((0, "ranks"), [2, True]),
         ((1, "idx"), "L0.q.rows.idx"),

@@ -13,8 +13,8 @@ from adapters_store.convert.meteora import _Foreign
 from adapters_store.convert.s2ft_delta import Selection, read_selection
 from adapters_store.errors import ConversionFailed
 from adapters_store.formats import Declared
+from adapters_store.gates import Experts
 from adapters_store.manifest import Module
-from adapters_store.ops import Experts
 from adapters_store.strict_json import Json
 from tests.store.folders import TINY, open_store
 from tests.store.tiny_checkpoints import (
