@@ -1,8 +1,222 @@
-"""What an adapter does outside the linear layers of the decoder, as typed views into its image."""
+"""What an adapter does outside the linear layers of the decoder, read out of its image.
 
-from dataclasses import dataclass
+Owns the tensors of the model ops as the CPU path holds them: copies in the model's dtype, so that the image's bytes
+need not stay. Invariant: no view reaches outside the image, no index names a token that the base lacks, no norm stands
+where the base has none, and a prompt and a prefix are never both there.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from adapter_kernels.image import ImageError, SiteTensors
+from adapter_kernels.model_rows import GateRow, ModelRows, ModelShapes, NormRow, TokenRow
+
+_WAY_OUT = "the canonical file is damaged, upload the adapter again"
+# where replaced token rows act
+_TARGETS = ("embed", "lm_head", "both")
+
+
+@dataclass(frozen=True, slots=True)
+class TokenRows:
+    """Replaced rows of a token table: e[i] [H] stands for token idx[i]; idx [n] int64 increases."""
+
+    idx: Tensor
+    e: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class EmbedLowrank:
+    """A low rank on the token table: x += at[t] @ bt; at [V, r], bt [r, H]."""
+
+    at: Tensor
+    bt: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class KvPrefix:
+    """Keys and values of n positions before a sequence, [layers, n, K, E]; the keys are used as they are."""
+
+    k: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadSite:
+    """What acts on the output head h: (h A.T) BT + bias; a [R, H], bt [R, V], bias [V]."""
+
+    a: Tensor
+    bt: Tensor
+    bias: Tensor | None
+
+
+@dataclass(frozen=True, slots=True)
+class MlpGate:
+    """The gate of one layer's MLP: logits of weight [E, H] and bias [E], both fp32; options as in `GateRow`."""
+
+    weight: Tensor
+    bias: Tensor | None
+    options: GateRow
 
 
 @dataclass(frozen=True, slots=True)
 class ModelTensors:
-    """The tensors of one adapter's model ops."""
+    """The tensors of one adapter's model ops; what it does not have is None or empty.
+
+    `norms` by (layer, norm), fp32; `gates` by layer.
+    """
+
+    norms: dict[tuple[int, str], Tensor] = field(default_factory=dict)
+    embed_rows: TokenRows | None = None
+    head_rows: TokenRows | None = None
+    embed_lowrank: EmbedLowrank | None = None
+    prompt_embeds: Tensor | None = None
+    kv_prefix: KvPrefix | None = None
+    gates: dict[int, MlpGate] = field(default_factory=dict)
+    head: HeadSite | None = None
+
+    @property
+    def acts_on_head(self) -> bool:
+        """Does it change the product of the output head?"""
+        return self.head is not None or self.head_rows is not None
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """Positions that it puts before a sequence."""
+        if self.prompt_embeds is not None:
+            return self.prompt_embeds.shape[0]
+        return 0 if self.kv_prefix is None else self.kv_prefix.k.shape[1]
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """All floating-point tensors with a name for messages; a tensor that acts in two places comes once."""
+        for (layer, norm), weight in self.norms.items():
+            yield (norm if layer < 0 else f"layers.{layer}.{norm}"), weight
+        if self.embed_rows is not None:
+            yield "the rows of embed_tokens", self.embed_rows.e
+        if self.head_rows is not None and (self.embed_rows is None or self.head_rows.e is not self.embed_rows.e):
+            yield "the rows of lm_head", self.head_rows.e
+        if self.embed_lowrank is not None:
+            yield from (("embed_tokens", self.embed_lowrank.at), ("embed_tokens", self.embed_lowrank.bt))
+        if self.prompt_embeds is not None:
+            yield "the prompt", self.prompt_embeds
+        if self.kv_prefix is not None:
+            yield from (("the prefix", self.kv_prefix.k), ("the prefix", self.kv_prefix.v))
+        for layer, gate in self.gates.items():
+            yield from ((f"layers.{layer}.mlp", part) for part in (gate.weight, gate.bias) if part is not None)
+        if self.head is not None:
+            parts = (self.head.a, self.head.bt, self.head.bias)
+            yield from (("lm_head", part) for part in parts if part is not None)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.nbytes for _, tensor in self.weights())
+
+
+@dataclass(frozen=True, slots=True)
+class ModelImage:
+    """An image's bytes (1-D uint8) with the offset table of its model ops; `dtype` is the image's."""
+
+    data: Tensor
+    dtype: torch.dtype
+    rows: ModelRows
+    shapes: ModelShapes
+
+    def read(self, dtype: torch.dtype, head: SiteTensors | None = None) -> ModelTensors:
+        """Copy the model ops out, cast to the model's dtype (norms and gates to fp32).
+
+        Args:
+            head: views of what acts on the output head.
+        Raises:
+            ImageError: an offset is unaligned or reaches past the end, or the table contradicts itself.
+        """
+        rows = self.rows
+        if rows.prompt_embeds is not None and rows.kv_prefix is not None:
+            raise ImageError(f"the adapter has both a prompt and a prefix; {_WAY_OUT}")
+        tokens = {row.target: self._token_rows(row, dtype) for row in rows.token_rows}
+        if not tokens.keys() <= set(_TARGETS) or ("both" in tokens and len(tokens) > 1):
+            raise ImageError(f"token rows act on {sorted(tokens)}; known are {', '.join(_TARGETS)}; {_WAY_OUT}")
+        hidden = self.shapes.hidden_size
+        prompt = rows.prompt_embeds
+        return ModelTensors(
+            norms={(row.layer, row.norm): self._norm(row) for row in rows.norms},
+            embed_rows=tokens.get("embed", tokens.get("both")),
+            head_rows=tokens.get("lm_head", tokens.get("both")),
+            embed_lowrank=self._embed_lowrank(dtype),
+            prompt_embeds=None
+            if prompt is None
+            else self._view(prompt.offset, self.dtype, prompt.count, hidden, to=dtype),
+            kv_prefix=self._kv_prefix(dtype),
+            gates={row.layer: self._gate(row) for row in rows.gates},
+            head=None if head is None else _owned(head, dtype),
+        )
+
+    def _norm(self, row: NormRow) -> Tensor:
+        width = self.shapes.norm_widths.get(row.norm)
+        name = row.norm if row.layer < 0 else f"layers.{row.layer}.{row.norm}"
+        if width is None or (row.norm == "norm") != (row.layer == -1):
+            known = ", ".join(self.shapes.norm_widths)
+            raise ImageError(f"the adapter replaces {name}; this base has {known}: train it on this base")
+        return self._view(row.offset, torch.float32, width)
+
+    def _token_rows(self, row: TokenRow, dtype: torch.dtype) -> TokenRows:
+        idx = self._view(row.idx_offset, torch.int32, row.count, to=torch.int64)
+        # a step must not meet an index that torch refuses: it would fail the other rows too
+        is_known = bool(((idx >= 0) & (idx < self.shapes.vocab_size)).all())
+        if not is_known or not bool((idx[1:] > idx[:-1]).all()):
+            raise ImageError(f"token ids at byte {row.idx_offset} are not increasing below {self.shapes.vocab_size}")
+        return TokenRows(idx, self._view(row.e_offset, self.dtype, row.count, self.shapes.hidden_size, to=dtype))
+
+    def _embed_lowrank(self, dtype: torch.dtype) -> EmbedLowrank | None:
+        row, shapes = self.rows.embed_lowrank, self.shapes
+        if row is None:
+            return None
+        return EmbedLowrank(
+            at=self._view(row.at_offset, self.dtype, shapes.vocab_size, row.rank, to=dtype),
+            bt=self._view(row.bt_offset, self.dtype, row.rank, shapes.hidden_size, to=dtype),
+        )
+
+    def _kv_prefix(self, dtype: torch.dtype) -> KvPrefix | None:
+        row, shapes = self.rows.kv_prefix, self.shapes
+        if row is None:
+            return None
+        shape = (shapes.num_layers, row.count, shapes.num_kv_heads, shapes.head_dim)
+        return KvPrefix(
+            k=self._view(row.k_offset, self.dtype, *shape, to=dtype),
+            v=self._view(row.v_offset, self.dtype, *shape, to=dtype),
+        )
+
+    def _gate(self, row: GateRow) -> MlpGate:
+        if not 1 <= row.top_k <= row.num_experts or not row.temperature > 0:
+            raise ImageError(
+                f"layers.{row.layer}.mlp: a gate cannot choose {row.top_k} of {row.num_experts} experts at "
+                f"temperature {row.temperature}; {_WAY_OUT}"
+            )
+        bias = None if row.bias_offset is None else self._view(row.bias_offset, torch.float32, row.num_experts)
+        shape = (row.num_experts, self.shapes.hidden_size)
+        return MlpGate(self._view(row.weight_offset, self.dtype, *shape, to=torch.float32), bias, row)
+
+    def _view(self, offset: int, stored: torch.dtype, *shape: int, to: torch.dtype | None = None) -> Tensor:
+        """Copy a tensor out, in its stored dtype or another."""
+        num_bytes = stored.itemsize
+        for size in shape:
+            num_bytes *= size
+        if offset < 0 or offset % stored.itemsize or num_bytes <= 0 or offset + num_bytes > self.data.numel():
+            raise ImageError(
+                f"a tensor {list(shape)} {stored} at byte {offset} does not fit an image of {self.data.numel()} bytes; "
+                f"{_WAY_OUT}"
+            )
+        return self.data[offset : offset + num_bytes].view(stored).view(shape).to(to or stored, copy=True)
+
+
+def _owned(head: SiteTensors, dtype: torch.dtype) -> HeadSite:
+    others = (head.gate, head.cols, head.rows, head.out_scale, head.in_scale)
+    if any(other is not None for other in others):
+        raise ImageError(f"lm_head has more than low rank and bias, all that it takes; {_WAY_OUT}")
+    return HeadSite(
+        a=head.a.to(dtype, copy=True),
+        bt=head.bt.to(dtype, copy=True),
+        bias=None if head.bias is None else head.bias.to(dtype, copy=True),
+    )
