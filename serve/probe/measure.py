@@ -1,0 +1,157 @@
+"""How far the served model and the reference lie apart: errors, divergence, the first other token, the size of effects.
+
+Owns the numbers only; what they mean is `verdict.py`'s. Invariant: noise is measured on the base and on rounded twins
+of the reference, never on the served adapter, so a wrong adapter cannot raise its own tolerance.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from serve.probe.observed import Answers, Observed
+
+Float64 = npt.NDArray[np.float64]
+# below so many shared values a slope says nothing
+_MIN_SHARED = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """Log-probabilities [T, V] of each prompt by the reference; twins round as the serving dtype does, or are empty."""
+
+    base: list[Float64]
+    adapter: list[Float64]
+    base_twin: list[Float64]
+    adapter_twin: list[Float64]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherToken:
+    """The first position where the most likely tokens differ: of which prompt, after which token, and both ids."""
+
+    prompt: int
+    position: int
+    served: int
+    source: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """All in natural log-probabilities over the tokens that the engine reported.
+
+    Attributes:
+        max_error, rms_error: served adapter against the source's own formula in fp32.
+        kl: the largest divergence of any position, of the served distribution from the source's.
+        noise_max, noise_rms: served base against the reference's base, or what rounding to the serving dtype does to
+            the reference, whichever is larger.
+        served_effect, source_effect: largest difference that the adapter makes to the base, as served and by formula.
+        gain: the served effect along the source's, 1 if they agree; None where too little is shared to tell.
+        gain_error: what noise may move it by.
+    """
+
+    num_compared: int
+    max_error: float
+    rms_error: float
+    kl: float
+    first_differing_token: OtherToken | None
+    noise_max: float
+    noise_rms: float
+    served_effect: float
+    source_effect: float
+    gain: float | None
+    gain_error: float | None
+
+
+def measure(observed: Observed, reference: Reference) -> Measured:
+    """Compare; every number of both sides is finite."""
+    errors = _errors(observed.adapter, reference.adapter)
+    noises = [_errors(observed.base, reference.base)]
+    noises += [_difference(observed.base, *pair) for pair in _pairs(reference.base_twin, reference.base)]
+    noises += [_difference(observed.adapter, *pair) for pair in _pairs(reference.adapter_twin, reference.adapter)]
+    noise_rms = max(_rms(noise) for noise in noises)
+    served, source = _effects(observed, reference)
+    gain = gain_error = None
+    size = float(source @ source)
+    if len(source) >= _MIN_SHARED and size > 0:
+        gain = float(served @ source) / size
+        # the tokens of one position share most of their noise
+        num_independent = sum(len(prompt) for prompt in observed.prompts)
+        gain_error = noise_rms / (_rms(source) * num_independent**0.5)
+    return Measured(
+        num_compared=len(errors),
+        max_error=_largest(errors),
+        rms_error=_rms(errors),
+        kl=max(_divergences(observed.adapter, reference.adapter)),
+        first_differing_token=_first_other(observed.adapter, reference.adapter),
+        noise_max=max(_largest(noise) for noise in noises),
+        noise_rms=noise_rms,
+        served_effect=_largest(served),
+        source_effect=_largest(source),
+        gain=gain,
+        gain_error=gain_error,
+    )
+
+
+def _pairs(twins: list[Float64], exact: list[Float64]) -> list[tuple[list[Float64], list[Float64]]]:
+    return [(twins, exact)] if twins else []
+
+
+def _positions(answers: Answers, logprobs: list[Float64]) -> Iterator[tuple[Float64, Float64]]:
+    """Yield, for each position, the served values and the reference's of the same tokens."""
+    for prompt, rows in zip(answers, logprobs, strict=True):
+        for position, row in zip(prompt, rows, strict=True):
+            yield np.array(position.logprobs), np.take(row, position.token_ids)
+
+
+def _errors(answers: Answers, logprobs: list[Float64]) -> Float64:
+    return np.concatenate([served - wanted for served, wanted in _positions(answers, logprobs)])
+
+
+def _difference(answers: Answers, first: list[Float64], second: list[Float64]) -> Float64:
+    pairs = zip(_positions(answers, first), _positions(answers, second), strict=True)
+    return np.concatenate([a - b for (_, a), (_, b) in pairs])
+
+
+def _effects(observed: Observed, reference: Reference) -> tuple[Float64, Float64]:
+    """Return what the adapter changes, as served and by formula, over the tokens that both sides of a position name."""
+    served, source = [], []
+    for number, (before, after) in enumerate(zip(observed.base, observed.adapter, strict=True)):
+        for index, (old, new) in enumerate(zip(before, after, strict=True)):
+            known = dict(zip(old.token_ids, old.logprobs, strict=True))
+            for token, logprob in zip(new.token_ids, new.logprobs, strict=True):
+                if token in known:
+                    served.append(logprob - known[token])
+                    change = reference.adapter[number][index, token] - reference.base[number][index, token]
+                    source.append(float(change))
+    return np.array(served), np.array(source)
+
+
+def _divergences(answers: Answers, logprobs: list[Float64]) -> Iterator[float]:
+    """Yield each position's KL(source | served) over the named tokens and the rest as one."""
+    for served, wanted in _positions(answers, logprobs):
+        p, q = _with_rest(wanted), _with_rest(served)
+        yield max(0.0, float(np.sum(p * (np.log(p) - np.log(q)))))
+
+
+def _with_rest(logprobs: Float64) -> Float64:
+    shares = np.exp(logprobs)
+    return np.asarray(np.maximum(np.append(shares, 1.0 - shares.sum()), np.finfo(np.float32).tiny), dtype=np.float64)
+
+
+def _first_other(answers: Answers, logprobs: list[Float64]) -> OtherToken | None:
+    for number, (prompt, rows) in enumerate(zip(answers, logprobs, strict=True)):
+        for index, (position, row) in enumerate(zip(prompt, rows, strict=True)):
+            best = int(np.argmax(row))
+            if best != position.token_ids[0]:
+                return OtherToken(number, index, position.token_ids[0], best)
+    return None
+
+
+def _largest(values: Float64) -> float:
+    return float(np.max(np.abs(values), initial=0.0))
+
+
+def _rms(values: Float64) -> float:
+    return float(np.sqrt(np.mean(np.square(values)))) if len(values) else 0.0

@@ -1,0 +1,96 @@
+"""The reference process: `python -m serve.probe.reference SOURCE FOLDER OPTIONS MEMORY_BYTES CPU_SECONDS`.
+
+Owns the comparison of what the engine answered (`FOLDER/observed.json`) with the source's own forward over the base's
+weights. It reads foreign files, so it stands behind the converter's walls. Invariant: it reads SOURCE, FOLDER and the
+base's folder, prints one line of JSON, and leaves with status 0 only after a comparison or a clean refusal.
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from adapters_store.convert.dispatch import open_source
+from adapters_store.convert.options import ConvertOptions
+from adapters_store.convert.sandbox import Limits, confine
+from adapters_store.convert.source_model import Floats, SourceModel
+from adapters_store.errors import StoreError
+from adapters_store.float_bits import FILE_DTYPES, Float32, decode, encode
+from serve.errors import StartError
+from serve.model.spec import ModelSpec, read_spec
+from serve.probe.decoder import Float64, Lane, ReferenceDecoder, Rounding
+from serve.probe.measure import Measured, Reference, measure
+from serve.probe.observed import Observed
+from serve.probe.weights import ProbeWeights
+
+OBSERVED_NAME = "observed.json"
+_MAX_FILE_BYTES = 1 << 20
+
+
+def main(arguments: list[str]) -> int:
+    """Compare under limits and print the outcome; `missing` names the walls that this kernel lacks."""
+    source, folder, raw_options, max_memory_bytes, cpu_seconds = arguments
+    options = ConvertOptions.from_json(raw_options)
+    assert options.base_dir is not None, "without the base's weights there is nothing to compare with"
+    base_dir = Path(options.base_dir)
+    limits = Limits(int(max_memory_bytes), _MAX_FILE_BYTES, int(cpu_seconds))
+    confine(limits, readable=[Path(source), base_dir, Path(folder)], writable=Path(folder))
+    json.dump(_outcome(Path(source), Path(folder), base_dir, options), sys.stdout)
+    return 0
+
+
+def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions) -> dict[str, object]:
+    try:
+        observed = Observed.read(folder / OBSERVED_NAME)
+        with open_source(source, options) as own, ProbeWeights(base_dir, options.base) as weights:
+            reference = run_reference(read_spec(base_dir), weights, own, observed)
+    except (StoreError, StartError) as error:
+        return {"refused": str(error)}
+    except MemoryError:
+        return {"refused": "the base and the adapter need too much memory"}
+    if not all(np.isfinite(rows).all() for rows in (*reference.base, *reference.adapter)):
+        return {"is_finite": False}
+    return {"is_finite": True, "measured": asdict(_measure(observed, reference))}
+
+
+def run_reference(spec: ModelSpec, weights: ProbeWeights, source: SourceModel, observed: Observed) -> Reference:
+    """Run base and source over the prompts, and once more rounded if the engine's dtype rounds; raises StoreError."""
+    lanes = _lanes(SourceModel(), observed, _exact) + _lanes(source, observed, _exact)
+    if observed.dtype != "float32":
+        rounding = _rounding(FILE_DTYPES[observed.dtype])
+        lanes += _lanes(SourceModel(), observed, rounding) + _lanes(source, observed, rounding)
+    decoder = ReferenceDecoder(spec, weights, lanes, max_model_len=observed.max_model_len)
+    found = decoder.logprobs()
+    count = len(observed.prompts)
+    base, adapter, base_twin, adapter_twin = (found[count * i : count * (i + 1)] for i in range(4))
+    return Reference(base, adapter, base_twin, adapter_twin)
+
+
+def _measure(observed: Observed, reference: Reference) -> Measured:
+    def finite(rows: list[Float64]) -> list[Float64]:
+        # a twin that overflows says nothing about noise
+        return rows if all(np.isfinite(row).all() for row in rows) else []
+
+    own = Reference(reference.base, reference.adapter, finite(reference.base_twin), finite(reference.adapter_twin))
+    return measure(observed, own)
+
+
+def _lanes(source: SourceModel, observed: Observed, rounding: Rounding) -> list[Lane]:
+    return [Lane(source, prompt, rounding) for prompt in observed.prompts]
+
+
+def _exact(values: Floats) -> Float32:
+    return values.astype(np.float32, copy=False)
+
+
+def _rounding(dtype: str) -> Rounding:
+    def rounded(values: Floats) -> Float32:
+        return decode(encode(_exact(values), dtype), dtype).reshape(values.shape)
+
+    return rounded
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
