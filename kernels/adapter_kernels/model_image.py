@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from adapter_kernels.image import ImageError, SiteTensors
+from adapter_kernels.image import ImageError
 from adapter_kernels.model_rows import GateRow, ModelRows, ModelShapes, NormRow, TokenRow
 
 _WAY_OUT = "the canonical file is damaged, upload the adapter again"
@@ -124,11 +124,9 @@ class ModelImage:
     rows: ModelRows
     shapes: ModelShapes
 
-    def read(self, dtype: torch.dtype, head: SiteTensors | None = None) -> ModelTensors:
+    def read(self, dtype: torch.dtype) -> ModelTensors:
         """Copy the model ops out, cast to the model's dtype (norms and gates to fp32).
 
-        Args:
-            head: views of what acts on the output head.
         Raises:
             ImageError: an offset is unaligned or reaches past the end, or the table contradicts itself.
         """
@@ -150,7 +148,7 @@ class ModelImage:
             else self._view(prompt.offset, self.dtype, prompt.count, hidden, to=dtype),
             kv_prefix=self._kv_prefix(dtype),
             gates={row.layer: self._gate(row) for row in rows.gates},
-            head=None if head is None else _owned(head, dtype),
+            head=self._head(dtype),
         )
 
     def _norm(self, row: NormRow) -> Tensor:
@@ -158,7 +156,7 @@ class ModelImage:
         name = row.norm if row.layer < 0 else f"layers.{row.layer}.{row.norm}"
         if width is None or (row.norm == "norm") != (row.layer == -1):
             known = ", ".join(self.shapes.norm_widths)
-            raise ImageError(f"the adapter replaces {name}; this base has {known}: train it on this base")
+            raise ImageError(f"the adapter replaces {name}; of this base {known} can be: train other norms, or a LoRA")
         return self._view(row.offset, torch.float32, width)
 
     def _token_rows(self, row: TokenRow, dtype: torch.dtype) -> TokenRows:
@@ -198,12 +196,23 @@ class ModelImage:
         shape = (row.num_experts, self.shapes.hidden_size)
         return MlpGate(self._view(row.weight_offset, self.dtype, *shape, to=torch.float32), bias, row)
 
+    def _head(self, dtype: torch.dtype) -> HeadSite | None:
+        row, shapes = self.rows.head, self.shapes
+        if row is None:
+            return None
+        bias = row.bias_offset
+        return HeadSite(
+            a=self._view(row.a_offset, self.dtype, row.rank, shapes.hidden_size, to=dtype),
+            bt=self._view(row.bt_offset, self.dtype, row.rank, shapes.vocab_size, to=dtype),
+            bias=None if bias is None else self._view(bias, self.dtype, shapes.vocab_size, to=dtype),
+        )
+
     def _view(self, offset: int, stored: torch.dtype, *shape: int, to: torch.dtype | None = None) -> Tensor:
         """Copy a tensor out, in its stored dtype or another."""
         num_bytes = stored.itemsize
         for size in shape:
             num_bytes *= size
-        if offset < 0 or offset % stored.itemsize or num_bytes <= 0 or offset + num_bytes > self.data.numel():
+        if offset < 0 or offset % stored.itemsize or offset + num_bytes > self.data.numel():
             raise ImageError(
                 f"a tensor {list(shape)} {stored} at byte {offset} does not fit an image of {self.data.numel()} bytes; "
                 f"{_WAY_OUT}"
@@ -211,12 +220,9 @@ class ModelImage:
         return self.data[offset : offset + num_bytes].view(stored).view(shape).to(to or stored, copy=True)
 
 
-def _owned(head: SiteTensors, dtype: torch.dtype) -> HeadSite:
-    others = (head.gate, head.cols, head.rows, head.out_scale, head.in_scale)
-    if any(other is not None for other in others):
-        raise ImageError(f"lm_head has more than low rank and bias, all that it takes; {_WAY_OUT}")
-    return HeadSite(
-        a=head.a.to(dtype, copy=True),
-        bt=head.bt.to(dtype, copy=True),
-        bias=None if head.bias is None else head.bias.to(dtype, copy=True),
+def model_not_finite(name: str, dtype: torch.dtype) -> str:
+    """Say that a weight of a model op is NaN or infinite in the model's dtype, and the way out."""
+    return (
+        f"{name}: a weight is not finite in {dtype}, this server's dtype; serve with --dtype float32 or bfloat16, or "
+        "rescale the adapter"
     )

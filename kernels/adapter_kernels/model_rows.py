@@ -53,6 +53,16 @@ class PrefixRow:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadRow:
+    """Byte offsets of A [rank, H] and BT [rank, V] of the output head, and of its bias [V]; rank 0: no low rank."""
+
+    rank: int
+    a_offset: int
+    bt_offset: int
+    bias_offset: int | None
+
+
+@dataclass(frozen=True, slots=True)
 class GateRow:
     """The gate that the experts of one layer's MLP share: byte offsets of W [E, H] and bias [E], and its options.
 
@@ -82,6 +92,7 @@ class ModelRows:
     prompt_embeds: PromptRow | None = None
     kv_prefix: PrefixRow | None = None
     gates: tuple[GateRow, ...] = ()
+    head: HeadRow | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,5 +104,5 @@ class ModelShapes:
     num_layers: int
     num_kv_heads: int
     head_dim: int
-    # width of each norm that a layer has, by name, and of the last one, "norm"
+    # width of each norm of a layer that may be replaced, by name, and of the last one, "norm"
     norm_widths: dict[str, int]

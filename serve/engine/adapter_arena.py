@@ -9,17 +9,22 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
 
+from adapter_kernels.extras import AdapterExtras
 from adapter_kernels.image import AdapterImage, ImageError, not_finite
+from adapter_kernels.model_image import ModelImage, ModelTensors, model_not_finite
+from adapter_kernels.model_rows import ModelShapes
 from adapter_kernels.profile import Profile
 from adapter_kernels.route import Placement
 from adapter_kernels.slab import CAPACITY, Slab
 from adapters_store.errors import StoreError
 from adapters_store.store import OpenAdapter
 from serve.engine.cpu_threads import leave_core
+from serve.engine.model_rows import model_rows
 from serve.engine.plan import LoadResult
 from serve.engine.site_rows import site_rows
 
@@ -30,16 +35,22 @@ class AdapterArena:
     """The slots of one engine."""
 
     def __init__(
-        self, shapes: dict[str, tuple[int, int]], dtype: torch.dtype, open_image: Callable[[str], OpenAdapter]
+        self,
+        shapes: dict[str, tuple[int, int]],
+        dtype: torch.dtype,
+        open_image: Callable[[str], OpenAdapter],
+        model_shapes: ModelShapes,
     ) -> None:
         """Start the loader thread.
 
         Args:
             shapes: (out, in) per site. dtype: what the model computes in. open_image: verified image by digest.
+            model_shapes: what ops outside the sites depend on.
         """
         self._shapes = shapes
         self._dtype = dtype
         self._open_image = open_image
+        self._model_shapes = model_shapes
         self._slabs: dict[Profile, list[Placement]] = defaultdict(list)
         self._next_slab_id = 0
         self._placements: dict[int, Placement] = {}
@@ -89,10 +100,13 @@ class AdapterArena:
         try:
             adapter = self._open_image(digest)
             image = self._image(adapter)
+            model = self._model(adapter, image)
             with self._lock:
                 placement = self._take(Profile.of(image))
             placement.slab.write(placement.position, image)
-            num_bytes, rank = placement.slab.bytes_per_position, adapter.rank
+            if model is not None:
+                placement = replace(placement, extras=AdapterExtras({}, model))
+            num_bytes, rank = placement.slab.bytes_per_position + (model.num_bytes if model else 0), adapter.rank
             error = _non_finite(placement)
         except (StoreError, ImageError) as failure:
             error = str(failure)
@@ -112,6 +126,10 @@ class AdapterArena:
         data = torch.frombuffer(bytearray(adapter.data), dtype=torch.uint8)
         return AdapterImage(data, _DTYPES[adapter.dtype], rows, self._shapes)
 
+    def _model(self, adapter: OpenAdapter, image: AdapterImage) -> ModelTensors | None:
+        rows = model_rows(adapter)
+        return None if rows is None else ModelImage(image.data, image.dtype, rows, self._model_shapes).read(self._dtype)
+
     def _take(self, profile: Profile) -> Placement:
         free = self._slabs[profile]
         if not free:
@@ -125,7 +143,8 @@ class AdapterArena:
 
     def _give_back(self, placement: Placement) -> None:
         free = self._slabs[placement.slab.profile]
-        free.append(placement)
+        # whoever lay here takes what no slab packs along
+        free.append(replace(placement, extras=None))
         own = [place for place in free if place.slab_id == placement.slab_id]
         if len(own) == CAPACITY:
             remaining = [place for place in free if place.slab_id != placement.slab_id]
@@ -142,4 +161,8 @@ def _non_finite(placement: Placement) -> str | None:
     for layer, site, tensor in placement.slab.tensors():
         if not torch.isfinite(tensor[placement.position]).all():
             return not_finite(layer, site, placement.slab.dtype)
+    if placement.extras is not None and placement.extras.model is not None:
+        for name, tensor in placement.extras.model.weights():
+            if not torch.isfinite(tensor).all():
+                return model_not_finite(name, placement.slab.dtype)
     return None

@@ -15,6 +15,7 @@ from torch import Tensor
 from adapter_kernels.attention_plan import AttentionPlan
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.model_delta import CpuModelDelta
 from adapter_kernels.route import MAX_GROUPED_ROWS, Placement, build_route
 from serve.engine.plan import Row, StepPlan
 
@@ -47,15 +48,12 @@ def build_batch(plan: StepPlan, block_size: int, placement: Callable[[int], Plac
         begins.append(begins[-1] + count)
     own = [None if row.adapter_slot is None else places[row.adapter_slot] for row in rows]
     route = build_route(own, counts)
-    return StepBatch(
-        rows=rows,
-        begins=begins,
-        token_ids=torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int64),
-        attention=AttentionPlan.build(
-            [row.start for row in rows], counts, [row.block_table for row in rows], block_size
-        ),
-        adapters=CpuDelta(route) if any(place is not None for place in own) else None,
-    )
+    token_ids = torch.tensor([token for row in rows for token in row.token_ids], dtype=torch.int64)
+    attention = AttentionPlan.build([row.start for row in rows], counts, [row.block_table for row in rows], block_size)
+    adapters = None
+    if any(place is not None for place in own):
+        adapters = CpuDelta(route, CpuModelDelta.build(route, token_ids, attention.slot_mapping))
+    return StepBatch(rows, begins, token_ids, attention, adapters)
 
 
 def _place_order(row: Row, places: dict[int, Placement], num_rows: Counter[int | None]) -> tuple[int, int, int]:

@@ -12,6 +12,7 @@ from adapters_store.store import OpenAdapter
 from serve.engine.adapter_arena import AdapterArena
 from serve.engine.batch import StepBatch, build_batch
 from serve.engine.model_parts import ModelParts
+from serve.engine.model_rows import model_shapes
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
 from serve.engine.sampler import Sampled, sample, top_logprobs
 from serve.engine.sampling_plan import BitMask
@@ -23,7 +24,7 @@ class TorchExecutor:
 
     def __init__(self, parts: ModelParts, open_image: Callable[[str], OpenAdapter]) -> None:
         self._parts = parts
-        self._arena = AdapterArena(parts.shapes, parts.dtype, open_image)
+        self._arena = AdapterArena(parts.shapes, parts.dtype, open_image, model_shapes(parts.spec))
         self._constrained: set[str] = set()
 
     @torch.inference_mode()
@@ -33,7 +34,7 @@ class TorchExecutor:
         hidden = self._parts.decoder.hidden(batch.token_ids, batch.attention, self._parts.kv, batch.adapters)
         sampled = self._sample(batch, hidden)
         results = {
-            row.request_id: self._result(row, hidden[batch.begins[i] : batch.begins[i + 1]], sampled.get(i))
+            row.request_id: self._result(batch, i, hidden[batch.begins[i] : batch.begins[i + 1]], sampled.get(i))
             for i, row in enumerate(batch.rows)
         }
         # last, since a step that raised is run again: a matcher must not advance twice
@@ -72,8 +73,9 @@ class TorchExecutor:
         chosen = [i for i, row in enumerate(batch.rows) if row.sample is not None]
         if not chosen:
             return {}
-        last_rows = torch.tensor([batch.begins[i + 1] - 1 for i in chosen])
-        logits = self._parts.decoder.logits(hidden.index_select(0, last_rows))
+        last_rows = [batch.begins[i + 1] - 1 for i in chosen]
+        last_hidden = hidden.index_select(0, torch.tensor(last_rows))
+        logits = self._parts.decoder.logits(last_hidden, batch.adapters, last_rows)
         specs = [spec for i in chosen if (spec := batch.rows[i].sample) is not None]
         masks = [self._mask(batch.rows[i]) for i in chosen]
         outcome = sample(logits, specs, self._parts.spec.eos_token_ids, masks.__getitem__)
@@ -93,8 +95,9 @@ class TorchExecutor:
             if result.token_id is not None and result.request_id in self._constrained and self._parts.grammars:
                 self._parts.grammars.accept(result.request_id, result.token_id)
 
-    def _result(self, row: Row, hidden: Tensor, sampled: Sampled | None) -> RowResult:
-        prompt_logprobs = self._prompt_logprobs(row, hidden)
+    def _result(self, batch: StepBatch, index: int, hidden: Tensor, sampled: Sampled | None) -> RowResult:
+        row = batch.rows[index]
+        prompt_logprobs = self._prompt_logprobs(batch, index, hidden)
         hidden_sum = None
         is_finite = sampled is None or sampled.token_id is not None
         if row.embed is not None:
@@ -111,13 +114,16 @@ class TorchExecutor:
             is_finite=is_finite,
         )
 
-    def _prompt_logprobs(self, row: Row, hidden: Tensor) -> list[TokenLogprobs] | None:
+    def _prompt_logprobs(self, batch: StepBatch, index: int, hidden: Tensor) -> list[TokenLogprobs] | None:
+        row, first_row = batch.rows[index], batch.begins[index]
         if row.num_prompt_logprobs is None or row.prompt_targets is None:
             return None
         found = []
         # a few rows at a time: [rows, V] fp32 of a whole chunk would be gigabytes for large vocabularies
         for begin in range(0, len(row.prompt_targets), 32):
             targets = row.prompt_targets[begin : begin + 32]
-            logprobs = self._parts.decoder.logits(hidden[begin : begin + len(targets)]).float().log_softmax(dim=-1)
+            rows = range(first_row + begin, first_row + begin + len(targets))
+            logits = self._parts.decoder.logits(hidden[begin : begin + len(targets)], batch.adapters, rows)
+            logprobs = logits.float().log_softmax(dim=-1)
             found += [top_logprobs(logprobs[i], target, row.num_prompt_logprobs) for i, target in enumerate(targets)]
         return found

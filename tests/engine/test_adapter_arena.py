@@ -11,6 +11,7 @@ from adapter_kernels.image import AdapterImage
 from serve.engine.adapter_arena import AdapterArena
 from serve.engine.plan import LoadResult
 from tests.engine.arena_adapters import Images
+from tests.kernels.model_adapters import SHAPES as MODEL_SHAPES
 from tests.kernels.random_adapters import SHAPES, Ops, random_adapter
 
 EVERYTHING = Ops((2, 3), top_k=1, cols=5, rows=3, bias=True, out_scale=True, in_scale=True)
@@ -44,7 +45,7 @@ class Loads:
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.images = Images({})
-        self.arena = AdapterArena(SHAPES, dtype, self.images.open)
+        self.arena = AdapterArena(SHAPES, dtype, self.images.open, MODEL_SHAPES)
 
     def load(self, image: AdapterImage, slot: int = 0) -> LoadResult:
         self.images.images["digest"] = image
