@@ -4,13 +4,17 @@ Owns block tables that are neither contiguous nor in order, over a cache that st
 the sequence did not write shows at once.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from adapter_kernels.attention_plan import AttentionPlan
+from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import AdapterDelta
+from adapter_kernels.model_delta import CpuModelDelta
+from adapter_kernels.route import Placement, build_route
 from serve.model.decoder import Decoder
 from serve.model.kv_cache import KvCache
 from serve.model.spec import read_spec
@@ -19,6 +23,9 @@ from serve.model.weights import load_decoder
 BLOCK_SIZE = 4
 _BLOCKS_PER_SEQUENCE = 32
 CPU = torch.device("cpu")
+
+# rows per sequence, ids and plan of a step -> its adapters
+MakeDelta = Callable[[list[int], Tensor, AttentionPlan], AdapterDelta | None]
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, max_model_len: int | None = None) -> Decoder:
@@ -41,16 +48,29 @@ class PagedRun:
 
     def step(self, tokens: dict[int, list[int]], adapters: AdapterDelta | None = None) -> dict[int, Tensor]:
         """Run the next tokens of some sequences in one step; logits [n, V] of each."""
+        return self._step(tokens, lambda lengths, ids, plan: adapters)
+
+    def step_placed(self, tokens: dict[int, list[int]], placements: dict[int, Placement]) -> dict[int, Tensor]:
+        """Run sequences with the adapters placed for them, those of one adapter side by side; ids may be virtual."""
+
+        def delta(lengths: list[int], ids: Tensor, plan: AttentionPlan) -> AdapterDelta:
+            route = build_route([placements.get(i) for i in tokens], lengths)
+            return CpuDelta(route, CpuModelDelta.build(route, ids, plan.slot_mapping))
+
+        return self._step(tokens, delta)
+
+    def _step(self, tokens: dict[int, list[int]], make_delta: MakeDelta) -> dict[int, Tensor]:
         indices = list(tokens)
         lengths = [len(tokens[i]) for i in indices]
         plan = AttentionPlan.build(
             [self._lengths[i] for i in indices], lengths, [self._tables[i] for i in indices], BLOCK_SIZE
         )
         ids = torch.tensor([token for i in indices for token in tokens[i]])
+        adapters = make_delta(lengths, ids, plan)
         hidden = self._decoder.hidden(ids, plan, self._kv, adapters)
         for i in indices:
             self._lengths[i] += len(tokens[i])
-        return dict(zip(indices, torch.split(self._decoder.logits(hidden), lengths), strict=True))
+        return dict(zip(indices, torch.split(self._decoder.logits(hidden, adapters), lengths), strict=True))
 
     def run(self, sequence: int, chunks: list[list[int]]) -> Tensor:
         """Run one sequence chunk by chunk; logits [T, V]."""
