@@ -7,6 +7,10 @@ Invariant: every `Submit` that the engine accepted is answered by exactly one te
 from dataclasses import dataclass
 from enum import StrEnum
 
+# adapters of one composition, and how far from zero a weight may lie
+MAX_COMPOSED = 8
+MAX_WEIGHT = 2.0
+
 
 class FinishReason(StrEnum):
     """Why a sequence ended; `ABORTED` is never seen by a client."""
@@ -52,7 +56,10 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True)
 class Submit:
-    """Start one sequence. `n > 1` arrives as n submits that share a prompt and `group_id`."""
+    """Start one sequence. `n > 1` arrives as n submits that share a prompt and `group_id`.
+
+    What acts: nothing but the base, one adapter (`adapter_digest`), or a composition (`adapters`), never two of them.
+    """
 
     request_id: str
     prompt_token_ids: list[int]
@@ -66,6 +73,12 @@ class Submit:
     group_id: str = ""
     # "wait" | "fail": what to do when the adapter is not loaded yet
     cold_start: str = "wait"
+    # a composition: digests with their weights, in any order; `adapter_digest` is None then
+    adapters: tuple[tuple[str, float], ...] = ()
+    # the adapter's prompt: so many positions come before the request's own tokens, counted by every limit
+    num_virtual_tokens: int = 0
+    # the adapter acts from this position of the prompt on; before it the base runs alone. None: everywhere
+    active_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +89,10 @@ class Embed:
     prompt_token_ids: list[int]
     pooling: str = "mean"
     adapter_digest: str | None = None
+    # as in `Submit`
+    adapters: tuple[tuple[str, float], ...] = ()
+    num_virtual_tokens: int = 0
+    active_from: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ once `finish_load` returned; no call waits for a load.
 """
 
 from collections import Counter, OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
@@ -86,6 +87,20 @@ class AdapterTiers:
             return Residency.ABSENT
         return Residency.READY if resident.is_ready else Residency.LOADING
 
+    @property
+    def num_slots(self) -> int:
+        """Adapters that can be in memory at once."""
+        return self._num_slots
+
+    @property
+    def max_bytes(self) -> int:
+        """Bytes that they may take together."""
+        return self._max_bytes
+
+    def known_bytes(self, digest: str) -> int:
+        """Return what an adapter takes in memory; 0 while that is not known."""
+        return self._known_bytes.get(digest, 0)
+
     def refusal(self, digest: str) -> str | None:
         """Return the reason why this adapter can never be served here, when one is known."""
         if self._num_slots == 0:
@@ -107,6 +122,11 @@ class AdapterTiers:
         """Forget the order of wishes before the waiting line is walked anew."""
         self._places = {}
         self._has_room = True
+
+    def rank(self, digests: Iterable[str]) -> None:
+        """Give several adapters their places in the line ahead of `want`, so that none evicts another of them."""
+        for digest in digests:
+            self._places.setdefault(digest, len(self._places))
 
     def want(self, digest: str) -> Residency:
         """Ask for an adapter and start its load where there is room.

@@ -7,14 +7,18 @@ lacks an adapter slot closes it for all other adapters after `MAX_PASSES` admiss
 
 from dataclasses import dataclass, field
 
+from serve.engine import adapter_sets
+from serve.engine.acting import Acting, problem
 from serve.engine.adapter_tiers import Residency
 from serve.engine.lifecycle import LiveSequences
+from serve.engine.limits import EngineLimits
 from serve.engine.plan import Row
 from serve.engine.sequence import Sequence
 from serve.messages import Embed, Failed, Submit
 
 # admissions past a sequence for whose adapter there is no room, before no further adapter is pinned
 MAX_PASSES = 64
+NO_COMPOSITION = "this server's device does not compose adapters yet; name one adapter, or ask a server on the CPU"
 
 
 @dataclass(slots=True)
@@ -27,42 +31,53 @@ class StepDraft:
 
     def add(self, seq: Sequence) -> None:
         """Run as many of the sequence's next tokens as the budget allows."""
-        # none is left when the next token is in flight: it is run chained
-        count = min(self.budget, seq.num_left or 1)
-        self.rows.append(seq.next_row(count))
+        row = seq.next_row(self.budget)
+        self.rows.append(row)
         self.seqs.append(seq)
-        self.budget -= count
+        self.budget -= len(row.token_ids)
 
 
 def refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
     """Say why a command can not be taken: it can never fit, its adapter can never be served, or the line is full."""
     request_id, limits = command.request_id, live.limits
-    num_prompt = len(command.prompt_token_ids)
-    samples = isinstance(command, Submit) and command.sampling.max_tokens > 0
-    if num_prompt == 0:
+    if not command.prompt_token_ids:
         return Failed(request_id, "invalid_value", "the prompt has no tokens; send at least one", 400)
-    if num_prompt + samples > limits.max_sequence_tokens:
-        message = (
-            f"the prompt has {num_prompt} tokens; this server takes at most {limits.max_sequence_tokens - samples} "
-            "(--max-model-len, --kv-blocks); shorten it"
-        )
-        return Failed(request_id, "context_length_exceeded", message, 400)
+    contradiction = problem(command)
+    if contradiction is not None:
+        return Failed(request_id, "invalid_value", contradiction, 400)
+    too_long = _length_refusal(command, limits)
+    if too_long is not None:
+        return Failed(request_id, "context_length_exceeded", too_long, 400)
     if len(live.waiting) >= limits.max_waiting:
         message = f"{len(live.waiting)} sequences wait already, the limit is {limits.max_waiting}; send it again later"
         return Failed(request_id, "queue_full", message, 429)
     return _adapter_refusal(command, live)
 
 
-def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
-    digest = command.adapter_digest
-    if digest is None:
+def _length_refusal(command: Submit | Embed, limits: EngineLimits) -> str | None:
+    num_prompt, num_virtual = len(command.prompt_token_ids), command.num_virtual_tokens
+    samples = isinstance(command, Submit) and command.sampling.max_tokens > 0
+    most = limits.max_sequence_tokens - samples - num_virtual
+    if num_prompt <= most:
         return None
-    reason = live.tiers.refusal(digest)
+    taken = f", {num_virtual} more being its adapter's own prompt" if num_virtual else ""
+    return (
+        f"the prompt has {num_prompt} tokens; this server takes at most {max(most, 0)}{taken} "
+        "(--max-model-len, --kv-blocks); shorten it"
+    )
+
+
+def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
+    acting = Acting.of(command)
+    if acting.weights is not None and not live.limits.composes_adapters:
+        return Failed(command.request_id, "unsupported_parameter", NO_COMPOSITION, 400)
+    reason = adapter_sets.refusal(live.tiers, acting.digests)
     if reason is not None:
         return Failed(command.request_id, "adapter_load_failed", reason, 503)
     takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
-    if takes_no_wait and live.tiers.residency(digest) is not Residency.READY:
-        live.tiers.prefetch(digest)
+    if takes_no_wait and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
+        for digest in acting.digests:
+            live.tiers.prefetch(digest)
         message = 'the adapter is not loaded yet; send it again soon, or with cold_start "wait"'
         return Failed(command.request_id, "adapter_not_loaded", message, 503)
     return None
@@ -79,10 +94,10 @@ def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_ope
     held_groups = {seq.group_id for seq in live.running if _computes_for_siblings(seq, live)}
     is_barred = False
     for seq in live.waiting.turns(held_groups):
-        residency = Residency.READY if seq.adapter_digest is None else live.tiers.want(seq.adapter_digest)
+        residency = adapter_sets.want(live.tiers, seq.acting.digests)
         if residency is Residency.ABSENT:
             is_barred = is_barred or _is_passed_too_often(seq, live)
-        if not is_open or residency is not Residency.READY or (is_barred and seq.adapter_digest is not None):
+        if not is_open or residency is not Residency.READY or (is_barred and seq.acting.digests):
             continue
         has_room = draft.budget > 0 and len(live.running) < live.limits.max_num_seqs
         if not has_room or not live.admit(seq, now_s):

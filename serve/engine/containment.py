@@ -43,13 +43,13 @@ class ContainedExecutor:
         return self._execute_by_adapter(plan)
 
     def _execute_by_adapter(self, plan: StepPlan) -> list[RowResult | None]:
-        groups: defaultdict[int | None, list[int]] = defaultdict(list)
+        groups: defaultdict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, row in enumerate(plan.rows):
-            groups[row.adapter_slot].append(index)
+            groups[row.slots].append(index)
         results: list[RowResult | None] = [None] * len(plan.rows)
         failures: list[Exception] = []
-        for slot, indices in groups.items():
-            digests = {} if slot is None else {slot: plan.slot_digests[slot]}
+        for slots, indices in groups.items():
+            digests = {slot: plan.slot_digests[slot] for slot in slots}
             part = StepPlan([plan.rows[index] for index in indices], digests)
             try:
                 part_results = self._executor.execute(part)
@@ -60,7 +60,7 @@ class ContainedExecutor:
                 for index, result in zip(indices, part_results, strict=True):
                     results[index] = result
         is_lost = len(failures) == len(groups)
-        if is_lost and (self._was_lost or len(groups) > 1 or None in groups):
+        if is_lost and (self._was_lost or len(groups) > 1 or () in groups):
             raise failures[-1]
         self._was_lost = is_lost
         return results

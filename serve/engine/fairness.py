@@ -1,9 +1,9 @@
 """Whose turn it is: virtual token counters per adapter, and the line of waiting sequences that they order.
 
 Owns the order of admission within one priority; whether a sequence can be admitted is the scheduler's question. A key
-is an adapter's digest, or None for the base. Invariants: a key is charged for what it was served, never for waiting; a
-key that returns to the line starts level with the least served one there, so idle time earns no credit; within one key
-the order is preempted first, then arrival.
+is an adapter's digest, the digests of a composition, or None for the base. Invariants: a key is charged for what it was
+served, never for waiting; a key that returns to the line starts level with the least served one there, so idle time
+earns no credit; within one key the order is preempted first, then arrival.
 Source: virtual token counter after Sheng et al., "Fairness in Serving Large Language Models" (OSDI 2024), algorithm 2.
 """
 
@@ -67,23 +67,23 @@ class WaitingLine:
     def join(self, seq: Sequence) -> None:
         """Put a sequence in its place: a preempted one before those that never ran, else by arrival."""
         waiting = {key for _, key in self._queues}
-        if seq.adapter_digest not in waiting:
-            self._served.lift(seq.adapter_digest, waiting or {self._last_left})
-        insort(self._queues.setdefault((seq.priority, seq.adapter_digest), []), seq, key=_rank)
+        if seq.turn_key not in waiting:
+            self._served.lift(seq.turn_key, waiting or {self._last_left})
+        insort(self._queues.setdefault((seq.priority, seq.turn_key), []), seq, key=_rank)
         self._num_waiting += 1
 
     def remove(self, seq: Sequence) -> None:
         """Take a sequence out: it was admitted, or it ended."""
-        queue = self._queues[seq.priority, seq.adapter_digest]
+        queue = self._queues[seq.priority, seq.turn_key]
         queue.remove(seq)
         self._num_waiting -= 1
         if not queue:
-            del self._queues[seq.priority, seq.adapter_digest]
-            self._last_left = seq.adapter_digest
+            del self._queues[seq.priority, seq.turn_key]
+            self._last_left = seq.turn_key
 
-    def of(self, key: Key) -> list[Sequence]:
-        """Return the waiting sequences of one key."""
-        return [seq for (_, other), queue in self._queues.items() if other == key for seq in queue]
+    def naming(self, digest: str) -> list[Sequence]:
+        """Return the waiting sequences on which an adapter is to act, alone or with others."""
+        return [seq for queue in self._queues.values() if digest in queue[0].acting.digests for seq in queue]
 
     def turns(self, held_groups: set[str]) -> Iterator[Sequence]:
         """Yield sequences in order of turn: priority, preempted first, least served key, arrival.
@@ -108,9 +108,7 @@ class WaitingLine:
 
     def _turn(self, queue: list[Sequence], index: int) -> "_Turn":
         seq = queue[index]
-        return _Turn(
-            seq.priority, not seq.was_admitted, self._served[seq.adapter_digest], seq.arrival_index, queue, index
-        )
+        return _Turn(seq.priority, not seq.was_admitted, self._served[seq.turn_key], seq.arrival_index, queue, index)
 
 
 class _Turn(NamedTuple):

@@ -1,7 +1,8 @@
 """The KV cache's blocks: who holds which, which are free, and which hold a prefix that another sequence may reuse.
 
 Owns block ids, reference counts and the prefix cache, never the K/V itself. A block's hash covers its own tokens and,
-through its parent's hash, all tokens before it; the chain starts from the adapter's digest and the caller's salt.
+through its parent's hash, all tokens before it; the chain starts from the name of what acts (an adapter's digest, or a
+composition) and the caller's salt. An adapter that acts from some position on leaves the base's chain there.
 Invariant: every block is exactly one of free, cached (published, held by nobody, reusable) or held (reference count
 >= 1); a block is published only once its content was verified finite, and is not written again while published.
 """
@@ -12,11 +13,16 @@ from collections.abc import Iterable, Sequence
 from struct import pack
 
 
-def hash_seed(adapter_digest: str | None, cache_salt: str) -> bytes:
-    """Start a hash chain: blocks are shared only between sequences of equal adapter digest and salt."""
-    digest = (adapter_digest or "").encode()
+def hash_seed(name: str | None, cache_salt: str) -> bytes:
+    """Start a hash chain: blocks are shared only between sequences of equal salt on which the same acts."""
+    acting = (name or "").encode()
     # the length keeps ("ab", "c") and ("a", "bc") apart
-    return hashlib.sha256(pack("<q", len(digest)) + digest + cache_salt.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(pack("<q", len(acting)) + acting + cache_salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def hash_activation(parent: bytes, name: str | None, active_from: int) -> bytes:
+    """Leave the base's chain: from this position on, inside the next block or at its begin, the named adapter acts."""
+    return hashlib.sha256(b"active" + parent + pack("<q", active_from) + (name or "").encode()).digest()
 
 
 def hash_block(parent: bytes, token_ids: Sequence[int]) -> bytes:

@@ -2,8 +2,8 @@
 
 Owns every hand-over between a sequence and the KV blocks, the adapter tiers and the waiting line; no other file takes
 or gives back for a sequence. Invariants: a WAITING sequence holds nothing but its place and has no row in flight; a
-RUNNING one holds its block table and one pin of its adapter; an ENDED one holds what it held until its last row in
-flight has come back, then nothing, and the executor was told once to forget it. So nothing that a step in flight
+RUNNING one holds its block table and one pin of each of its adapters; an ENDED one holds what it held until its last
+row in flight has come back, then nothing, and the executor was told once to forget it. So nothing that a step in flight
 names is handed out, dropped or published, whatever happens meanwhile.
 """
 
@@ -11,11 +11,12 @@ from bisect import insort
 from collections import Counter
 from collections.abc import Iterable
 
+from serve.engine import adapter_sets
 from serve.engine.adapter_tiers import AdapterTiers, Residency
 from serve.engine.fairness import VirtualTokens, WaitingLine
 from serve.engine.kv_blocks import KvBlocks
 from serve.engine.limits import EngineLimits
-from serve.engine.plan import Executor
+from serve.engine.plan import Executor, Row
 from serve.engine.planned_step import PlannedStep
 from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Submit
@@ -46,14 +47,14 @@ class LiveSequences:
         seq = Sequence.build(command, arrival_index=self._num_arrivals, now_s=now_s)
         self._num_arrivals += 1
         self.by_id[seq.request_id] = seq
-        if seq.adapter_digest is not None:
-            self.tiers.join(seq.adapter_digest)
-            if self.tiers.residency(seq.adapter_digest) is not Residency.READY:
-                seq.load_wait_since_s = now_s
+        for digest in seq.acting.digests:
+            self.tiers.join(digest)
+        if adapter_sets.residency(self.tiers, seq.acting.digests) is not Residency.READY:
+            seq.load_wait_since_s = now_s
         self.waiting.join(seq)
 
     def admit(self, seq: Sequence, now_s: float) -> bool:
-        """Let a waiting sequence whose adapter is READY run; False, with nothing changed, when KV is short.
+        """Let a waiting sequence whose adapters are READY run; False, with nothing changed, when KV is short.
 
         The table covers all tokens known so far; a prefix hit starts the sequence behind its shared blocks.
         """
@@ -67,12 +68,12 @@ class LiveSequences:
         self.waiting.remove(seq)
         seq.block_table = table
         seq.num_computed = len(shared) * self.kv.block_size
-        if seq.adapter_digest is not None:
-            seq.adapter_slot = self.tiers.pin(seq.adapter_digest)
+        # all at once: a running sequence never waits for an adapter
+        seq.adapter_slots = tuple(map(self.tiers.pin, seq.acting.digests))
         if seq.queue_s is None:
             seq.queue_s = max(0.0, now_s - seq.arrived_s - seq.adapter_load_s)
-            seq.num_cached_tokens = seq.num_computed
-            self.served.charge(seq.adapter_digest, num_input=seq.num_tokens - seq.num_computed)
+            seq.num_cached_tokens = max(0, seq.num_computed - seq.num_virtual)
+            self.served.charge(seq.turn_key, num_input=seq.num_tokens - seq.num_computed)
         seq.state = SequenceState.RUNNING
         seq.held_up_since = None
         insort(self.running, seq, key=_age)
@@ -141,7 +142,7 @@ class LiveSequences:
             assert seq.state is SequenceState.RUNNING and self.by_id[seq.request_id] is seq, "a stranger runs"
         for seq in self.waiting:
             assert seq.state is SequenceState.WAITING and self.by_id[seq.request_id] is seq, "a stranger waits"
-            assert not seq.block_table and seq.adapter_slot is None, f"{seq.request_id} waits and holds something"
+            assert not seq.block_table and not seq.adapter_slots, f"{seq.request_id} waits and holds something"
         for seq in self.leaving:
             assert seq.state is SequenceState.ENDED and seq.num_in_flight > 0, f"{seq.request_id} leaves for ever"
         assert len(self.running) + len(self.waiting) == len(self.by_id), "a live sequence neither runs nor waits"
@@ -151,9 +152,8 @@ class LiveSequences:
             self._check_table(seq)
         self._check_in_flight(steps, holders)
         self.kv.check_invariants(seq.block_table for seq in holders)
-        pinned = Counter(seq.adapter_digest for seq in holders if seq.adapter_digest is not None)
-        live = [*self.by_id.values(), *self.leaving]
-        users = Counter(seq.adapter_digest for seq in live if seq.adapter_digest is not None)
+        pinned = Counter(digest for seq in holders for digest in seq.acting.digests)
+        users = Counter(digest for seq in (*self.by_id.values(), *self.leaving) for digest in seq.acting.digests)
         self.tiers.check_invariants(pinned, users)
 
     def _check_table(self, seq: Sequence) -> None:
@@ -169,7 +169,8 @@ class LiveSequences:
             for seq, row in zip(step.seqs, step.plan.rows, strict=True):
                 is_next = row.start == seq.num_computed + in_flight[seq]
                 assert is_next or seq.state is SequenceState.ENDED, f"{row.request_id} has a gap in flight"
-                assert row.adapter_slot == seq.adapter_slot, f"{row.request_id} runs in a slot it does not pin"
+                assert row.slots == _slots_at(seq, row.start), f"{row.request_id} runs in a slot it does not pin"
+                assert _keeps_to_edges(seq, row), f"{row.request_id} runs across a place where what acts changes"
                 in_flight[seq] += len(row.token_ids)
         assert in_flight == Counter({seq: seq.num_in_flight for seq in holders if seq.num_in_flight}), (
             "the tokens in flight differ from the holders' books"
@@ -191,14 +192,16 @@ class LiveSequences:
             self._executor.release_request(seq.request_id)
         finally:
             self._give_back(seq)
-            if seq.adapter_digest is not None:
-                self.tiers.leave(seq.adapter_digest)
+            for digest in seq.acting.digests:
+                self.tiers.leave(digest)
 
     def _give_back(self, seq: Sequence) -> None:
         self.kv.release(seq.block_table)
-        if seq.adapter_digest is not None and seq.adapter_slot is not None:
-            self.tiers.unpin(seq.adapter_digest)
-            seq.adapter_slot = None
+        # pinned all together, or none
+        if seq.adapter_slots:
+            for digest in seq.acting.digests:
+                self.tiers.unpin(digest)
+            seq.adapter_slots = ()
 
     def _shared_blocks(self, seq: Sequence) -> list[int]:
         if not self.limits.enable_prefix_cache or seq.needs_every_position:
@@ -209,6 +212,14 @@ class LiveSequences:
 
     def _num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.kv.block_size)
+
+
+def _slots_at(seq: Sequence, position: int) -> tuple[int, ...]:
+    return seq.adapter_slots if position >= seq.acting.active_from else ()
+
+
+def _keeps_to_edges(seq: Sequence, row: Row) -> bool:
+    return not any(row.start < edge < row.start + len(row.token_ids) for edge in seq.row_edges)
 
 
 def _age(seq: Sequence) -> tuple[int, int]:

@@ -45,7 +45,7 @@ def finish_row(
         events.append(_start(counters, seq))
     if seq.pooling is not None:
         live.end(seq)
-        scale = 1.0 / len(seq.prompt_ids) if seq.pooling == "mean" else 1.0
+        scale = 1.0 / seq.num_prompt if seq.pooling == "mean" else 1.0
         return [*events, Embedded(seq.request_id, [value * scale for value in seq.hidden_sum])]
     if row.sample is not None:
         events.append(_append(live, counters, seq, result))
@@ -60,11 +60,8 @@ def finish_row(
 def _fail(live: LiveSequences, seq: Sequence, *, is_lost: bool) -> Failed:
     live.end(seq)
     cause = "the engine could not run this step" if is_lost else "the model produced numbers that are not finite"
-    carrier = "the base model" if seq.adapter_digest is None else f"adapter {seq.adapter_digest[:12]}"
-    position = seq.num_computed
-    return Failed(
-        seq.request_id, "engine_error", f"{cause} for {carrier} at token {position}; other requests go on", 500
-    )
+    message = f"{cause} for {seq.acting} at token {seq.num_computed}; other requests go on"
+    return Failed(seq.request_id, "engine_error", message, 500)
 
 
 def _gather(seq: Sequence, result: RowResult) -> None:
@@ -79,7 +76,7 @@ def _start(counters: Counters, seq: Sequence) -> Started:
     assert seq.queue_s is not None, f"sequence {seq.request_id} ran before it was admitted"
     asks_logprobs = seq.sampling is not None and seq.sampling.num_prompt_logprobs is not None
     seq.is_started = True
-    counters.num_prompt_tokens += len(seq.prompt_ids)
+    counters.num_prompt_tokens += seq.num_prompt
     counters.num_prefix_hit_tokens += seq.num_cached_tokens
     return Started(
         seq.request_id,
@@ -93,6 +90,6 @@ def _start(counters: Counters, seq: Sequence) -> Started:
 def _append(live: LiveSequences, counters: Counters, seq: Sequence, result: RowResult) -> Tokens:
     assert result.token_id is not None, f"the row of {seq.request_id} asked for a token and got none"
     seq.output_ids.append(result.token_id)
-    live.served.charge(seq.adapter_digest, num_output=1)
+    live.served.charge(seq.turn_key, num_output=1)
     counters.num_generated_tokens += 1
     return Tokens(seq.request_id, [result.token_id], None if result.logprobs is None else [result.logprobs])

@@ -11,11 +11,17 @@ from typing import Protocol, runtime_checkable
 from serve.messages import SamplingParams, TokenLogprobs
 
 
+def virtual_id(index: int) -> int:
+    """Return the id that stands for virtual token `index` of an adapter's prompt; -1 is a token yet unknown."""
+    return -2 - index
+
+
 @dataclass(frozen=True, slots=True)
 class SampleSpec:
     """What the sampler needs for one row.
 
-    `prompt_ids` and `output_ids` are the sequence's own lists (not copies): read-only, valid during the step only.
+    `prompt_ids` (without virtual tokens) and `output_ids` are the sequence's own lists (not copies): read-only, valid
+    during the step only.
     The random draw of output position i uses (params.seed, i) alone, i = len(output_ids), plus one for a chained row,
     whose newest token is not in the list yet.
     """
@@ -29,10 +35,13 @@ class SampleSpec:
 class Row:
     """One sequence's share of a step: run `token_ids` at positions `start ..`, K/V through `block_table`.
 
-    `adapter_slot` is None for the base. `sample` is None for a prefill chunk that is not the prompt's last.
+    `adapter_slot` is None for the base, and for a composition: `composed` then holds its slots with their weights, in
+    the order of the digests. Ids below -1 are virtual tokens (`virtual_id`): always the sequence's first ones, and of
+    the adapter in `adapter_slot`. `sample` is None for a prefill chunk that is not the prompt's last.
     `embed` asks for the sum of final-norm hidden states over this chunk ("mean") or the last one ("last").
     `num_prompt_logprobs` = k asks for log-probabilities (chosen and top k) of prompt tokens: `prompt_targets` holds the
-    prompt tokens at positions `start + 1 ..` (one fewer than `token_ids` on the prompt's last chunk).
+    prompt tokens at positions `start + 1 ..` (one fewer than `token_ids` on the prompt's last chunk). A row of virtual
+    tokens is asked for neither.
     `is_chained`: the row's one token is the one that the step submitted just before samples for the same request_id.
     The host does not know it: `token_ids` is `[-1]`. Only an `AsyncExecutor` is given such rows, always with `sample`,
     never with a grammar or a penalty, which would need the token on the host.
@@ -48,6 +57,14 @@ class Row:
     num_prompt_logprobs: int | None = None
     prompt_targets: list[int] | None = None
     is_chained: bool = False
+    composed: tuple[tuple[int, float], ...] = ()
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """Adapter slots that the row names."""
+        if self.composed:
+            return tuple(slot for slot, _ in self.composed)
+        return () if self.adapter_slot is None else (self.adapter_slot,)
 
 
 @dataclass(frozen=True, slots=True)

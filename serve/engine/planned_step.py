@@ -28,7 +28,7 @@ class PlannedStep:
             for row, seq in zip(self.plan.rows, self.seqs, strict=True)
             if seq.state is not SequenceState.ENDED
         ]
-        slots = {row.adapter_slot for row in rows}
+        slots = {slot for row in rows for slot in row.slots}
         return StepPlan(rows, {slot: digest for slot, digest in self.plan.slot_digests.items() if slot in slots})
 
 

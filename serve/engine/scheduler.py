@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 
+from serve.engine import adapter_sets
 from serve.engine.adapter_tiers import Residency
 from serve.engine.admission import StepDraft, admit_waiting, refusal
 from serve.engine.lifecycle import LiveSequences
@@ -18,7 +19,7 @@ from serve.engine.limits import EngineLimits
 from serve.engine.outcome import Counters, finish_row
 from serve.engine.plan import Executor, LoadResult, RowResult, StepPlan
 from serve.engine.planned_step import PlannedStep
-from serve.engine.sequence import SequenceState
+from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Event, Failed, Finished, FinishReason, Submit
 
 logger = logging.getLogger(__name__)
@@ -73,10 +74,11 @@ class Scheduler:
             return None
         for seq, row in zip(draft.seqs, draft.rows, strict=True):
             seq.num_in_flight += len(row.token_ids)
+        # a row before its adapter's first position names no slot
         slot_digests = {
-            seq.adapter_slot: seq.adapter_digest
-            for seq in draft.seqs
-            if seq.adapter_slot is not None and seq.adapter_digest is not None
+            slot: digest
+            for seq, row in zip(draft.seqs, draft.rows, strict=True)
+            for slot, digest in zip(row.slots, seq.acting.digests, strict=False)
         }
         return PlannedStep(StepPlan(draft.rows, slot_digests), draft.seqs)
 
@@ -91,22 +93,30 @@ class Scheduler:
 
     def finish_load(self, result: LoadResult) -> list[Event]:
         """Take the end of an adapter's load; when it failed, its waiting sequences fail with the reason."""
-        error = self.live.tiers.finish_load(result)
-        waiting = self.live.waiting.of(result.digest)
+        tiers, waiting = self.live.tiers, self.live.waiting.naming(result.digest)
+        error = tiers.finish_load(result)
         if error is not None:
             logger.warning("adapter %s could not be loaded: %s", result.digest, error)
-            for seq in waiting:
-                self.live.end(seq)
-            message = f"the adapter could not be loaded: {error}"
-            return [Failed(seq.request_id, "adapter_load_failed", message, 503) for seq in waiting]
-        if self.live.tiers.residency(result.digest) is Residency.READY:
+            return [self._fail_waiting(seq, f"the adapter could not be loaded: {error}") for seq in waiting]
+        if tiers.residency(result.digest) is Residency.READY:
             self.counters.adapter_load_s.append(result.seconds)
-            now_s = self._clock()
-            for seq in waiting:
-                if seq.load_wait_since_s is not None:
-                    seq.adapter_load_s = now_s - seq.load_wait_since_s
-                    seq.load_wait_since_s = None
-        return []
+        events: list[Event] = []
+        for seq in waiting:
+            # the size that was just learnt may be too much beside the others'
+            reason = adapter_sets.refusal(tiers, seq.acting.digests)
+            if reason is not None:
+                events.append(self._fail_waiting(seq, reason))
+            elif (
+                seq.load_wait_since_s is not None
+                and adapter_sets.residency(tiers, seq.acting.digests) is Residency.READY
+            ):
+                seq.adapter_load_s = self._clock() - seq.load_wait_since_s
+                seq.load_wait_since_s = None
+        return events
+
+    def _fail_waiting(self, seq: Sequence, message: str) -> Failed:
+        self.live.end(seq)
+        return Failed(seq.request_id, "adapter_load_failed", message, 503)
 
     def _plan_decodes(self, draft: StepDraft, *, is_ahead: bool) -> bool:
         """Add the sequences whose next row is one token; False when the step in flight must be finished first."""

@@ -8,9 +8,10 @@ Invariants: positions `< num_computed` have their K/V written through `block_tab
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
-from serve.engine.kv_blocks import hash_block, hash_seed
+from serve.engine.acting import Acting
+from serve.engine.kv_blocks import hash_activation, hash_block, hash_seed
 from serve.engine.limits import EngineLimits
-from serve.engine.plan import Row, SampleSpec
+from serve.engine.plan import Row, SampleSpec, virtual_id
 from serve.messages import Embed, FinishReason, SamplingParams, Submit, TokenLogprobs
 
 
@@ -24,15 +25,23 @@ class SequenceState(Enum):
 
 @dataclass(slots=True, eq=False)
 class Sequence:
-    """Tokens, progress and holdings. `sampling` is None for an embedding, `pooling` is None for a generation."""
+    """Tokens, progress and holdings. `sampling` is None for an embedding, `pooling` is None for a generation.
+
+    `prompt_ids` begin with the adapter's virtual tokens; clients are told of the others only.
+    """
 
     request_id: str
     prompt_ids: list[int]
-    adapter_digest: str | None
+    acting: Acting
+    # whose turn it takes in the waiting line
+    turn_key: str | None
     arrival_index: int
     arrived_s: float
     sampling: SamplingParams | None = None
     pooling: str | None = None
+    num_virtual: int = 0
+    # positions that no row reaches across: where an adapter begins to act, where virtual tokens that owe nothing end
+    row_edges: tuple[int, ...] = ()
     cache_salt: str = ""
     priority: int = 0
     group_id: str = ""
@@ -51,7 +60,8 @@ class Sequence:
     # holdings
     block_table: list[int] = field(default_factory=list)
     block_hashes: list[bytes] = field(default_factory=list)
-    adapter_slot: int | None = None
+    # one per adapter of `acting`, in its order, while it runs
+    adapter_slots: tuple[int, ...] = ()
     # what `Started` reports; `queue_s` is None until the first admission
     queue_s: float | None = None
     num_cached_tokens: int = 0
@@ -63,22 +73,34 @@ class Sequence:
     @staticmethod
     def build(command: Submit | Embed, *, arrival_index: int, now_s: float) -> "Sequence":
         """Start the life of an accepted command."""
-        seq = Sequence(command.request_id, command.prompt_token_ids, command.adapter_digest, arrival_index, now_s)
+        prompt_ids = command.prompt_token_ids
+        if command.num_virtual_tokens:
+            prompt_ids = [*map(virtual_id, range(command.num_virtual_tokens)), *prompt_ids]
+        acting = Acting.of(command)
+        seq = Sequence(command.request_id, prompt_ids, acting, acting.turn_key, arrival_index, now_s)
+        seq.num_virtual = command.num_virtual_tokens
         if isinstance(command, Embed):
             seq.pooling = command.pooling
+            seq.row_edges = seq._edges()
             return seq
         seq.sampling = command.sampling
+        seq.row_edges = seq._edges()
         seq.cache_salt = command.cache_salt
         seq.priority = command.priority
         seq.group_id = command.group_id
         seq.needs_last_token = _needs_last_token(command.sampling)
         if command.sampling.max_tokens > 0:
-            seq.sample_spec = SampleSpec(command.sampling, seq.prompt_ids, seq.output_ids)
+            seq.sample_spec = SampleSpec(command.sampling, command.prompt_token_ids, seq.output_ids)
         return seq
 
     @property
+    def num_prompt(self) -> int:
+        """Tokens of the request's own prompt."""
+        return len(self.prompt_ids) - self.num_virtual
+
+    @property
     def num_tokens(self) -> int:
-        """Tokens known so far: prompt and output."""
+        """Tokens known so far: virtual ones, prompt and output."""
         return len(self.prompt_ids) + len(self.output_ids)
 
     @property
@@ -110,32 +132,45 @@ class Sequence:
         asks_logprobs = self.sampling is not None and self.sampling.num_prompt_logprobs is not None
         return asks_logprobs or self.pooling == "mean"
 
-    def next_row(self, count: int) -> Row:
-        """Describe the run of the next `count` tokens; the row reads this sequence's own lists."""
-        start = self.num_computed + self.num_in_flight
-        stop, num_tokens = start + count, self.num_tokens
+    def next_row(self, budget: int) -> Row:
+        """Describe the run of as many next tokens as budget and edges allow; the row reads the sequence's own lists."""
+        start, num_tokens = self.num_computed + self.num_in_flight, self.num_tokens
+        # none is left when the next token is in flight: it is run chained
+        stop = start + min(budget, num_tokens - start or 1)
+        for edge in self.row_edges:
+            stop = edge if start < edge < stop else stop
         is_last, is_chained = stop >= num_tokens, start == num_tokens
-        params = None if self.is_started or is_chained else self.sampling
+        is_virtual = start < self.num_virtual
+        slots = self.adapter_slots if start >= self.acting.active_from else ()
+        weights = self.acting.weights
+        params = None if self.is_started or is_chained or is_virtual else self.sampling
         num_logprobs = None if params is None else params.num_prompt_logprobs
         return Row(
             request_id=self.request_id,
             token_ids=[-1] if is_chained else self._tokens(start, stop),
             start=start,
             block_table=self.block_table,
-            adapter_slot=self.adapter_slot,
+            adapter_slot=slots[0] if slots and weights is None else None,
             sample=self.sample_spec if is_last else None,
-            embed=self.pooling if is_last or self.pooling == "mean" else None,
+            embed=self.pooling if is_last or (self.pooling == "mean" and not is_virtual) else None,
             num_prompt_logprobs=num_logprobs,
             prompt_targets=None if num_logprobs is None else self.prompt_ids[start + 1 : stop + 1],
             is_chained=is_chained,
+            composed=() if weights is None else tuple(zip(slots, weights, strict=True)),
         )
 
     def prefix_hashes(self, num_blocks: int, block_size: int) -> list[bytes]:
-        """Return the hashes of the first `num_blocks` full blocks; each is computed once in the sequence's life."""
-        hashes = self.block_hashes
+        """Return the hashes of the first `num_blocks` full blocks; each is computed once in the sequence's life.
+
+        Blocks that end before the adapter acts are the base's; the one in which it begins starts a chain of its own.
+        """
+        hashes, acting = self.block_hashes, self.acting
         while len(hashes) < num_blocks:
             start = len(hashes) * block_size
-            parent = hashes[-1] if hashes else hash_seed(self.adapter_digest, self.cache_salt)
+            acts_from_begin = acting.active_from == 0
+            parent = hashes[-1] if hashes else hash_seed(acting.name if acts_from_begin else None, self.cache_salt)
+            if not acts_from_begin and start <= acting.active_from < start + block_size:
+                parent = hash_activation(parent, acting.name, acting.active_from)
             hashes.append(hash_block(parent, self._tokens(start, start + block_size)))
         return hashes[:num_blocks]
 
@@ -161,6 +196,10 @@ class Sequence:
         if len(self.output_ids) >= params.max_tokens or self.num_tokens >= limits.max_sequence_tokens:
             return FinishReason.LENGTH
         return None
+
+    def _edges(self) -> tuple[int, ...]:
+        owed_from = self.num_virtual if self.needs_every_position else 0
+        return tuple(edge for edge in (self.acting.active_from, owed_from) if edge)
 
     def _is_stop(self, token_id: int, params: SamplingParams, limits: EngineLimits) -> bool:
         is_eos = token_id in limits.eos_token_ids

@@ -4,14 +4,16 @@ Owns the set-up and the record of plans and events; what they must be is the tes
 """
 
 from dataclasses import dataclass
+from typing import TypeVar
 
 from serve.engine.engine import Engine
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import RowResult, StepPlan
 from serve.messages import Embed, Event, SamplingParams, Submit, Tokens
 from tests.engine.fake_executor import AdapterFile, FakeExecutor
-from tests.engine.toy_model import EOS_ID
+from tests.engine.toy_model import EOS_ID, Toy
 
+CommandT = TypeVar("CommandT", Submit, Embed)
 A, B, C = ("a" * 64, "b" * 64, "c" * 64)
 LIMITS = EngineLimits(
     num_kv_blocks=64,
@@ -85,16 +87,41 @@ class EngineBench:
         priority: int = 0,
         group_id: str = "",
         cold_start: str = "wait",
+        adapters: tuple[tuple[str, float], ...] = (),
+        num_virtual_tokens: int = 0,
+        active_from: int | None = None,
     ) -> Submit:
         """Send one request; without `sampling` it runs to exactly `max_tokens`."""
         params = sampling or SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
-        command = Submit(request_id, prompt, params, digest, "", priority, group_id, cold_start)
-        self.engine.handle(command)
-        return command
+        command = Submit(
+            request_id,
+            prompt,
+            params,
+            digest,
+            "",
+            priority,
+            group_id,
+            cold_start,
+            adapters,
+            num_virtual_tokens,
+            active_from,
+        )
+        return self._send(command)
 
-    def embed(self, request_id: str, prompt: list[int], pooling: str) -> Embed:
+    def embed(
+        self,
+        request_id: str,
+        prompt: list[int],
+        pooling: str,
+        digest: str | None = None,
+        *,
+        num_virtual_tokens: int = 0,
+    ) -> Embed:
         """Send one embedding request."""
-        command = Embed(request_id, prompt, pooling)
+        return self._send(Embed(request_id, prompt, pooling, digest, num_virtual_tokens=num_virtual_tokens))
+
+    def _send(self, command: CommandT) -> CommandT:
+        self.executor.toys[command.request_id] = Toy.of(command)
         self.engine.handle(command)
         return command
 

@@ -10,7 +10,17 @@ from dataclasses import dataclass
 
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
 from serve.messages import TokenLogprobs
-from tests.engine.toy_model import VOCAB_SIZE, adapter_number, hidden_of, kv_of, kv_seed, logprob_of, sample_token
+from tests.engine.toy_model import (
+    VOCAB_SIZE,
+    Toy,
+    adapter_number,
+    composed_number,
+    hidden_of,
+    kv_of,
+    kv_seed,
+    logprob_of,
+    sample_token,
+)
 
 
 class PlanViolation(BaseException):
@@ -75,8 +85,9 @@ class FakeExecutor:
         self._files = files
         self._loaded: dict[int, str] = {}
         self._loading: deque[tuple[str, int, int]] = deque()
-        # what the tests tell of each request: its salt, and the first position that comes out not finite
+        # what the tests tell of each request: its salt, what acts where, the first position that comes out not finite
         self.salts: dict[str, str] = {}
+        self.toys: dict[str, Toy] = {}
         self.poisoned_from: dict[str, int] = {}
         # the next steps that are lost; then every one that names this adapter is
         self.num_lost_steps = 0
@@ -225,7 +236,7 @@ class FakeExecutor:
             raise PlanViolation(f"{row.request_id} does not go on where its row in flight ends")
         if row.is_chained:
             self._check_chained(row, mine)
-        elif not row.token_ids or min(row.token_ids) < 0:
+        elif not row.token_ids or any(token_id < 0 for token_id in self._own_tokens(row)):
             raise PlanViolation(f"{row.request_id} runs {row.token_ids}")
 
     def _check_chained(self, row: Row, mine: RowInFlight | None) -> None:
@@ -235,6 +246,27 @@ class FakeExecutor:
         penalties = (params.repetition_penalty, params.presence_penalty, params.frequency_penalty)
         if params.grammar is not None or penalties != (1.0, 0.0, 0.0):
             raise PlanViolation(f"{row.request_id} is chained and needs its last token to sample")
+
+    def _own_tokens(self, row: Row) -> list[int]:
+        """Return the row's tokens behind the adapter's prompt, which is checked."""
+        toy = self.toys.get(row.request_id)
+        num_virtual = 0 if toy is None else max(0, min(toy.num_virtual - row.start, len(row.token_ids)))
+        if row.token_ids[:num_virtual] != [-2 - row.start - i for i in range(num_virtual)]:
+            raise PlanViolation(f"{row.request_id} runs {row.token_ids} at {row.start}, where its adapter's prompt is")
+        if num_virtual and (row.num_prompt_logprobs is not None or row.embed == "mean"):
+            raise PlanViolation(f"{row.request_id} is asked for something at its virtual tokens")
+        return row.token_ids[num_virtual:]
+
+    def _adapter(self, row: Row, plan: StepPlan) -> int:
+        """Return the number of what acts on a row, which must be the same at all of its positions."""
+        if row.composed:
+            adapter = composed_number(tuple((plan.slot_digests[slot], weight) for slot, weight in row.composed))
+        else:
+            adapter = adapter_number(None if row.adapter_slot is None else plan.slot_digests[row.adapter_slot])
+        toy = self.toys.get(row.request_id)
+        if toy is not None and {toy.at(row.start + i) for i in range(len(row.token_ids))} != {adapter}:
+            raise PlanViolation(f"{row.request_id} runs another adapter than acts at {row.start}")
+        return adapter
 
     def _tokens(self, row: Row) -> list[int]:
         if not row.is_chained:
@@ -246,8 +278,7 @@ class FakeExecutor:
 
     def _run(self, row: Row, plan: StepPlan) -> RowResult:
         self.num_rows += 1
-        digest = None if row.adapter_slot is None else plan.slot_digests[row.adapter_slot]
-        adapter, salt = adapter_number(digest), self.salts.get(row.request_id, "")
+        adapter, salt = self._adapter(row, plan), self.salts.get(row.request_id, "")
         chain = self._read(row, adapter, salt)
         begin = len(chain)
         poisoned_from = self.poisoned_from.get(row.request_id)
@@ -270,11 +301,12 @@ class FakeExecutor:
         # its own ones may be there: a lost step is run again
         if any(cell is not None and not cell.is_finite and cell.writer != row.request_id for cell in cells):
             raise PlanViolation(f"{row.request_id} holds a block that a non-finite row wrote")
-        chain = []
+        chain, toy = [], self.toys.get(row.request_id)
         for position, cell in enumerate(cells[: row.start]):
             if cell is None:
                 raise PlanViolation(f"{row.request_id} reads position {position}, which nobody wrote")
-            if cell.adapter != adapter or cell.salt != salt:
+            expected = adapter if toy is None else toy.at(position)
+            if cell.adapter != expected or cell.salt != salt:
                 raise PlanViolation(f"{row.request_id} reads another adapter's or tenant's K/V at {position}")
             chain.append(cell.kv)
         return chain

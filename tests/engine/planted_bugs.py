@@ -48,9 +48,10 @@ def _parent_missing_from_the_hash(patch: pytest.MonkeyPatch) -> None:
 
 def _abort_keeps_the_blocks(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: LiveSequences, seq: Sequence) -> None:
-        if seq.adapter_digest is not None and seq.adapter_slot is not None:
-            self.tiers.unpin(seq.adapter_digest)
-            seq.adapter_slot = None
+        if seq.adapter_slots:
+            for digest in seq.acting.digests:
+                self.tiers.unpin(digest)
+            seq.adapter_slots = ()
 
     patch.setattr(LiveSequences, "_give_back", wrong)
 
@@ -59,8 +60,8 @@ def _preemption_keeps_the_pin(patch: pytest.MonkeyPatch) -> None:
     preempt = LiveSequences._preempt
 
     def wrong(self: LiveSequences, seq: Sequence) -> None:
-        if seq.adapter_digest is not None:
-            self.tiers.pin(seq.adapter_digest)
+        for digest in seq.acting.digests:
+            self.tiers.pin(digest)
         preempt(self, seq)
 
     patch.setattr(LiveSequences, "_preempt", wrong)

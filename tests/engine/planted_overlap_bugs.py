@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 
 from serve.engine import outcome
+from serve.engine.acting import Acting
 from serve.engine.engine import Engine
 from serve.engine.lifecycle import LiveSequences
 from serve.engine.limits import EngineLimits
@@ -36,10 +37,11 @@ def _pin_given_back_under_a_row_in_flight(patch: pytest.MonkeyPatch) -> None:
 
     def wrong(self: LiveSequences, seq: Sequence) -> None:
         end(self, seq)
-        if seq.num_in_flight and seq.adapter_digest is not None:
-            self.tiers.unpin(seq.adapter_digest)
-            self.tiers.leave(seq.adapter_digest)
-            seq.adapter_digest = seq.adapter_slot = None
+        if seq.num_in_flight:
+            for digest in seq.acting.digests:
+                self.tiers.unpin(digest)
+                self.tiers.leave(digest)
+            seq.acting, seq.adapter_slots = Acting(), ()
 
     # the books do not look: the device must
     patch.setattr(LiveSequences, "end", wrong)

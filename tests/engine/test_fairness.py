@@ -18,7 +18,7 @@ def _names(line: WaitingLine, held_groups: set[str] | None = None) -> list[str]:
     names = []
     for seq in line.turns(held_groups or set()):
         line.remove(seq)
-        line._served.charge(seq.adapter_digest, num_input=10)
+        line._served.charge(seq.turn_key, num_input=10)
         names.append(seq.request_id)
     return names
 
@@ -75,7 +75,7 @@ def test_a_held_group_is_passed_over_and_holds_up_nothing() -> None:
     for index, group_id in enumerate(("g", "g", "", "h")):
         line.join(_seq(f"r{index}", A, index, group_id=group_id))
     assert _names(line, {"g"}) == ["r2", "r3"]
-    assert [seq.request_id for seq in line.of(A)] == ["r0", "r1"]
+    assert [seq.request_id for seq in line.naming(A)] == ["r0", "r1"]
 
 
 def test_forgetting_idle_keys_gives_nobody_credit() -> None:

@@ -1,0 +1,45 @@
+"""Several adapters that one sequence needs at once, over the tiers that know them one by one.
+
+Owns no state. A sequence runs only when all of its adapters are READY in the same moment and then pins all of them, so
+nobody holds one adapter while it waits for another, and two sequences cannot wait for each other. Wishes of a set keep
+the set's one place in the line: what it has already is not evicted for what it still needs, nor for a later wish.
+"""
+
+from collections.abc import Sequence
+
+from serve.engine.adapter_tiers import AdapterTiers, Residency
+
+
+def refusal(tiers: AdapterTiers, digests: Sequence[str]) -> str | None:
+    """Return the reason why these adapters can never act together here, when one is known."""
+    for digest in digests:
+        reason = tiers.refusal(digest)
+        if reason is not None:
+            return reason
+    if len(digests) > tiers.num_slots:
+        return f"the composition holds {len(digests)} adapters; this server has adapter slots for {tiers.num_slots}"
+    num_bytes = sum(map(tiers.known_bytes, digests))
+    if num_bytes > tiers.max_bytes:
+        return (
+            f"the {len(digests)} adapters of the composition take {num_bytes} bytes in memory; this server holds at "
+            f"most {tiers.max_bytes} (--adapter-host-bytes, --adapter-device-bytes)"
+        )
+    return None
+
+
+def residency(tiers: AdapterTiers, digests: Sequence[str]) -> Residency:
+    """Tell where a set is, without asking for it: READY when all are, ABSENT when one is nowhere."""
+    return _least([tiers.residency(digest) for digest in digests])
+
+
+def want(tiers: AdapterTiers, digests: Sequence[str]) -> Residency:
+    """Ask for all of a set and start the loads for which there is room; see `AdapterTiers.want`."""
+    if len(digests) > 1:
+        tiers.rank(digests)
+    return _least([tiers.want(digest) for digest in digests])
+
+
+def _least(states: list[Residency]) -> Residency:
+    if Residency.ABSENT in states:
+        return Residency.ABSENT
+    return Residency.LOADING if Residency.LOADING in states else Residency.READY
