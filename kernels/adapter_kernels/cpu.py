@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.delta import BaseLinear, ModelDelta
-from adapter_kernels.gate import Choice, add_chosen, choose, weigh
+from adapter_kernels.gate import Choice, add_chosen, choose, normalised, weigh
+from adapter_kernels.rare_ops import acting_at, add_rare, apply_frames, framed_input, rare_runs
 from adapter_kernels.route import Group, Route
 from adapter_kernels.scales import scaled_product
 from adapter_kernels.slab import FusedRows, Member
@@ -22,22 +23,29 @@ class CpuDelta:
         self.route = route
         self.model = model
         self._has_scales = any(group.slab.has_scales for group in route.groups)
+        self._rare_runs = rare_runs(route)
 
     def apply(self, layer: int, site: str, x: Tensor, base: BaseLinear) -> Tensor:
         """Run a fused site with every row's adapter; see `adapter_kernels.delta.AdapterDelta`."""
         acting = [
             (group, rows) for group in self.route.groups if (rows := group.slab.fused.get((layer, site))) is not None
         ]
-        y = scaled_product(site, acting, x, base) if self._has_scales else base(x)
+        rare = acting_at(self._rare_runs, layer, site)
+        seen = framed_input(site, rare, x) if rare else x
+        y = scaled_product(site, acting, seen, base) if self._has_scales else base(seen)
+        if rare:
+            apply_frames(site, rare, x, y, base)
         for group, rows in acting:
             _add(group, rows, group.own(x), group.own(y))
+        if rare:
+            add_rare(rare, x, y)
         return y
 
 
 def _add(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
     """Add a group's deltas; x [n, D] and y [n, O] are its own rows."""
     blocks = group.blocks(x)  # [positions, rows, D]
-    logits = None if rows.gates is None else torch.bmm(blocks.float(), group.weights(rows.gates).transpose(1, 2))
+    logits = _logits(group, rows, blocks)
     is_gathered = rows.is_mixture and _reads_less(group, rows)
     bridge = None
     if rows.a is not None and not is_gathered:
@@ -45,8 +53,10 @@ def _add(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
     for member in rows.members:
         columns = y[:, member.out_begin : member.out_end]
         choice = None
-        if member.mixture is not None and logits is not None:
-            choice = choose(logits[:, :, member.mixture.begin : member.mixture.end], member.mixture)
+        if member.mixture is not None:
+            own = logits[member.mixture.options.in_norm][:, :, member.mixture.begin : member.mixture.end]
+            bias = None if member.gate_bias is None else group.weights(member.gate_bias)[:, None]
+            choice = choose(own, member.mixture, bias)
         if bridge is not None:
             _add_bridge(columns, bridge, choice, member, group)
         elif choice is not None:
@@ -56,6 +66,14 @@ def _add(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
             _expand(columns, torch.gather(blocks, 2, idx), group.weights(member.cols_d), group)
         if member.bias is not None:
             columns.add_(group.per_row(member.bias))
+
+
+def _logits(group: Group, rows: FusedRows, blocks: Tensor) -> dict[str, Tensor]:
+    """Run the gates on the rows as each norm that any of them asks for shows them: [positions, rows, E] fp32."""
+    if rows.gates is None:
+        return {}
+    gates = group.weights(rows.gates).transpose(1, 2)
+    return {norm: torch.bmm(normalised(blocks.float(), norm), gates) for norm in rows.in_norms}
 
 
 def _reads_less(group: Group, rows: FusedRows) -> bool:

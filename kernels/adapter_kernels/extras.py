@@ -75,12 +75,17 @@ class GroupExperts:
 
 @dataclass(frozen=True, slots=True)
 class RareSite:
-    """One site's ops that no slab packs; csr and dense [out, in] (the model's dtype) read the original input."""
+    """One site's ops that no slab packs; csr and dense [out, in] (the model's dtype) read the original input.
+
+    `out_begin .. out_end` are its columns of the fused site's output.
+    """
 
     csr: Sparse2d | None = None
     dense: Tensor | None = None
     frame: Frame | None = None
     experts: GroupExperts | None = None
+    out_begin: int = 0
+    out_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)

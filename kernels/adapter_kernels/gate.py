@@ -1,14 +1,16 @@
 """The gate of a mixture: which experts a row takes, how much of each, and where their rows lie in the stack.
 
-Owns the choice and the two ways to carry it out: weigh the bridge of all experts, or fetch the chosen experts' rows.
-Logits and weights are fp32. Invariant: experts that a row did not choose are selected away, never multiplied by zero,
-and no row's choice depends on another row.
+Owns the choice, by all options of a gate, and the two ways to carry it out: weigh the bridge of all experts, or fetch
+the chosen experts' rows. Logits and weights are fp32. Invariant: experts that a row did not choose are selected away,
+never multiplied by zero, and no row's choice depends on another row.
 """
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from adapter_kernels.gate_options import METEORA, GateOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,9 +28,12 @@ class Mixture:
     expert_of_rank: Tensor
     ranks_of_expert: Tensor
     is_real: Tensor | None
+    options: GateOptions = METEORA
 
     @classmethod
-    def build(cls, ranks: tuple[int, ...], top_k: int, temperature: float, begin: int) -> "Mixture":
+    def build(
+        cls, ranks: tuple[int, ...], top_k: int, temperature: float, begin: int, options: GateOptions = METEORA
+    ) -> "Mixture":
         """Make the tables of a mixture whose logits begin at column `begin`."""
         sizes, widest = torch.tensor(ranks), max(ranks)
         steps = torch.arange(widest)
@@ -43,6 +48,7 @@ class Mixture:
             expert_of_rank=torch.repeat_interleave(torch.arange(len(ranks)), sizes),
             ranks_of_expert=listed.clamp(max=sum(ranks) - 1),
             is_real=None if bool(is_real.all()) else is_real,
+            options=options,
         )
 
     @property
@@ -59,27 +65,54 @@ class Choice:
     weights: Tensor
 
 
-def choose(logits: Tensor, mixture: Mixture) -> Choice:
-    """Take the `top_k` largest logits [.., E] fp32, of equal ones the lower expert; softmax over them / temperature.
+def normalised(x: Tensor, in_norm: str) -> Tensor:
+    """Return the gate's view of rows x [.., D] fp32: as they are, without mean and of variance 1, or of length 1."""
+    if in_norm == "layernorm_noaffine":
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], eps=1e-5)
+    return torch.nn.functional.normalize(x, dim=-1, eps=1e-12) if in_norm == "unit" else x
 
-    One expert alone weighs exactly 1.
+
+def choose(logits: Tensor, mixture: Mixture, bias: Tensor | None = None) -> Choice:
+    """Take the `top_k` largest of g = logits [.., E] fp32 + bias, or of |g|; of equal ones the lower expert.
+
+    Their weights by `GateOptions.weight`; by the softmax over the chosen, one expert alone weighs exactly 1.
     """
+    if bias is not None:
+        logits = logits + bias
+    if mixture.options.logit == "abs":
+        logits = logits.abs()
     # stable, which topk does not promise; 128 experts at most
     ordered, experts = torch.sort(logits, dim=-1, descending=True, stable=True)
-    experts = experts[..., : mixture.top_k]
-    if mixture.top_k == 1:
-        return Choice(experts, torch.ones(experts.shape))
-    return Choice(experts, torch.softmax(ordered[..., : mixture.top_k] / mixture.temperature, dim=-1))
+    return Choice(experts[..., : mixture.top_k], _weights(ordered / mixture.temperature, mixture))
+
+
+def _weights(ordered: Tensor, mixture: Mixture) -> Tensor:
+    chosen, kind = ordered[..., : mixture.top_k], mixture.options.weight
+    if kind == "one" or (kind == "softmax_selected" and mixture.top_k == 1):
+        return torch.ones(chosen.shape)
+    if kind == "sigmoid":
+        return torch.sigmoid(chosen)
+    if kind == "softmax_selected":
+        return torch.softmax(chosen, dim=-1)
+    shares = torch.softmax(ordered, dim=-1)[..., : mixture.top_k]
+    return shares / shares.sum(dim=-1, keepdim=True) if kind == "softmax_all_renorm" else shares
 
 
 def weigh(bridge: Tensor, choice: Choice, mixture: Mixture) -> Tensor:
-    """Weigh the bridge [.., R] of all experts: c[j] * w of j's expert where it is chosen, else zero."""
+    """Weigh the bridge [.., R] of all experts: c[j] * w of j's expert where it is chosen, else zero.
+
+    Mixed in rank space, c[j] is first summed over the chosen experts, each weighed: z = sum_e w_e A_e x.
+    """
     shape = (*bridge.shape[:-1], mixture.num_experts)
     weights = torch.zeros(shape).scatter_(-1, choice.experts, choice.weights)
     is_chosen = torch.zeros(shape, dtype=torch.bool).scatter_(-1, choice.experts, torch.tensor(True).expand(shape))
     of_rank = mixture.expert_of_rank
-    weighed = bridge * weights[..., of_rank]
-    return torch.where(is_chosen[..., of_rank], weighed, 0.0).to(bridge.dtype)
+    weighed = torch.where(is_chosen[..., of_rank], bridge * weights[..., of_rank], 0.0)
+    if mixture.options.mix == "rank":
+        mixed = weighed.view(*bridge.shape[:-1], mixture.num_experts, -1).sum(dim=-2, keepdim=True)
+        mixed = mixed.expand(*bridge.shape[:-1], mixture.num_experts, -1).flatten(-2)
+        weighed = torch.where(is_chosen[..., of_rank], mixed * weights[..., of_rank], 0.0)
+    return weighed.to(bridge.dtype)
 
 
 def add_chosen(
@@ -98,5 +131,7 @@ def add_chosen(
     weighed = bridge * choice.weights[..., None]
     if mixture.is_real is not None:
         weighed = torch.where(mixture.is_real[choice.experts], weighed, 0.0)
+    if mixture.options.mix == "rank":
+        weighed = weighed.sum(dim=1, keepdim=True) * choice.weights[..., None]
     chosen_bt = bt.index_select(0, (ranks + first_bt[:, None, None]).flatten()).view(num_rows, -1, y.shape[1])
     y.add_(torch.bmm(weighed.to(x.dtype).view(num_rows, 1, -1), chosen_bt)[:, 0])

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.extras import RareSite
 from adapter_kernels.gpu.tables import DeviceTables
 from adapter_kernels.image import AdapterImage, Gate, SiteTensors, Sparse
+from adapter_kernels.rare_image import read_rare
+from adapter_kernels.reference_rare import rare_delta, turned_inputs, turned_outputs
 
 
 def shrink(x: Tensor, a: Tensor) -> Tensor:
@@ -38,25 +41,48 @@ def expand(c: Tensor, bt: Tensor) -> Tensor:
 
 
 def gate_weights(x: Tensor, gate: Gate) -> list[tuple[int, float]]:
-    """Choose one token's experts: the `top_k` largest of g = x G.T, ties to the lower expert.
+    """Choose one token's experts: the `top_k` largest of g = x' G.T + bias, or of |g|, ties to the lower expert.
 
-    Weights are softmax(chosen g / temperature); one expert alone weighs 1.
+    x' is x, (x - mean) / sqrt(variance + 1e-5), or x / max(|x|, 1e-12). The weights of the chosen: softmax over the
+    chosen g / temperature (one expert alone weighs 1); softmax over all, and then by their sum; softmax over all; 1;
+    1 / (1 + exp(-g / temperature)).
 
     Args:
         x: [D].
     Returns:
         (expert, weight), the largest logit first.
     """
-    logits = x.float() @ gate.weight.float().T
+    logits = _gate_input(x.float(), gate.options.in_norm) @ gate.weight.float().T
+    logits = logits if gate.bias is None else logits + gate.bias
+    logits = logits.abs() if gate.options.logit == "abs" else logits
     # a row whose logits are not numbers chooses somebody: it is lost, its neighbours are not
     order = sorted(range(len(gate.ranks)), key=lambda expert: (-float(logits[expert].nan_to_num()), expert))
     chosen = order[: gate.top_k]
-    weights = torch.softmax(logits[chosen] / gate.temperature, 0) if len(chosen) > 1 else torch.ones(1)
+    weights = _gate_weights(logits / gate.temperature, chosen, gate.options.weight)
     return [(expert, float(weight)) for expert, weight in zip(chosen, weights, strict=True)]
+
+
+def _gate_input(x: Tensor, in_norm: str) -> Tensor:
+    if in_norm == "layernorm_noaffine":
+        return (x - x.mean()) / (x.var(correction=0) + 1e-5).sqrt()
+    return x / max(float(x.square().sum().sqrt()), 1e-12) if in_norm == "unit" else x
+
+
+def _gate_weights(logits: Tensor, chosen: list[int], kind: str) -> Tensor:
+    if kind == "one" or (kind == "softmax_selected" and len(chosen) == 1):
+        return torch.ones(len(chosen))
+    if kind == "sigmoid":
+        return 1 / (1 + torch.exp(-logits[chosen]))
+    shares = torch.softmax(logits[chosen] if kind == "softmax_selected" else logits, 0)
+    if kind == "softmax_all_renorm":
+        return shares[chosen] / shares[chosen].sum()
+    return shares if kind == "softmax_selected" else shares[chosen]
 
 
 def mixture(x: Tensor, site: SiteTensors, gate: Gate) -> Tensor:
     """Mix the experts of each token: y[t] = sum over its chosen e of w_e * expand(shrink(x[t], A_e), BT_e).
+
+    In rank space: y[t] = sum over the chosen e of w_e * expand(z, BT_e), z = sum over them of w_e * shrink(x[t], A_e).
 
     Args:
         x: [T, D]. site: a and bt hold the experts' rows stacked, `gate.ranks` of each.
@@ -66,9 +92,14 @@ def mixture(x: Tensor, site: SiteTensors, gate: Gate) -> Tensor:
     ends = torch.tensor(gate.ranks).cumsum(0).tolist()
     out = torch.zeros(x.shape[0], site.bt.shape[1])
     for token in range(x.shape[0]):
-        for expert, weight in gate_weights(x[token], gate):
-            own = slice(ends[expert] - gate.ranks[expert], ends[expert])
-            out[token] += weight * expand(shrink(x[token : token + 1], site.a[own]), site.bt[own])[0]
+        chosen = gate_weights(x[token], gate)
+        owned = {expert: slice(ends[expert] - gate.ranks[expert], ends[expert]) for expert, _ in chosen}
+        bridges = {expert: shrink(x[token : token + 1], site.a[own]) for expert, own in owned.items()}
+        if gate.options.mix == "rank":
+            mixed = sum((weight * bridges[expert] for expert, weight in chosen), torch.zeros(1, gate.ranks[0]))
+            bridges = dict.fromkeys(owned, mixed)
+        for expert, weight in chosen:
+            out[token] += weight * expand(bridges[expert], site.bt[owned[expert]])[0]
     return out
 
 
@@ -97,17 +128,27 @@ def site_delta(x: Tensor, site: SiteTensors) -> Tensor:
     return delta if site.bias is None else delta + site.bias.float()
 
 
-def site_output(x: Tensor, weight: Tensor, bias: Tensor | None, site: SiteTensors) -> Tensor:
-    """One adapter's whole site: y = out_scale * (W (in_scale * x)) + b + site_delta(x), [T, O] fp32.
+def site_output(
+    x: Tensor, weight: Tensor, bias: Tensor | None, site: SiteTensors, rare: RareSite | None = None
+) -> Tensor:
+    """One adapter's whole site: y = turn(out_scale * (W turn(in_scale * x))) + b + site_delta(x) + rare_delta(x).
 
     Args:
-        x: [T, D]. weight: [O, D] and bias: [O] of the base.
+        x: [T, D]. weight: [O, D] and bias: [O] of the base. rare: its frame turns, its scales are those of `site`.
+    Returns:
+        [T, O] fp32.
     """
+    frame = None if rare is None else rare.frame
     scaled = x.float() if site.in_scale is None else x.float() * site.in_scale.float()
+    if frame is not None and frame.blockdiag is not None:
+        scaled = turned_inputs(scaled, frame.blockdiag)
     y = scaled @ weight.float().T
     if site.out_scale is not None:
         y = y * site.out_scale.float()
-    return (y if bias is None else y + bias.float()) + site_delta(x, site)
+    if frame is not None and frame.rotation is not None:
+        y = turned_outputs(y, frame.rotation)
+    y = (y if bias is None else y + bias.float()) + site_delta(x, site)
+    return y if rare is None else y + rare_delta(x, rare)
 
 
 def fused_output(
@@ -131,7 +172,8 @@ def fused_output(
             own_weight, own_bias = weight[begin:end], base_bias[begin:end]
             for rows in adapter.rows:
                 if (rows.layer, rows.site) == (layer, site):
-                    out[token, begin:end] = site_output(x_row, own_weight, own_bias, adapter.site(rows))[0]
+                    rare = read_rare(adapter, rows, torch.float32)
+                    out[token, begin:end] = site_output(x_row, own_weight, own_bias, adapter.site(rows), rare)[0]
             begin = end
     return out
 
@@ -196,7 +238,7 @@ def group_rows(local: Tensor, slot_of: Tensor, block_rows: int, capacity: int) -
 
 def table_site(tables: DeviceTables, site: int, slot: int, in_dim: int, out_dim: int) -> SiteTensors | None:
     """Read one adapter's tensors at one site out of the arena; None where it has neither rank nor bias there."""
-    a, bt, bias, rank = tables.rows[site, slot].tolist()
+    a, bt, bias, rank = tables.rows[site, slot, :4].tolist()
     if rank == 0 and bias < 0:
         return None
     return SiteTensors(

@@ -35,6 +35,8 @@ class Member:
     rank_end: int
     rows_end: int
     mixture: Mixture | None
+    # [capacity, E] fp32
+    gate_bias: Tensor | None
     # [capacity, R, out]
     bt: Tensor | None
     # [capacity, s] int64 and [capacity, s, out]
@@ -56,6 +58,11 @@ class FusedRows:
     a: Tensor | None
     gates: Tensor | None
     members: tuple[Member, ...]
+
+    @property
+    def in_norms(self) -> set[str]:
+        """The norms that the gates see the input through."""
+        return {member.mixture.options.in_norm for member in self.members if member.mixture is not None}
 
     @property
     def is_mixture(self) -> bool:
@@ -92,7 +99,7 @@ class Slab:
         for (layer, name), rows in self.fused.items():
             packed = [rows.a, rows.gates]
             for m in rows.members:
-                packed += [m.bt, m.cols_idx, m.cols_d, m.rows_idx, m.out_scale, m.in_scale, m.bias]
+                packed += [m.gate_bias, m.bt, m.cols_idx, m.cols_d, m.rows_idx, m.out_scale, m.in_scale, m.bias]
             yield from ((layer, name, tensor) for tensor in packed if tensor is not None)
 
     def write(self, position: int, image: AdapterImage) -> None:
@@ -130,7 +137,9 @@ def _allocate(
 
 def _member(profile: SiteProfile, shape: tuple[int, int], dtype: torch.dtype, begins: tuple[int, int, int]) -> Member:
     (out_dim, in_dim), (rank_begin, out_begin, gate_begin) = shape, begins
-    mixture = Mixture.build(profile.ranks, profile.top_k, profile.temperature, gate_begin) if profile.top_k else None
+    mixture = None
+    if profile.top_k:
+        mixture = Mixture.build(profile.ranks, profile.top_k, profile.temperature, gate_begin, profile.gate)
     rank_end = rank_begin + profile.rank
     return Member(
         site=profile.site,
@@ -140,6 +149,7 @@ def _member(profile: SiteProfile, shape: tuple[int, int], dtype: torch.dtype, be
         rank_end=rank_end,
         rows_end=rank_end + profile.num_rows,
         mixture=mixture,
+        gate_bias=torch.empty(CAPACITY, len(profile.ranks)) if profile.has_gate_bias else None,
         bt=torch.empty(CAPACITY, profile.rank, out_dim, dtype=dtype) if profile.rank else None,
         cols_idx=torch.empty(CAPACITY, profile.num_cols, dtype=torch.int64) if profile.num_cols else None,
         cols_d=torch.empty(CAPACITY, profile.num_cols, out_dim, dtype=dtype) if profile.num_cols else None,
@@ -156,6 +166,8 @@ def _write(position: int, fused: FusedRows, member: Member, source: SiteTensors)
         member.bt[position] = source.bt
     if fused.gates is not None and member.mixture is not None and source.gate is not None:
         fused.gates[position, member.mixture.begin : member.mixture.end] = source.gate.weight
+        if member.gate_bias is not None and source.gate.bias is not None:
+            member.gate_bias[position] = source.gate.bias
     if member.cols_idx is not None and member.cols_d is not None and source.cols is not None:
         _write_sparse(member.cols_idx[position], member.cols_d[position], source.cols)
     if fused.a is not None and member.rows_idx is not None and source.rows is not None:

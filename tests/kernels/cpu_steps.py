@@ -1,7 +1,7 @@
 """Steps of mixed adapters for the CPU path: images in poisoned slabs, every fused site run beside the definition."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -9,8 +9,10 @@ from torch.nn import functional
 
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.extras import AdapterExtras
 from adapter_kernels.image import AdapterImage
 from adapter_kernels.profile import Profile
+from adapter_kernels.rare_image import read_rare_sites
 from adapter_kernels.reference import fused_output
 from adapter_kernels.route import Placement, build_route
 from adapter_kernels.slab import CAPACITY, Slab
@@ -52,7 +54,8 @@ def place(images: Sequence[AdapterImage], dtype: torch.dtype) -> list[Placement]
             free.extend(Placement(len(placements), slab, position) for position in range(CAPACITY))
         placement = free.pop(0)
         placement.slab.write(placement.position, image)
-        placements.append(placement)
+        rare = read_rare_sites(image, dtype)
+        placements.append(replace(placement, extras=AdapterExtras(rare) if rare else None))
     return placements
 
 

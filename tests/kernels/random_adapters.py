@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_kernels.image import AdapterImage, SiteRows, SparseRows
+from adapter_kernels.gate_options import METEORA, GateOptions
+from adapter_kernels.image import AdapterImage, CsrRows, SiteRows, SparseRows
 
 SHAPES = {
     "q_proj": (24, 16),
@@ -24,7 +25,7 @@ Place = tuple[int, str]
 
 @dataclass(frozen=True)
 class Ops:
-    """What an adapter does at one site; `cols` and `rows` are numbers of channels."""
+    """What an adapter does at one site; `cols` and `rows` are numbers of channels, `csr` of weights."""
 
     ranks: tuple[int, ...] = ()
     top_k: int = 0
@@ -34,6 +35,13 @@ class Ops:
     bias: bool = False
     out_scale: bool = False
     in_scale: bool = False
+    gate: GateOptions = METEORA
+    gate_bias: bool = False
+    csr: int = 0
+    is_ternary: bool = False
+    dense: bool = False
+    blockdiag: int = 0
+    rot2_group: int = 0
 
 
 class _Writer:
@@ -59,6 +67,26 @@ class _Writer:
             return None
         chosen = torch.randperm(num_channels, generator=self._generator)[:count].sort().values.int()
         return SparseRows(count, self.put(chosen), self.normal(count, width))
+
+    def csr(self, own: Ops, out_dim: int, in_dim: int) -> CsrRows | None:
+        if not own.csr:
+            return None
+        flat = torch.randperm(out_dim * in_dim, generator=self._generator)[: own.csr].sort().values
+        counts = torch.bincount(flat // in_dim, minlength=out_dim)
+        indptr = self.put(torch.cat((torch.zeros(1), counts.cumsum(0))).int())
+        col = self.put((flat % in_dim).int())
+        if not own.is_ternary:
+            return CsrRows(own.csr, indptr, col, self.normal(own.csr))
+        signs = torch.randint(0, 2, (-(-own.csr // 8), 8), generator=self._generator)
+        signs.view(-1)[own.csr :] = 0
+        packed = self.put((signs << torch.arange(8)).sum(1).to(torch.uint8))
+        return CsrRows(own.csr, indptr, col, packed, self.put(torch.tensor([0.75])))
+
+    def rotations(self, width: int, size: int) -> int | None:
+        if not size:
+            return None
+        random = torch.randn(width // size, size, size, generator=self._generator)
+        return self.put(torch.linalg.qr(random).Q)
 
 
 def random_adapter(
@@ -87,6 +115,15 @@ def random_adapter(
                 out_scale_offset=writer.scale(out_dim) if own.out_scale else None,
                 in_scale_offset=writer.scale(in_dim) if own.in_scale else None,
                 bias_offset=writer.normal(out_dim) if own.bias else None,
+                gate_options=own.gate,
+                gate_bias_offset=writer.scale(len(own.ranks)) if own.gate_bias else None,
+                csr=writer.csr(own, out_dim, in_dim),
+                dense_offset=writer.normal(out_dim, in_dim) if own.dense else None,
+                blockdiag=own.blockdiag,
+                blockdiag_offset=writer.rotations(in_dim, own.blockdiag),
+                rot2_group=own.rot2_group,
+                c0_offset=writer.scale(out_dim) if own.rot2_group else None,
+                c1_offset=writer.scale(out_dim) if own.rot2_group else None,
             )
         )
     return AdapterImage(torch.cat(writer.chunks), dtype, tuple(rows), shapes)
