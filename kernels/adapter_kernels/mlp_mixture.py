@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_kernels.delta import BaseProduct
 from adapter_kernels.extras import GroupExperts, RareSite
-from adapter_kernels.gate import Choice
+from adapter_kernels.gate import Choice, choose, normalised
 from adapter_kernels.model_image import MlpGate
 
 _SITES = ("gate_proj", "up_proj", "down_proj")
@@ -37,7 +37,7 @@ class MlpRun:
         experts = self.sites.get(site)
         if experts is None:
             return
-        if self.gate.options.mix == "rank":
+        if self.gate.mixture.options.mix == "rank":
             _add_rank_mixed(experts, x, y, choice)
             return
         for expert, rows, weights in _chosen(choice):
@@ -60,7 +60,7 @@ def run_mlp(
     for begin, end, run in acting:
         choice = choose_experts(x[begin:end], run.gate)
         chosen.append((begin, end, run, choice))
-        if not run.gate.options.is_ffn_moe:
+        if not run.gate.is_ffn_moe:
             gate, up = gate_up[begin:end].chunk(2, dim=-1)
             run.add("gate_proj", x[begin:end], gate, choice)
             run.add("up_proj", x[begin:end], up, choice)
@@ -68,13 +68,13 @@ def run_mlp(
     activated = activation(gate).mul_(up)
     changes = {}
     for begin, end, run, choice in chosen:
-        if run.gate.options.is_ffn_moe:
+        if run.gate.is_ffn_moe:
             mixed, change = _mix_activations(run, x[begin:end], gate_up[begin:end], activation, choice)
             activated[begin:end] = mixed
             changes[begin] = change
     y = down(activated)
     for begin, end, run, choice in chosen:
-        if run.gate.options.is_ffn_moe:
+        if run.gate.is_ffn_moe:
             y[begin:end] += changes[begin]
         else:
             run.add("down_proj", activated[begin:end], y[begin:end], choice)
@@ -82,27 +82,9 @@ def run_mlp(
 
 
 def choose_experts(x: Tensor, gate: MlpGate) -> Choice:
-    """Choose each row's experts by the gate's options, all fp32: `reference_model.mlp_weights`."""
-    options, rows = gate.options, x.float()
-    if options.in_norm == "layernorm_noaffine":
-        rows = torch.nn.functional.layer_norm(rows, rows.shape[-1:], eps=1e-5)
-    elif options.in_norm == "unit":
-        rows = rows / rows.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    logits = torch.nn.functional.linear(rows, gate.weight, gate.bias)
-    if options.logit == "abs":
-        logits = logits.abs()
-    ordered, experts = torch.sort(logits, dim=-1, descending=True, stable=True)
-    experts, scaled = experts[:, : options.top_k], ordered / options.temperature
-    if options.weight == "one":
-        return Choice(experts, torch.ones(experts.shape))
-    if options.weight == "sigmoid":
-        return Choice(experts, torch.sigmoid(scaled[:, : options.top_k]))
-    if options.weight == "softmax_selected":
-        return Choice(experts, torch.softmax(scaled[:, : options.top_k], dim=-1))
-    weights = torch.softmax(scaled, dim=-1)[:, : options.top_k]
-    if options.weight == "softmax_all_renorm":
-        weights = weights / weights.sum(dim=-1, keepdim=True)
-    return Choice(experts, weights)
+    """Choose the experts of rows x [n, H] by the gate's options."""
+    rows = normalised(x.float(), gate.mixture.options.in_norm)
+    return choose(torch.nn.functional.linear(rows, gate.weight), gate.mixture, gate.bias)
 
 
 def _mix_activations(

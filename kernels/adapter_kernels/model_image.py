@@ -5,16 +5,17 @@ need not stay. Invariant: no view reaches outside the image, no index names a to
 where the base has none, and a prompt and a prefix are never both there.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from adapter_kernels.image import ImageError
+from adapter_kernels.gate import Mixture
+from adapter_kernels.image import WAY_OUT, AdapterImage, ImageError
 from adapter_kernels.model_rows import GateRow, ModelRows, ModelShapes, NormRow, TokenRow
 
-_WAY_OUT = "the canonical file is damaged, upload the adapter again"
 # where replaced token rows act
 _TARGETS = ("embed", "lm_head", "both")
 
@@ -54,11 +55,12 @@ class HeadSite:
 
 @dataclass(frozen=True, slots=True)
 class MlpGate:
-    """The gate of one layer's MLP: logits of weight [E, H] and bias [E], both fp32; options as in `GateRow`."""
+    """The gate of one layer's MLP: logits of weight [E, H] and bias [E], both fp32; see `GateRow`."""
 
     weight: Tensor
     bias: Tensor | None
-    options: GateRow
+    mixture: Mixture
+    is_ffn_moe: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +119,9 @@ class ModelTensors:
 
 @dataclass(frozen=True, slots=True)
 class ModelImage:
-    """An image's bytes (1-D uint8) with the offset table of its model ops; `dtype` is the image's."""
+    """An image with the offset table of its model ops."""
 
-    data: Tensor
-    dtype: torch.dtype
+    image: AdapterImage
     rows: ModelRows
     shapes: ModelShapes
 
@@ -132,10 +133,10 @@ class ModelImage:
         """
         rows = self.rows
         if rows.prompt_embeds is not None and rows.kv_prefix is not None:
-            raise ImageError(f"the adapter has both a prompt and a prefix; {_WAY_OUT}")
+            raise ImageError(f"the adapter has both a prompt and a prefix; {WAY_OUT}")
         tokens = {row.target: self._token_rows(row, dtype) for row in rows.token_rows}
         if not tokens.keys() <= set(_TARGETS) or ("both" in tokens and len(tokens) > 1):
-            raise ImageError(f"token rows act on {sorted(tokens)}; known are {', '.join(_TARGETS)}; {_WAY_OUT}")
+            raise ImageError(f"token rows act on {sorted(tokens)}; known are {', '.join(_TARGETS)}; {WAY_OUT}")
         hidden = self.shapes.hidden_size
         prompt = rows.prompt_embeds
         return ModelTensors(
@@ -145,7 +146,7 @@ class ModelImage:
             embed_lowrank=self._embed_lowrank(dtype),
             prompt_embeds=None
             if prompt is None
-            else self._view(prompt.offset, self.dtype, prompt.count, hidden, to=dtype),
+            else self._view(prompt.offset, self.image.dtype, prompt.count, hidden, to=dtype),
             kv_prefix=self._kv_prefix(dtype),
             gates={row.layer: self._gate(row) for row in rows.gates},
             head=self._head(dtype),
@@ -165,15 +166,15 @@ class ModelImage:
         is_known = bool(((idx >= 0) & (idx < self.shapes.vocab_size)).all())
         if not is_known or not bool((idx[1:] > idx[:-1]).all()):
             raise ImageError(f"token ids at byte {row.idx_offset} are not increasing below {self.shapes.vocab_size}")
-        return TokenRows(idx, self._view(row.e_offset, self.dtype, row.count, self.shapes.hidden_size, to=dtype))
+        return TokenRows(idx, self._view(row.e_offset, self.image.dtype, row.count, self.shapes.hidden_size, to=dtype))
 
     def _embed_lowrank(self, dtype: torch.dtype) -> EmbedLowrank | None:
         row, shapes = self.rows.embed_lowrank, self.shapes
         if row is None:
             return None
         return EmbedLowrank(
-            at=self._view(row.at_offset, self.dtype, shapes.vocab_size, row.rank, to=dtype),
-            bt=self._view(row.bt_offset, self.dtype, row.rank, shapes.hidden_size, to=dtype),
+            at=self._view(row.at_offset, self.image.dtype, shapes.vocab_size, row.rank, to=dtype),
+            bt=self._view(row.bt_offset, self.image.dtype, row.rank, shapes.hidden_size, to=dtype),
         )
 
     def _kv_prefix(self, dtype: torch.dtype) -> KvPrefix | None:
@@ -182,19 +183,22 @@ class ModelImage:
             return None
         shape = (shapes.num_layers, row.count, shapes.num_kv_heads, shapes.head_dim)
         return KvPrefix(
-            k=self._view(row.k_offset, self.dtype, *shape, to=dtype),
-            v=self._view(row.v_offset, self.dtype, *shape, to=dtype),
+            k=self._view(row.k_offset, self.image.dtype, *shape, to=dtype),
+            v=self._view(row.v_offset, self.image.dtype, *shape, to=dtype),
         )
 
     def _gate(self, row: GateRow) -> MlpGate:
-        if not 1 <= row.top_k <= row.num_experts or not row.temperature > 0:
+        num_experts, options = row.num_experts, row.options
+        is_known = options.are_known and not (row.is_ffn_moe and options.mix == "rank")
+        if not 1 <= row.top_k <= num_experts or not row.temperature > 0 or not is_known:
             raise ImageError(
-                f"layers.{row.layer}.mlp: a gate cannot choose {row.top_k} of {row.num_experts} experts at "
-                f"temperature {row.temperature}; {_WAY_OUT}"
+                f"layers.{row.layer}.mlp: no gate chooses {row.top_k} of {num_experts} experts at temperature "
+                f"{row.temperature} by {options}; {WAY_OUT}"
             )
-        bias = None if row.bias_offset is None else self._view(row.bias_offset, torch.float32, row.num_experts)
-        shape = (row.num_experts, self.shapes.hidden_size)
-        return MlpGate(self._view(row.weight_offset, self.dtype, *shape, to=torch.float32), bias, row)
+        weight = self._view(row.weight_offset, self.image.dtype, num_experts, self.shapes.hidden_size, to=torch.float32)
+        bias = None if row.bias_offset is None else self._view(row.bias_offset, torch.float32, num_experts)
+        mixture = Mixture.build((1,) * num_experts, row.top_k, row.temperature, 0, options)
+        return MlpGate(weight, bias, mixture, row.is_ffn_moe)
 
     def _head(self, dtype: torch.dtype) -> HeadSite | None:
         row, shapes = self.rows.head, self.shapes
@@ -202,22 +206,15 @@ class ModelImage:
             return None
         bias = row.bias_offset
         return HeadSite(
-            a=self._view(row.a_offset, self.dtype, row.rank, shapes.hidden_size, to=dtype),
-            bt=self._view(row.bt_offset, self.dtype, row.rank, shapes.vocab_size, to=dtype),
-            bias=None if bias is None else self._view(bias, self.dtype, shapes.vocab_size, to=dtype),
+            a=self._view(row.a_offset, self.image.dtype, row.rank, shapes.hidden_size, to=dtype),
+            bt=self._view(row.bt_offset, self.image.dtype, row.rank, shapes.vocab_size, to=dtype),
+            bias=None if bias is None else self._view(bias, self.image.dtype, shapes.vocab_size, to=dtype),
         )
 
     def _view(self, offset: int, stored: torch.dtype, *shape: int, to: torch.dtype | None = None) -> Tensor:
         """Copy a tensor out, in its stored dtype or another."""
-        num_bytes = stored.itemsize
-        for size in shape:
-            num_bytes *= size
-        if offset < 0 or offset % stored.itemsize or offset + num_bytes > self.data.numel():
-            raise ImageError(
-                f"a tensor {list(shape)} {stored} at byte {offset} does not fit an image of {self.data.numel()} bytes; "
-                f"{_WAY_OUT}"
-            )
-        return self.data[offset : offset + num_bytes].view(stored).view(shape).to(to or stored, copy=True)
+        rows = self.image.view(offset, math.prod(shape[:-1]), shape[-1], stored)
+        return rows.view(shape).to(to or stored, copy=True)
 
 
 def model_not_finite(name: str, dtype: torch.dtype) -> str:

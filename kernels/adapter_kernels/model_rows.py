@@ -6,6 +6,8 @@ int32, norms and biases of gates float32, all else in the image's dtype.
 
 from dataclasses import dataclass
 
+from adapter_kernels.gate_options import METEORA, GateOptions
+
 
 @dataclass(frozen=True, slots=True)
 class NormRow:
@@ -75,10 +77,7 @@ class GateRow:
     temperature: float
     weight_offset: int
     bias_offset: int | None = None
-    in_norm: str = "none"
-    logit: str = "linear"
-    weight: str = "softmax_selected"
-    mix: str = "output"
+    options: GateOptions = METEORA
     is_ffn_moe: bool = False
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.extras import GroupExperts
+from adapter_kernels.image import Gate
 from adapter_kernels.model_image import MlpGate, ModelTensors, TokenRows
-from adapter_kernels.reference import expand, shrink
+from adapter_kernels.reference import expand, gate_weights, shrink
 
 
 def token_row(token_id: int, table: Tensor, rows: TokenRows | None) -> Tensor:
@@ -57,32 +58,10 @@ def logits(hidden: Tensor, table: Tensor, model: ModelTensors) -> Tensor:
 
 
 def mlp_weights(x: Tensor, gate: MlpGate) -> list[tuple[int, float]]:
-    """Choose one token's experts by the gate of its MLP: (expert, weight), the largest logit first.
-
-    Options as in `adapters_store.gates.GateOptions`.
-    """
-    row, options = x.float(), gate.options
-    if options.in_norm == "layernorm_noaffine":
-        row = (row - row.mean()) / torch.sqrt(row.var(unbiased=False) + 1e-5)
-    elif options.in_norm == "unit":
-        row = row / max(float(row.norm()), 1e-12)
-    found = gate.weight @ row + (0.0 if gate.bias is None else gate.bias)
-    if options.logit == "abs":
-        found = found.abs()
-    order = sorted(range(options.num_experts), key=lambda expert: (-float(found[expert].nan_to_num()), expert))
-    chosen = order[: options.top_k]
-    scaled = found / options.temperature
-    if options.weight == "one":
-        weights = torch.ones(len(chosen))
-    elif options.weight == "sigmoid":
-        weights = torch.sigmoid(scaled[chosen])
-    elif options.weight == "softmax_selected":
-        weights = torch.softmax(scaled[chosen], 0)
-    else:
-        weights = torch.softmax(scaled, 0)[chosen]
-        if options.weight == "softmax_all_renorm":
-            weights = weights / weights.sum()
-    return [(expert, float(weight)) for expert, weight in zip(chosen, weights, strict=True)]
+    """Choose one token's experts by the gate of its MLP: (expert, weight), the largest logit first."""
+    mixture = gate.mixture
+    ranks = (1,) * mixture.num_experts
+    return gate_weights(x, Gate(gate.weight, ranks, mixture.top_k, mixture.temperature, gate.bias, mixture.options))
 
 
 def expert_delta(x: Tensor, experts: GroupExperts | None, expert: int, width: int) -> Tensor:
@@ -125,11 +104,11 @@ def mlp(
 
     def mixed(site: str, row: Tensor) -> Tensor:
         experts = sites.get(site)
-        if gate.options.mix == "rank" and experts is not None:
+        if gate.mixture.options.mix == "rank" and experts is not None:
             return weights[site] @ row + rank_mixed(row, experts, chosen)
         return weights[site] @ row + sum((w * delta(site, e, row) for e, w in chosen), torch.zeros(1))
 
-    if not gate.options.is_ffn_moe:
+    if not gate.is_ffn_moe:
         return mixed("down_proj", activation(mixed("gate_proj", x)) * mixed("up_proj", x))
     activated, change = torch.zeros(weights["up_proj"].shape[0]), torch.zeros(weights["down_proj"].shape[0])
     for expert, weight in chosen:

@@ -19,6 +19,7 @@ from adapter_kernels.image import AdapterImage, ImageError, not_finite
 from adapter_kernels.model_image import ModelImage, ModelTensors, model_not_finite
 from adapter_kernels.model_rows import ModelShapes
 from adapter_kernels.profile import Profile
+from adapter_kernels.rare_image import read_rare_sites
 from adapter_kernels.route import Placement
 from adapter_kernels.slab import CAPACITY, Slab
 from adapters_store.errors import StoreError
@@ -100,13 +101,14 @@ class AdapterArena:
         try:
             adapter = self._open_image(digest)
             image = self._image(adapter)
-            model = self._model(adapter, image)
+            extras = AdapterExtras(read_rare_sites(image, self._dtype), self._model(adapter, image))
             with self._lock:
                 placement = self._take(Profile.of(image))
             placement.slab.write(placement.position, image)
-            if model is not None:
-                placement = replace(placement, extras=AdapterExtras({}, model))
-            num_bytes, rank = placement.slab.bytes_per_position + (model.num_bytes if model else 0), adapter.rank
+            num_bytes, rank = placement.slab.bytes_per_position, adapter.rank
+            if extras.sites or extras.model is not None:
+                placement = replace(placement, extras=extras)
+                num_bytes += extras.num_bytes
             error = _non_finite(placement)
         except (StoreError, ImageError) as failure:
             error = str(failure)
@@ -128,7 +130,7 @@ class AdapterArena:
 
     def _model(self, adapter: OpenAdapter, image: AdapterImage) -> ModelTensors | None:
         rows = model_rows(adapter)
-        return None if rows is None else ModelImage(image.data, image.dtype, rows, self._model_shapes).read(self._dtype)
+        return None if rows is None else ModelImage(image, rows, self._model_shapes).read(self._dtype)
 
     def _take(self, profile: Profile) -> Placement:
         free = self._slabs[profile]
@@ -161,8 +163,14 @@ def _non_finite(placement: Placement) -> str | None:
     for layer, site, tensor in placement.slab.tensors():
         if not torch.isfinite(tensor[placement.position]).all():
             return not_finite(layer, site, placement.slab.dtype)
-    if placement.extras is not None and placement.extras.model is not None:
-        for name, tensor in placement.extras.model.weights():
-            if not torch.isfinite(tensor).all():
-                return model_not_finite(name, placement.slab.dtype)
+    return None if placement.extras is None else _non_finite_extras(placement.extras, placement.slab.dtype)
+
+
+def _non_finite_extras(extras: AdapterExtras, dtype: torch.dtype) -> str | None:
+    for (layer, site), rare in extras.sites.items():
+        if not all(torch.isfinite(tensor).all() for tensor in rare.tensors()):
+            return not_finite(layer, site, dtype)
+    for name, tensor in extras.model.weights() if extras.model is not None else ():
+        if not torch.isfinite(tensor).all():
+            return model_not_finite(name, dtype)
     return None

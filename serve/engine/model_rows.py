@@ -3,6 +3,7 @@
 The same fields, of two rooms that do not know each other; decides nothing.
 """
 
+from adapter_kernels.gate_options import GateOptions
 from adapter_kernels.model_rows import (
     EmbedRow,
     GateRow,
@@ -62,6 +63,7 @@ def _head(entry: SiteEntry) -> HeadRow:
 
 
 def _gate(entry: GateEntry) -> GateRow:
+    options = entry.options
     return GateRow(
         layer=entry.layer,
         num_experts=entry.num_experts,
@@ -69,9 +71,6 @@ def _gate(entry: GateEntry) -> GateRow:
         temperature=entry.temperature,
         weight_offset=entry.offset,
         bias_offset=entry.bias_offset,
-        in_norm=entry.options.in_norm,
-        logit=entry.options.logit,
-        weight=entry.options.weight,
-        mix=entry.options.mix,
+        options=GateOptions(options.in_norm, options.logit, options.weight, options.mix),
         is_ffn_moe=entry.is_ffn_moe,
     )

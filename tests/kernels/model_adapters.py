@@ -1,11 +1,12 @@
 """Random adapters that act outside the linear layers: by hand, as tensors and as image bytes."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from adapter_kernels.extras import AdapterExtras, GroupExperts, RareSite
+from adapter_kernels.gate import Mixture
 from adapter_kernels.model_image import EmbedLowrank, HeadSite, KvPrefix, MlpGate, ModelTensors, TokenRows
 from adapter_kernels.model_rows import GateRow, ModelShapes
 from adapter_kernels.profile import Profile
@@ -54,18 +55,24 @@ class Maker:
             head=HeadSite(self.normal(2, HIDDEN), self.normal(2, VOCAB), self.normal(VOCAB)),
         )
 
-    def mixture(self, options: GateRow, ranks: tuple[int, ...], sites: tuple[str, ...], *, bias: bool) -> AdapterExtras:
+    def mixture(self, row: GateRow, ranks: tuple[int, ...], sites: tuple[str, ...], *, bias: bool) -> AdapterExtras:
         """Experts of both layers' MLPs behind a shared gate."""
         gates, found = {}, {}
         for layer in range(LAYERS):
             weight, gate_bias = self.normal(len(ranks), HIDDEN).float(), self.normal(len(ranks)).float()
-            gates[layer] = MlpGate(weight, gate_bias if bias else None, replace(options, layer=layer))
+            gates[layer] = mlp_gate(row, weight, gate_bias if bias else None)
             for site in sites:
                 out_dim, in_dim = MLP_SHAPES[site]
                 a, bt = self.normal(sum(ranks), in_dim) / in_dim**0.5, self.normal(sum(ranks), out_dim)
                 experts = GroupExperts(f"layers.{layer}.mlp", ranks, a.to(self.dtype), bt)
                 found[layer, site] = RareSite(experts=experts)
         return AdapterExtras(found, ModelTensors(gates=gates))
+
+
+def mlp_gate(row: GateRow, weight: Tensor, bias: Tensor | None) -> MlpGate:
+    """Make the gate that an image's row describes."""
+    mixture = Mixture.build((1,) * row.num_experts, row.top_k, row.temperature, 0, row.options)
+    return MlpGate(weight, bias, mixture, row.is_ffn_moe)
 
 
 def place(extras: AdapterExtras | None, position: int) -> Placement:

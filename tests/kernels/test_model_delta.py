@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from adapter_kernels import reference_model
 from adapter_kernels.extras import AdapterExtras
+from adapter_kernels.gate_options import GateOptions
 from adapter_kernels.model_delta import CpuModelDelta
 from adapter_kernels.model_image import ModelTensors
 from adapter_kernels.model_rows import GateRow
@@ -117,13 +118,17 @@ def test_prefixes_land_in_the_slots_of_their_virtual_tokens_alone() -> None:
 
 
 GATES = {
-    "llava-mole": (GateRow(0, 3, 1, 1.0, 0, weight="one"), (2, 2, 2), True),
-    "mixlora": (GateRow(0, 4, 2, 1.0, 0, weight="softmax_all_renorm", is_ffn_moe=True), (2, 2, 2, 2), False),
+    "llava-mole": (GateRow(0, 3, 1, 1.0, 0, options=GateOptions(weight="one")), (2, 2, 2), True),
+    "mixlora": (
+        GateRow(0, 4, 2, 1.0, 0, options=GateOptions(weight="softmax_all_renorm"), is_ffn_moe=True),
+        (2, 2, 2, 2),
+        False,
+    ),
     "mixlora-unequal": (GateRow(0, 3, 2, 0.5, 0, is_ffn_moe=True), (1, 4, 2), True),
-    "all": (GateRow(0, 3, 3, 2.0, 0, weight="softmax_all", in_norm="unit"), (1, 2, 3), False),
-    "abs": (GateRow(0, 4, 2, 1.0, 0, logit="abs", in_norm="layernorm_noaffine"), (2, 2, 2, 2), False),
-    "sigmoid": (GateRow(0, 3, 2, 1.5, 0, weight="sigmoid"), (2, 1, 2), True),
-    "rank": (GateRow(0, 3, 2, 1.0, 0, mix="rank"), (2, 2, 2), False),
+    "all": (GateRow(0, 3, 3, 2.0, 0, options=GateOptions("unit", weight="softmax_all")), (1, 2, 3), False),
+    "abs": (GateRow(0, 4, 2, 1.0, 0, options=GateOptions("layernorm_noaffine", "abs")), (2, 2, 2, 2), False),
+    "sigmoid": (GateRow(0, 3, 2, 1.5, 0, options=GateOptions(weight="sigmoid")), (2, 1, 2), True),
+    "rank": (GateRow(0, 3, 2, 1.0, 0, options=GateOptions(mix="rank")), (2, 2, 2), False),
 }
 
 
