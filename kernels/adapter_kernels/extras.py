@@ -4,6 +4,7 @@ Owns the types only; `rare_ops.py` runs the sites, `model_delta.py` the rest. Th
 side by side. Invariant: a site is here only if it holds something that no slab holds, and then only that.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -87,6 +88,20 @@ class RareSite:
     out_begin: int = 0
     out_end: int = 0
 
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors of the site."""
+        if self.csr is not None:
+            yield from (self.csr.indptr, self.csr.col, self.csr.val)
+        if self.dense is not None:
+            yield self.dense
+        if self.frame is not None:
+            vectors = (self.frame.in_scale, self.frame.blockdiag, self.frame.out_scale)
+            yield from (vector for vector in vectors if vector is not None)
+            if self.frame.rotation is not None:
+                yield from (self.frame.rotation.c0, self.frame.rotation.c1)
+        if self.experts is not None:
+            yield from (self.experts.a, self.experts.bt)
+
 
 @dataclass(frozen=True, slots=True)
 class AdapterExtras:
@@ -94,3 +109,9 @@ class AdapterExtras:
 
     sites: dict[tuple[int, str], RareSite]
     model: ModelTensors | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors."""
+        own = sum(tensor.nbytes for rare in self.sites.values() for tensor in rare.tensors())
+        return own + (self.model.num_bytes if self.model is not None else 0)

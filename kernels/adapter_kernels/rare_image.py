@@ -4,7 +4,6 @@ Owns the reading: signs become values, everything around the base's product fp32
 image's bytes need not stay. Invariant: a sparse matrix that is read names no input and no output that the site lacks.
 """
 
-from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -40,21 +39,6 @@ def read_rare(image: AdapterImage, rows: SiteRows, dtype: torch.dtype) -> RareSi
         return None
     begin = _first_output(image, rows.site)
     return replace(rare, out_begin=begin, out_end=begin + out_dim)
-
-
-def tensors_of(rare: RareSite) -> Iterator[Tensor]:
-    """Yield all tensors of a site."""
-    if rare.csr is not None:
-        yield from (rare.csr.indptr, rare.csr.col, rare.csr.val)
-    if rare.dense is not None:
-        yield rare.dense
-    if rare.frame is not None:
-        vectors = (rare.frame.in_scale, rare.frame.blockdiag, rare.frame.out_scale)
-        yield from (vector for vector in vectors if vector is not None)
-        if rare.frame.rotation is not None:
-            yield from (rare.frame.rotation.c0, rare.frame.rotation.c1)
-    if rare.experts is not None:
-        yield from (rare.experts.a, rare.experts.bt)
 
 
 def _first_output(image: AdapterImage, site: str) -> int:

@@ -11,7 +11,7 @@ from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.extras import Frame, Rotation, Sparse2d
 from adapter_kernels.image import AdapterImage, ImageError
-from adapter_kernels.rare_image import read_rare, read_rare_sites, tensors_of
+from adapter_kernels.rare_image import read_rare, read_rare_sites
 from adapter_kernels.rare_ops import sparse_product
 from adapter_kernels.reference_rare import sparse_delta, turned_inputs, turned_outputs
 from adapter_kernels.route import build_route
@@ -114,7 +114,7 @@ def test_what_is_not_finite_stays_with_its_own_row(what: str, value: float) -> N
         for broken in places[len(images) :]:
             assert broken.extras is not None
             for rare in broken.extras.sites.values():
-                for tensor in tensors_of(rare):
+                for tensor in rare.tensors():
                     if tensor.is_floating_point():
                         tensor.fill_(value)
     for (layer, site), (x, base, clean) in inputs.items():
