@@ -196,6 +196,24 @@ class ConversionFailed(StoreError):
     default_code = "conversion_failed"
 
 
+class ProbeNotFinite(AdapterRefused):
+    """400 `probe_not_finite`: run on the base before it was published, the adapter gave NaN or infinity."""
+
+    default_code = "probe_not_finite"
+
+
+class ProbeDisagrees(AdapterRefused):
+    """400 `probe_disagrees`: as served it acts otherwise than its source's own formula says."""
+
+    default_code = "probe_disagrees"
+
+
+class ProbeFailed(StoreError):
+    """500 `probe_failed`: the adapter could not be run, or its source not be computed; nothing was stored."""
+
+    default_code = "probe_failed"
+
+
 class AdapterCorrupt(StoreError):
     """503 `adapter_corrupt`: the stored bytes no longer match their digest; they are never served."""
 

@@ -5,10 +5,11 @@ Invariant: a name points only to an object that is whole and durable; what is ac
 not acknowledged leaves no trace after the next sweep.
 """
 
-import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from adapters_store.base import BaseDims
@@ -16,13 +17,14 @@ from adapters_store.blobs import Blobs, OpenAdapter, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.converter import convert_in_child
-from adapters_store.entries import CsrEntry, ModelEntries, SiteEntry, SparseEntry
+from adapters_store.entries import SiteEntry, SparseEntry
 from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
-from adapters_store.locks import StoreLock, lock_folder
-from adapters_store.manifest import Report
+from adapters_store.locks import StoreLock
+from adapters_store.manifest import Manifest, Report
 from adapters_store.names import check_alias, check_name
+from adapters_store.proof import NO_ENGINE, NotProbed, Probe, Proof, Proving, Staged
 from adapters_store.registry import (
     AdapterRef,
     AdapterVersion,
@@ -34,14 +36,13 @@ from adapters_store.registry import (
     fits,
 )
 from adapters_store.registry_sqlite import SqliteRegistry
+from adapters_store.staging import Staging, hold
 from adapters_store.upload import Upload, copy_parts
 
 __all__ = [
     "AdapterRef",
     "AdapterStore",
     "AdapterVersion",
-    "CsrEntry",
-    "ModelEntries",
     "OpenAdapter",
     "Report",
     "SiteEntry",
@@ -70,7 +71,6 @@ class AdapterStore:
         convert: Convert,
         clock: Callable[[], float],
     ) -> None:
-        self._root = root
         self._options = options
         self._registry = registry
         self._served_name = served_name
@@ -79,7 +79,7 @@ class AdapterStore:
         self._convert = convert
         self._clock = clock
         self._lock = StoreLock(root / "lock")
-        self._staging = root / "staging"
+        self._staging = Staging(root / "staging", files)
         self._blobs = Blobs(root / "objects", files)
         self._base_facts: BaseFacts = options.base.to_dict()
 
@@ -159,17 +159,23 @@ class AdapterStore:
     def stage(self) -> Upload:
         """Begin an upload; use it as a context manager."""
         with self._lock.held():
-            return Upload(self._staging, self._files, max_bytes=self._max_upload_bytes, publish=self._commit)
+            return Upload(self._staging.root, self._files, max_bytes=self._max_upload_bytes, publish=self._commit)
 
     def put_dir(
-        self, name: str, folder: Path, *, trusted: bool = False, declared: Declared | None = None
+        self,
+        name: str,
+        folder: Path,
+        *,
+        trusted: bool = False,
+        declared: Declared | None = None,
+        proving: Proving = NO_ENGINE,
     ) -> AdapterVersion:
         """Publish a folder in one of the external formats as the next version of `name`; other files are not read.
 
         Args:
             trusted: the folder is the operator's own: links are followed (the Hugging Face cache is made of them).
                 Otherwise every file must be a regular one with a single name.
-            declared: as `Upload.commit`.
+            declared, proving: as `Upload.commit`.
         Raises:
             StoreError: as `Upload.commit`.
         """
@@ -177,7 +183,7 @@ class AdapterStore:
         declared = declared if declared is not None else Declared()
         with self.stage() as upload:
             copy_parts(folder, upload, declared, trusted=trusted)
-            return upload.commit(name, declared)
+            return upload.commit(name, declared, proving=proving)
 
     def resolve(self, model: str) -> AdapterRef | None:
         """Return what `model` stands for; None if no adapter of this base is meant. An exact name always wins."""
@@ -236,59 +242,54 @@ class AdapterStore:
         Deleted adapters' objects stay for an hour: requests that were accepted under their digest may still load them.
         """
         with self._lock.held(), storage_errors():
-            for folder in list(self._staging.iterdir()):
-                self._sweep_staging(folder)
-            for digest in sorted(self._blobs.digests() - self._live()):
+            self._staging.sweep()
+            for digest in sorted(self._blobs.digests() - self._needed()):
                 self._blobs.remove(digest)
-
-    def _sweep_staging(self, folder: Path) -> None:
-        try:
-            lock = lock_folder(folder)
-        except OSError:
-            # its owner removed it meanwhile
-            return
-        if lock is None:
-            return
-        try:
-            self._files.remove_tree(folder)
-        except OSError:
-            # a converter that outlived its server still writes there: the next sweep takes it
-            return
-        finally:
-            os.close(lock)
 
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         self.check_name(name)
-        self._convert(upload.source, upload.object, replace(self._options, declared=declared))
+        options = replace(self._options, declared=declared)
+        self._convert(upload.source, upload.object, options)
+        limits = (options.largest_rank, options.dense_budget_bytes)
         with storage_errors():
-            options = self._options
-            manifest = check_adapter(
-                upload.object, options.base, options.dtype, options.largest_rank, options.dense_budget_bytes
-            )
+            manifest = check_adapter(upload.object, options.base, options.dtype, *limits)
+            self._blobs.make_durable(upload.object)
         new = NewVersion.of(name, manifest, created=int(self._clock()))
         self.sweep()
-        with storage_errors():
-            self._blobs.make_durable(upload.object)
-        with self._lock.held():
-            with storage_errors():
-                self._blobs.publish(upload.object, new.digest)
-            try:
+        try:
+            if isinstance(upload.proving, NotProbed):
+                new = replace(new, not_probed=upload.proving.reason)
+            else:
+                new = replace(new, proof=self._prove(upload, upload.proving, manifest, options))
+            with self._lock.held():
+                with storage_errors():
+                    if new.proof is None:
+                        self._blobs.publish(upload.object, new.digest)
                 self.check_name(name)
                 return self._registry.publish(new)
-            except BaseException:
-                self._abandon(new.digest)
-                raise
+        except BaseException:
+            self._abandon(upload, new.digest)
+            raise
 
-    def _abandon(self, digest: str) -> None:
+    def _prove(self, upload: Upload, probe: Probe, manifest: Manifest, options: ConvertOptions) -> Proof:
+        """Let an object be opened by its digest while its staging folder holds it, and have it proven."""
+        digest = manifest.digest()
+        with self._lock.held(), storage_errors():
+            self._files.make_dir(upload.probe_folder)
+            hold(upload.folder, digest, self._files)
+            self._blobs.publish(upload.object, digest)
+        image = partial(self.open_image, digest)
+        return probe(Staged(digest, manifest, upload.source, upload.probe_folder, options, image))
+
+    def _abandon(self, upload: Upload, digest: str) -> None:
         """Remove an object that got no pointer; if the disk fails here too, the next sweep does it."""
-        try:
-            if digest not in self._live():
+        with suppress(OSError, StoreError), self._lock.held():
+            if digest not in self._needed(but=upload.folder):
                 self._blobs.remove(digest)
-        except (OSError, StoreError):
-            return
 
-    def _live(self) -> set[str]:
-        return self._registry.digests(retired_since=int(self._clock() - _GRACE_S))
+    def _needed(self, *, but: Path | None = None) -> set[str]:
+        """Return the digests that a version, a running request or a probe of another folder than `but` may need."""
+        return self._registry.digests(retired_since=int(self._clock() - _GRACE_S)) | self._staging.held(but=but)
 
     def _find(self, model: str) -> AdapterVersion | None:
         found = find_version(self._registry, model)

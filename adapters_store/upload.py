@@ -16,6 +16,7 @@ from adapters_store.errors import CorruptUpload, UnsupportedAdapter, Unsupported
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.formats import WEIGHTS_PART, Declared, check_parts, is_config_part, parts_in, refuse_name
 from adapters_store.locks import lock_folder
+from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.registry import AdapterVersion
 
 # the same limit as the config's reader: refused before it is stored
@@ -78,6 +79,7 @@ class Upload:
         """Create the folder and lock it; the caller holds the store's lock, so no sweep can come between."""
         self.files = files
         self.folder = staging / uuid.uuid4().hex
+        self.proving: Proving = NO_ENGINE
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._publish = publish
@@ -102,6 +104,11 @@ class Upload:
         """Folder of the canonical adapter, until it is renamed to its place."""
         return self.folder / "object"
 
+    @property
+    def probe_folder(self) -> Path:
+        """Folder of what a probe writes; it does not exist before."""
+        return self.folder / "probe"
+
     def open_part(self, filename: str) -> PartWriter:
         """Begin one file of the upload.
 
@@ -122,14 +129,16 @@ class Upload:
         if self._num_bytes > self._max_bytes:
             raise UploadTooLarge(f"the upload is larger than {self._max_bytes} bytes (max_upload_bytes)", param="files")
 
-    def commit(self, name: str, declared: Declared | None = None) -> AdapterVersion:
-        """Convert, validate and publish the upload as the next version of `name`; durable when this returns.
+    def commit(self, name: str, declared: Declared | None = None, *, proving: Proving = NO_ENGINE) -> AdapterVersion:
+        """Convert, validate, prove and publish the upload as the next version of `name`; durable when this returns.
 
         Args:
             declared: what the uploader says about the files; nothing: their format is found by their names.
+            proving: runs the adapter on the base before it becomes visible, or says why nobody does.
         Raises:
-            StoreError: the subclass says why; nothing was published.
+            StoreError: the subclass says why; nothing was published. Or what the probe raised.
         """
+        self.proving = proving
         for part in self._parts.values():
             part.close()
         declared = declared if declared is not None else Declared()

@@ -10,6 +10,9 @@ from pathlib import Path
 
 from serve.probe.prompts import Prompt
 
+# the file, in a folder of the upload's, by which it crosses
+OBSERVED_NAME = "observed.json"
+
 
 @dataclass(frozen=True, slots=True)
 class Position:

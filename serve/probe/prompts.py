@@ -12,8 +12,8 @@ import numpy as np
 _NUM_PROMPTS = 2
 _NUM_TOKENS = 16
 _SEED = 20261121
-# of the tokens that an adapter itself names, as many as fit beside plain ones
-_MAX_OWN_TOKENS = 8
+# of the tokens that an adapter itself names, as many as fit beside plain ones into all prompts
+MAX_OWN_TOKENS = 16
 
 Prompt = tuple[int, ...]
 
@@ -41,7 +41,8 @@ def choose_prompts(wishes: Wishes) -> tuple[Prompt, ...]:
     prompts = []
     for number in range(_NUM_PROMPTS):
         ids = [int(token) for token in random.integers(0, wishes.vocab_size, length)]
-        _plant(ids, wishes.trained[number * _MAX_OWN_TOKENS :][:_MAX_OWN_TOKENS] or wishes.trained[:_MAX_OWN_TOKENS])
+        # with few of them, every prompt has some
+        _plant(ids, wishes.trained[number::_NUM_PROMPTS] or wishes.trained)
         if wishes.invocation:
             # the last match counts: the second prompt has two
             for begin in {length // 2, 0 if number else length // 2}:

@@ -22,10 +22,9 @@ from serve.errors import StartError
 from serve.model.spec import ModelSpec, read_spec
 from serve.probe.decoder import Float64, Lane, ReferenceDecoder, Rounding
 from serve.probe.measure import Measured, Reference, measure
-from serve.probe.observed import Observed
+from serve.probe.observed import OBSERVED_NAME, Observed
 from serve.probe.weights import ProbeWeights
 
-OBSERVED_NAME = "observed.json"
 _MAX_FILE_BYTES = 1 << 20
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from adapters_store.convert.peft import convert_peft
 from adapters_store.errors import AdapterNotFound
 from adapters_store.formats import Declared
+from adapters_store.proof import NO_ENGINE, Proof, Staged
 from adapters_store.registry import AdapterVersion, NewVersion
 from adapters_store.store import AdapterStore
 from adapters_store.upload import Upload
@@ -93,13 +94,20 @@ class LocksNobodyOut(AdapterStore):
 
 
 class SweepsTheLiving(AdapterStore):
-    def _live(self) -> set[str]:
+    def _needed(self, *, but: Path | None = None) -> set[str]:
         return set()
 
 
 class NeverSweeps(AdapterStore):
     def sweep(self) -> None:
         return
+
+
+class SweepsWhatOthersProbe(AdapterStore):
+    """Only what a version points to counts as needed."""
+
+    def _needed(self, *, but: Path | None = None) -> set[str]:
+        return self._registry.digests(retired_since=0)
 
 
 STORES: dict[str, type[AdapterStore]] = {
@@ -112,6 +120,7 @@ STORES: dict[str, type[AdapterStore]] = {
     "the sweep takes living objects": SweepsTheLiving,
     "nothing is swept": NeverSweeps,
     "processes do not lock each other out": LocksNobodyOut,
+    "processes sweep what others probe": SweepsWhatOthersProbe,
 }
 
 
@@ -128,6 +137,7 @@ def open_variant(variant: str) -> Callable[..., AdapterStore]:
 def work(root: Path, log: int, seed: int, variant: str, names: list[str]) -> None:
     """Change the store at random, for ever."""
     choose = random.Random(seed)
+    probes = variant in ("sound", "processes sweep what others probe")
     store = open_variant(variant)(root)
     if variant == "the answer comes before the pointer":
         tell_early(store, log)
@@ -147,8 +157,14 @@ def work(root: Path, log: int, seed: int, variant: str, names: list[str]) -> Non
                 part.write(CONFIG)
             with upload.open_part("adapter_model.safetensors") as part:
                 part.write(safetensors_bytes(lora_tensors(rank=1, sites=("k_proj", "o_proj"), seed=seed)))
-            version = upload.commit(name)
+            version = upload.commit(name, proving=probe if probes and choose.random() < 0.5 else NO_ENGINE)
         say(log, "ack", "put", name, str(version.version), version.digest)
+
+
+def probe(staged: Staged) -> Proof:
+    """Take about as long as a version's other syncs do; the object is there under its digest meanwhile."""
+    time.sleep(_WINDOW_S)
+    return {"digest": staged.digest}
 
 
 def tell_early(store: AdapterStore, log: int) -> None:

@@ -17,6 +17,7 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
+from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.registry import AdapterVersion, NewVersion
 from adapters_store.registry_sqlite import SqliteRegistry
 from adapters_store.store import AdapterStore
@@ -56,9 +57,9 @@ class Run:
         self.registry = self.store._registry
         self._record_pointers()
 
-    def put(self, name: str, folder: Path) -> None:
+    def put(self, name: str, folder: Path, proving: Proving = NO_ENGINE) -> None:
         self.tell(Told("try put", name))
-        version = self.store.put_dir(name, folder)
+        version = self.store.put_dir(name, folder, proving=proving)
         self.tell(Told("ack put", name, version.version, version.digest))
 
     def delete(self, name: str) -> None:
@@ -170,7 +171,7 @@ class RemovesBeforeThePointer(AdapterStore):
 
 
 class SweepsTheLiving(AdapterStore):
-    def _live(self) -> set[str]:
+    def _needed(self, *, but: Path | None = None) -> set[str]:
         return set()
 
 
@@ -180,7 +181,7 @@ class NeverSweeps(AdapterStore):
 
 
 class AcksBeforeThePointer(Run):
-    def put(self, name: str, folder: Path) -> None:
+    def put(self, name: str, folder: Path, proving: Proving = NO_ENGINE) -> None:
         publish = self.registry.publish
 
         def told_early(new: NewVersion) -> AdapterVersion:
@@ -219,7 +220,7 @@ BUGS: dict[str, tuple[Make, type[AdapterStore]]] = {
 
 
 def scenario(run: Run, folder: Path) -> None:
-    """Upload, replace, upload the same bytes under another name, delete, sweep, upload again."""
+    """Upload, replace, upload the same bytes under another name, delete, sweep, upload again with a probe."""
     config = lora_config(r=1, target_modules=["k_proj"])
     first, second = (write_folder(folder / str(seed), config, tensors(seed)) for seed in (1, 2))
     run.put("a", first)
@@ -228,7 +229,7 @@ def scenario(run: Run, folder: Path) -> None:
     run.delete("a")
     run.now += 7200
     run.store.sweep()
-    run.put("c", second)
+    run.put("c", second, lambda staged: {"digest": staged.digest})
     run.store.close()
 
 

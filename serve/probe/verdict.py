@@ -1,0 +1,94 @@
+"""Whether a version may be published: the rules over what a probe measured, and the words of each refusal.
+
+Owns the tolerances. Invariant: a tolerance grows only with noise that was measured without the served adapter.
+"""
+
+from dataclasses import asdict, dataclass
+
+from adapters_store.errors import AdapterWithoutEffect, ProbeDisagrees
+from adapters_store.proof import Proof
+from adapters_store.strict_json import Json
+from serve.probe.measure import Measured
+from serve.probe.observed import Observed
+
+# errors of log-probabilities that are never held against an adapter: (largest, root mean square). float32: measured
+# 1e-6 to 3e-5 on tiny models, 1e-4 is what every conversion is tested to; 16 bits: two roundings of a logit of 8
+_LEAST = {"float32": (1e-4, 3e-5), "float16": (1e-2, 3e-3), "bfloat16": (6e-2, 2e-2)}
+# the adapter's own roundings come on top of the base's: up to 2 times were measured, so twice that is allowed
+_NOISE_FACTOR = 4.0
+# an effect may be off by as much as rounding its factors explains, and by what the noise may feign
+_GAIN_SLACK = {"float32": 0.01, "float16": 0.02, "bfloat16": 0.05}
+_GAIN_ERRORS = 6.0
+_SHOWN_DIGITS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """The largest errors that pass."""
+
+    max_error: float
+    rms_error: float
+    gain_error: float | None
+
+
+def tolerance(measured: Measured, dtype: str) -> Tolerance:
+    """Return what this probe could tell apart."""
+    least_max, least_rms = _LEAST[dtype]
+    gain = None if measured.gain_error is None else _GAIN_SLACK[dtype] + _GAIN_ERRORS * measured.gain_error
+    return Tolerance(
+        max_error=max(least_max, _NOISE_FACTOR * measured.noise_max),
+        rms_error=max(least_rms, _NOISE_FACTOR * measured.noise_rms),
+        gain_error=gain,
+    )
+
+
+def check_effect(observed: Observed) -> None:
+    """Refuse an adapter that the engine answers exactly like the base; raises AdapterWithoutEffect."""
+    if observed.adapter == observed.base:
+        raise AdapterWithoutEffect(
+            "served on the base, the adapter changes nothing: every log-probability of the probe's prompts is the "
+            "base's. Was it trained, and saved after training?"
+        )
+
+
+def check_agreement(measured: Measured, dtype: str) -> None:
+    """Refuse an adapter that acts otherwise than its source.
+
+    Raises:
+        ProbeDisagrees: with the numbers and the way out.
+    """
+    allowed = tolerance(measured, dtype)
+    reasons = [
+        f"{what} {found:.3g}, more than the {most:.3g} that rounding explains"
+        for what, found, most in (
+            ("largest error of log-probabilities", measured.max_error, allowed.max_error),
+            ("their root mean square error", measured.rms_error, allowed.rms_error),
+        )
+        if found > most
+    ]
+    gain, most_gain = measured.gain, allowed.gain_error
+    if gain is not None and most_gain is not None and most_gain < 1 and abs(gain - 1) > most_gain:
+        reasons.append(f"its effect is {gain:.3g} times the source's, where 1 +- {most_gain:.2g} is expected")
+    if reasons:
+        raise ProbeDisagrees(
+            f"served on the base, the adapter acts otherwise than its own formula: {'; '.join(reasons)} "
+            f"({measured.num_compared} values, KL {measured.kl:.3g}). Nothing was stored. If its files are right this "
+            "is a bug of the server: report it with adapter_config.json; the operator can publish without the probe "
+            "(--probe off)"
+        )
+
+
+def proof_of(measured: Measured, observed: Observed, device: str) -> Proof:
+    """Return what is stored with the version, numbers to three digits."""
+    allowed = tolerance(measured, observed.dtype)
+    return {
+        "dtype": observed.dtype,
+        "device": device,
+        "prompts": [list(prompt) for prompt in observed.prompts],
+        **{key: _shown(value) for key, value in asdict(measured).items()},
+        "tolerance": {key: _shown(value) for key, value in asdict(allowed).items()},
+    }
+
+
+def _shown(value: Json) -> Json:
+    return float(f"{value:.{_SHOWN_DIGITS}g}") if isinstance(value, float) else value
