@@ -10,7 +10,7 @@ import numpy as np
 
 from adapters_store.base import BaseDims
 from adapters_store.convert.config_values import Config, read_scale, read_whole
-from adapters_store.convert.lora import BASE_CHANGING_RULES, TRAINING_RULES
+from adapters_store.convert.lora_keys import BASE_CHANGING_RULES, TOKEN_RULES, TRAINING_RULES, VARIANT_RULES
 from adapters_store.convert.peft_keys import common_rules, harmless, refused, training_only, used
 from adapters_store.convert.peft_patterns import MAX_ENTRIES
 from adapters_store.convert.peft_targets import DefaultTargets
@@ -125,8 +125,10 @@ ADALORA = Served(
         training_only("total_step"),
         refused("use_dora", "PEFT's AdaLoRA has no DoRA: remove it"),
         refused("loftq_config", "LoftQ changes the base weights: train without it"),
+        *TOKEN_RULES,
         *TRAINING_RULES,
         *BASE_CHANGING_RULES,
+        *VARIANT_RULES,
     ),
     parts=frozenset({_A, _E, _B}),
     read=_read,

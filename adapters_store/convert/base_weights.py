@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from adapters_store.base import SITE_PATHS, BaseDims
+from adapters_store.base import HEAD, SITE_PATHS, BaseDims
 from adapters_store.convert.model_files import ModelFiles, num_rows, open_model
 from adapters_store.errors import WrongBase
 from adapters_store.float_bits import Float32
@@ -22,10 +22,11 @@ FUSED_SITES = {
     "mlp.gate_up_proj": ("gate_proj", "up_proj"),
 }
 _CHUNK_VALUES = 1 << 20
+_EMBEDDING = "embed_tokens"
 
 
 class BaseWeights:
-    """The served base's linear layers, by layer number and sites."""
+    """The served base's linear layers, by layer number and sites, and its embedding and output head."""
 
     def __init__(self, folder: str | None, base: BaseDims) -> None:
         """Open nothing yet; `folder` is None where the base is not at hand."""
@@ -66,6 +67,25 @@ class BaseWeights:
             biases.append(own)
         return np.concatenate(biases) if has_any else None
 
+    def is_float32(self, layer: int, sites: tuple[str, ...]) -> bool:
+        """Return whether the base's files hold the stacked sites in float32; raises WrongBase."""
+        files = self._open()
+        return all(files.dtype(f"{self._find(files, layer, site)[0]}.weight") == "F32" for site in sites)
+
+    def table(self, place: str) -> Iterator[tuple[slice, Float32]]:
+        """Yield the rows [V, H] of `embed_tokens` or `lm_head` in pieces; raises WrongBase."""
+        files = self._open()
+        name = f"{self._table_stem(files, place)}.weight"
+        vocab = self._base.vocab_size
+        step = num_rows((vocab, self._base.hidden_size), _CHUNK_VALUES)
+        for first in range(0, vocab, step):
+            last = min(first + step, vocab)
+            yield slice(first, last), files.rows(name, first, last)
+
+    def has_norm(self, layer: int, norm: str) -> bool:
+        """Return whether the base has a norm of this name in a layer, -1: behind all; raises WrongBase."""
+        return f"{norm if layer < 0 else f'layers.{layer}.{norm}'}.weight" in self._open().names
+
     def close(self) -> None:
         """Close the base's file that is open."""
         self._stack.close()
@@ -81,6 +101,8 @@ class BaseWeights:
 
     def _find(self, files: ModelFiles, layer: int, site: str) -> tuple[str, int]:
         """Return the layer in the base's files and the row in it at which the site begins."""
+        if site == HEAD:
+            return self._table_stem(files, HEAD), 0
         stem = f"layers.{layer}.{SITE_PATHS[site]}"
         found, offset = stem, 0
         for fused, sites in FUSED_SITES.items():
@@ -90,3 +112,11 @@ class BaseWeights:
         if f"{found}.weight" not in files.names:
             raise WrongBase(f"the base holds no {stem}.weight, which this adapter is converted with")
         return found, offset
+
+    def _table_stem(self, files: ModelFiles, place: str) -> str:
+        # a tied head is the embedding, and most checkpoints hold it once
+        is_tied = place == HEAD and f"{HEAD}.weight" not in files.names and self._base.tie_word_embeddings
+        stem = _EMBEDDING if is_tied else place
+        if f"{stem}.weight" not in files.names:
+            raise WrongBase(f"the base holds no {stem}.weight, which this adapter is converted with")
+        return stem

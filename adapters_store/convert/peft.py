@@ -1,25 +1,28 @@
 """PEFT folder -> canonical adapter.
 
-Owns what is the same for every kind of adapter: which modules must be there, the limits on ranks, splitting of fused
-projections, rounding and writing, the manifest. Runs in the converter process; numpy only. Invariant: each value of
-the tuner's factors is rounded to float32 at most once, and then once to the image's dtype.
+Owns the order of the conversion, the limit on ranks, the manifest and the reading of the two files; what a kind does is
+in its own file, what it becomes in `peft_image.py`. Runs in the converter process; numpy only. Invariant: what is
+written was compared with its source, and the manifest says all that the config does.
 """
 
 import hashlib
 import os
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-import numpy as np
-
-from adapters_store.base import SITE_PATHS, SITES, BaseDims
-from adapters_store.canonical import WrittenFile, layout, write_canonical
-from adapters_store.convert.base_weights import FUSED_SITES, BaseWeights
+from adapters_store.canonical import layout
+from adapters_store.convert.adapter_writer import write_image, write_manifest
+from adapters_store.convert.base_weights import BaseWeights
+from adapters_store.convert.model_factors import ModelFactors
+from adapters_store.convert.model_self_test import measure_model_error
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, PeftConfig, read_config
+from adapters_store.convert.peft_image import Part, PeftImage, cut_into_sites, model_ops
+from adapters_store.convert.peft_plan import AdapterPlan, plan_adapter
 from adapters_store.convert.peft_tensors import (
     MODEL_NAME,
     PeftTensors,
@@ -29,77 +32,34 @@ from adapters_store.convert.peft_tensors import (
     group_tensors,
 )
 from adapters_store.convert.self_test import SourceModule, measure_error
-from adapters_store.convert.tuner import Array, Delta, Factors, PlannedModule
 from adapters_store.errors import (
     AdapterWithoutEffect,
     CorruptUpload,
-    NonFiniteValues,
+    InvalidOption,
     UnsupportedAdapter,
     UnsupportedFormat,
 )
-from adapters_store.file_system import FileSystem, open_regular
-from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
-from adapters_store.image_check import NO_EFFECT, is_neutral
-from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest, Module, Source
-from adapters_store.ops import SCALE_DTYPE
+from adapters_store.file_system import open_regular
+from adapters_store.float_bits import FILE_DTYPES
+from adapters_store.image_check import NO_EFFECT
+from adapters_store.manifest import IMAGE_NAME, Manifest, Module, Source, check_activation
+from adapters_store.model_ops import ModelOps, check_model_ops
+from adapters_store.op_limits import check_module
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, HeaderLimits, read_header
 
 _ZIP_OR_PICKLE = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_SPLIT_SITES = {fused: tuple(SITE_PATHS[site] for site in sites) for fused, sites in FUSED_SITES.items()}
-_FUSED_TYPES = frozenset({"phi3"})
 _HASH_CHUNK_BYTES = 1 << 20
-_KINDS = ("A", "BT", "out_scale", "in_scale", "bias")
 
 
 @dataclass(frozen=True, slots=True)
-class _Part:
-    """One site's share of a PEFT module: outputs `begin..end`."""
+class OpenPeft:
+    """A PEFT folder, read and planned; its file and the base's are open as long as `open_folder` is."""
 
-    planned: PlannedModule
-    begin: int
-    end: int
-
-
-class _Foreign:
-    """The open PEFT file and which part of it each canonical module is made of; holds one module's values at a time."""
-
-    def __init__(self, file: TensorFile, parts: dict[Module, _Part]) -> None:
-        self._file = file
-        self.parts = parts
-        self.acts = False
-        self._path: str | None = None
-        self._factors: Factors | None = None
-
-    def delta(self, module: Module) -> Delta:
-        """Read the trained values of the PEFT module that this canonical one is part of."""
-        return self.parts[module].planned.load(self._file)
-
-    def encoded(self, module: Module, kind: str, dtype: str) -> bytes:
-        """Return one tensor of the image: A [rank, in], in_scale [in], or this module's part of all others."""
-        part = self.parts[module]
-        factors = self._factors_of(part.planned)
-        if kind == "A":
-            values = _rounded(factors.a)
-        elif kind == "BT":
-            values = _rounded(factors.b[part.begin : part.end]).T
-        else:
-            vectors = {"bias": factors.bias, "out_scale": factors.out_scale, "in_scale": factors.in_scale}
-            vector = vectors[kind]
-            assert vector is not None, "the layout asks for a vector only where the plan has one"
-            values = _rounded(vector if kind == "in_scale" else vector[part.begin : part.end])
-        file_dtype = FILE_DTYPES[dtype] if kind in ("A", "BT", "bias") else SCALE_DTYPE
-        raw = encode(values, file_dtype)
-        if not is_finite(raw, file_dtype):
-            path = part.planned.source.path
-            raise NonFiniteValues(f"{kind} of {path} overflows {dtype} once its scaling is folded in", param=path)
-        return raw
-
-    def _factors_of(self, planned: PlannedModule) -> Factors:
-        if self._path != planned.source.path or self._factors is None:
-            self._factors = planned.load(self._file).factors()
-            self._path = planned.source.path
-            self.acts = self.acts or _acts(self._factors)
-        return self._factors
+    config: PeftConfig
+    tensors: PeftTensors
+    file: TensorFile
+    plan: AdapterPlan
+    hashes: dict[str, str]
 
 
 def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
@@ -108,41 +68,75 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
     Raises:
         AdapterRefused: the subclass and `param` say why; `target` may then hold half a file.
     """
-    raw_config = _read_config_file(source / CONFIG_NAME)
-    config = read_config(raw_config, model_type=options.base.model_type)
-    with _open_part(source / MODEL_NAME) as file, closing(BaseWeights(options.base_dir, options.base)) as weights:
-        file_bytes = os.fstat(file.fileno()).st_size
-        _refuse_pickle(file)
-        header = read_header(file, file_bytes, _limits(config), what=MODEL_NAME)
-        tensors = group_tensors(header, _names(config), weights)
-        _check_complete(config, tensors, options.base)
-        planned = config.tuner.plan(tensors, options.base)
-        parts = _parts(config, planned, options)
-        foreign = _Foreign(TensorFile(file, header.data_start), parts)
-        written, max_abs_error = _write_image(target / IMAGE_NAME, foreign, options)
-        hashes = _hashes(raw_config, file)
+    with open_folder(source, options) as opened:
+        plan, config = opened.plan, opened.config
+        _check_plan(opened, options)
+        parts = cut_into_sites(plan.modules, opened.file, options.base)
+        ops = model_ops(plan.model)
+        _check_ops(parts, ops, config, options)
+        image = PeftImage(opened.file, parts, plan.model)
+        modules, base, dtype = tuple(parts), options.base, options.dtype
+        written = write_image(target, modules, base, dtype, partial(_encoded, image, dtype), ops)
+        if not image.acts:
+            raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
+        max_abs_error = _measure(target / IMAGE_NAME, image, ops, plan.model, options)
+        ignored = config.ignored + config.unused(list(opened.tensors.modules)) + _unchanged(config, plan.model)
+        was_asked = opened.tensors.weights.was_asked
     manifest = Manifest(
-        family="lora",
-        base=options.base,
-        dtype=options.dtype,
+        family=_family(modules, ops),
+        base=base,
+        dtype=dtype,
         file_bytes=written.num_bytes,
         file_sha256=written.sha256,
-        modules=tuple(parts),
+        modules=modules,
         source=Source(
             format=f"peft/{config.peft_type}",
-            files=hashes,
+            files=opened.hashes,
             config=config.recorded,
-            ignored=config.ignored + config.unused(list(tensors.modules)),
+            ignored=ignored,
             max_abs_error=max_abs_error,
         ),
-        base_dependent=weights.was_asked,
+        base_dependent=was_asked,
+        model_ops=ops,
+        activation=config.activation,
     )
-    files = FileSystem()
-    descriptor = files.create(target / MANIFEST_NAME)
-    try:
-        files.write(descriptor, manifest.to_bytes())
-    finally:
-        files.close(descriptor)
+    write_manifest(target, manifest)
+
+
+@contextmanager
+def open_folder(source: Path, options: ConvertOptions) -> Iterator[OpenPeft]:
+    """Open a PEFT folder, read its config and plan what it does.
+
+    Raises:
+        AdapterRefused: the subclass and `param` say why.
+    """
+    raw_config = _read_config_file(source / CONFIG_NAME)
+    config = read_config(raw_config, model_type=options.base.model_type, task_id=_task_id(options))
+    with _open_part(source / MODEL_NAME) as file, closing(BaseWeights(options.base_dir, options.base)) as weights:
+        _refuse_pickle(file)
+        header = read_header(file, os.fstat(file.fileno()).st_size, _limits(config), what=MODEL_NAME)
+        tensors = group_tensors(header, _names(config), weights)
+        values = TensorFile(file, header.data_start)
+        plan = plan_adapter(config, tensors, values, options.base)
+        hashes = _hashes(raw_config, file)
+        yield OpenPeft(config, tensors, values, plan, hashes)
+
+
+def _encoded(image: PeftImage, dtype: str, name: str) -> bytes:
+    return image.encoded(name, dtype)
+
+
+def _task_id(options: ConvertOptions) -> int | None:
+    """Read the one option that a PEFT folder may come with; raises InvalidOption."""
+    given = options.declared.options
+    for name in sorted(given.keys() - {"task_id"}):
+        raise InvalidOption(
+            f"a PEFT adapter has no option {name[:80]!a}; adapter_config.json says how it acts", param="options"
+        )
+    task_id = given.get("task_id")
+    if task_id is not None and (not isinstance(task_id, int) or isinstance(task_id, bool)):
+        raise InvalidOption(f"task_id is {ascii(task_id)[:40]}; it must be a whole number from 0", param="task_id")
+    return task_id
 
 
 def _limits(config: PeftConfig) -> HeaderLimits:
@@ -155,105 +149,76 @@ def _names(config: PeftConfig) -> TensorNames:
     return TensorNames(config.peft_type, kind.parts, kind.shared, kind.integers)
 
 
-def _write_image(path: Path, foreign: _Foreign, options: ConvertOptions) -> tuple[WrittenFile, float]:
-    """Write the image and compare it with its source; return its size and hash, and the largest error."""
-    tensors = {module.tensor(kind): (module, kind) for module in foreign.parts for kind in _KINDS}
-    slots = layout(foreign.parts, options.base, options.dtype)
-    with os.fdopen(FileSystem().create(path), "wb") as image:
-        written = write_canonical(image, slots, lambda name: foreign.encoded(*tensors[name], options.dtype))
-    if not foreign.acts:
-        raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
-    sources = [
-        SourceModule(module, part.begin, part.end, partial(foreign.delta, module))
-        for module, part in foreign.parts.items()
-    ]
-    return written, measure_error(path, slots, sources, FILE_DTYPES[options.dtype], options.base)
-
-
-def _check_complete(config: PeftConfig, tensors: PeftTensors, base: BaseDims) -> None:
-    """Refuse a file that lacks a declared module, or holds one that the config does not declare."""
-    targets = config.targets
-    for number in targets.layers or ():
-        if number >= base.num_hidden_layers:
-            raise UnsupportedAdapter(
-                f"layers_to_transform names layer {number}; this base has {base.num_hidden_layers} layers",
-                param="layers_to_transform",
-            )
-    for path, module in tensors.modules.items():
-        if module.layer >= base.num_hidden_layers:
-            name = next(iter(module.parts.values())).name
-            raise UnsupportedAdapter(
-                f"{name} is for layer {module.layer}; this base has {base.num_hidden_layers} layers", param=name
-            )
-        if not targets.is_target(path, module.layer):
-            raise UnsupportedAdapter(f"the file holds {path}, which the config does not target", param="target_modules")
-    names = _spelling(tensors, base.model_type)
-    for layer in range(base.num_hidden_layers):
-        for name in names:
-            path = f"{tensors.prefix}layers.{layer}.{name}"
-            if targets.is_target(path, layer) and path not in tensors.modules:
-                raise CorruptUpload(f"the config targets {path}, but the file has no tensors for it", param=path)
-
-
-def _spelling(tensors: PeftTensors, model_type: str) -> list[str]:
-    """Return the linear layers of one decoder layer as the trained model names them: fused like Phi-3, or split."""
-    present = {module.module for module in tensors.modules.values()}
-    names = ["self_attn.o_proj", "mlp.down_proj"]
-    for fused, split in _SPLIT_SITES.items():
-        if fused in present and present & set(split):
-            raise UnsupportedAdapter(f"the file holds both {fused} and its parts", param=MODEL_NAME)
-        is_fused = fused in present or (model_type in _FUSED_TYPES and not present & set(split))
-        names += [fused] if is_fused else split
-    return names
-
-
-def _parts(config: PeftConfig, planned: dict[str, PlannedModule], options: ConvertOptions) -> dict[Module, _Part]:
-    """Return the adapter's modules in image order, each with its share of a PEFT module; without those of no effect."""
-    is_product = config.kind.is_product
+def _check_plan(opened: OpenPeft, options: ConvertOptions) -> None:
+    """Hold every module to the limit on ranks and its tensors to their shapes."""
+    is_product = opened.config.kind.is_product
     limit = options.largest_rank if is_product else options.max_rank
-    parts: dict[Module, _Part] = {}
-    for path, plan in planned.items():
-        if plan.rank > limit:
+    embedding = opened.plan.model.embedding
+    ranks = {path: plan.rank for path, plan in opened.plan.modules.items()}
+    if embedding is not None:
+        ranks["embed_tokens"] = embedding.factors()[0].shape[1]
+    for path, rank in ranks.items():
+        if rank > limit:
             raise UnsupportedAdapter(
-                f"{path} has rank {plan.rank}{' as one low-rank product' if is_product else ''}; "
+                f"{path} has rank {rank}{' as one low-rank product' if is_product else ''}; "
                 f"this server accepts up to {limit} (--max-rank)",
                 param="r",
             )
+    for plan in opened.plan.modules.values():
         for slot, shape in plan.shapes:
             check_shape(slot, shape)
-        begin = 0
-        for site in plan.source.sites:
-            end = begin + options.base.site_shape(site)[0]
-            if plan.acts:
-                parts[_module(plan, site)] = _Part(plan, begin, end)
-            begin = end
-    if not parts:
+
+
+def _check_ops(parts: dict[Module, Part], ops: ModelOps, config: PeftConfig, options: ConvertOptions) -> None:
+    """Refuse what no canonical file may hold before any of it is written."""
+    if not parts and not ops.acts:
         raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
-    return dict(sorted(parts.items()))
+    for module in parts:
+        check_module(module, options.base)
+    check_model_ops(ops, parts, options.base)
+    check_activation(config.activation, options.base, ops.num_virtual_tokens)
+    if config.activation and ops.acts:
+        raise UnsupportedAdapter(
+            "the adapter acts from its invocation tokens on, and trained parts outside the linear layers, which act "
+            "everywhere: train an aLoRA without them",
+            param="alora_invocation_tokens",
+        )
 
 
-def _module(plan: PlannedModule, site: str) -> Module:
-    return Module(
-        layer=plan.source.layer,
-        site_index=SITES.index(site),
-        rank=plan.rank,
-        has_bias=plan.has_bias,
-        has_out_scale=plan.has_out_scale,
-        has_in_scale=plan.has_in_scale,
+def _measure(path: Path, image: PeftImage, ops: ModelOps, model: ModelFactors, options: ConvertOptions) -> float:
+    """Compare the image with its source and return the largest error; raises ConversionFailed."""
+    slots = layout(image.parts, options.base, options.dtype, ops)
+    dtype = FILE_DTYPES[options.dtype]
+    errors = [measure_model_error(path, slots, model, dtype)]
+    sources = [
+        SourceModule(module, part.begin, part.end, partial(image.delta, module)) for module, part in image.parts.items()
+    ]
+    if sources:
+        errors.append(measure_error(path, slots, sources, dtype, options.base))
+    return max(errors)
+
+
+def _family(modules: tuple[Module, ...], ops: ModelOps) -> str:
+    """Return what leads: an adapter of linear layers is called by them, whatever it trains beside."""
+    if ops.num_virtual_tokens:
+        return "prompt"
+    if any(module.csr is not None for module in modules):
+        return "sparse"
+    if any(module.blockdiag or module.rot2_group for module in modules):
+        return "rotation"
+    if modules or ops.embed_lowrank is not None:
+        return "lora"
+    return "tokens" if ops.token_rows else "norm"
+
+
+def _unchanged(config: PeftConfig, model: ModelFactors) -> tuple[str, ...]:
+    """Return the tables of modules_to_save that are the base's own, value by value."""
+    places = {"embed_tokens": "embed", "lm_head": "lm_head"}
+    return tuple(
+        f"modules_to_save[{name}]"
+        for name in config.saved.modules
+        if name.rpartition(".")[2] in places and places[name.rpartition(".")[2]] not in model.token_rows
     )
-
-
-def _rounded(values: Array) -> Float32:
-    with np.errstate(over="ignore"):
-        return values.astype(np.float32, copy=False)
-
-
-def _acts(factors: Factors) -> bool:
-    """Return whether a rank has values in both factors, the bias has any, or a scale moves anything."""
-    has_rank = np.any(_rounded(factors.a).any(axis=1) & _rounded(factors.b).any(axis=0))
-    has_bias = factors.bias is not None and bool(factors.bias.any())
-    scales = (factors.out_scale, factors.in_scale)
-    return bool(has_rank) or has_bias or any(scale is not None and not is_neutral(scale) for scale in scales)
 
 
 def _read_config_file(path: Path) -> bytes:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from adapters_store.convert.config_values import Config
-from adapters_store.errors import UnsupportedAdapter
+from adapters_store.errors import LayerReplication, UnknownField, UnsupportedAdapter
 from adapters_store.strict_json import Json
 
 
@@ -34,7 +34,11 @@ class KeyRule:
 Rules = tuple[KeyRule, ...]
 
 # every adapter names its base: reporting it would be noise
-_NEVER_REPORTED = frozenset({"base_model_name_or_path", "revision"})
+_NEVER_REPORTED = frozenset(
+    {"base_model_name_or_path", "revision"}
+    # PEFT writes these into every prompt's config
+    | {"token_dim", "num_attention_heads", "num_layers"}
+)
 
 
 def used(key: str, note: str) -> KeyRule:
@@ -57,19 +61,26 @@ def training_only(key: str, *defaults: Json) -> KeyRule:
     return harmless(key, "acts only while training or initialising", *defaults)
 
 
-_ALWAYS: Rules = (
+_EVERYWHERE: Rules = (
     used("peft_type", "what kind of adapter it is"),
-    used("target_modules", 'list of plain names, or "all-linear"; must agree with the tensors in the file'),
     used("task_type", "CAUSAL_LM, FEATURE_EXTRACTION or nothing"),
     used("peft_version", "recorded in the manifest"),
     harmless("base_model_name_or_path", "never followed; shapes are compared with the served base instead"),
     harmless("revision", "revision of the base it was trained on"),
     harmless("inference_mode", "says how PEFT loads it", True),
     harmless("auto_mapping", "never imported"),
-    refused(
-        "modules_to_save",
-        "fully trained modules are not served yet: train adapters on the decoder's linear layers only",
-    ),
+    used("modules_to_save", "norms, embed_tokens and lm_head; of the tables, the rows that differ from the base's"),
+)
+_ALWAYS: Rules = (
+    *_EVERYWHERE,
+    used("target_modules", 'list of plain names, or "all-linear"; must agree with the tensors in the file'),
+)
+_PROMPT: Rules = (
+    used("num_virtual_tokens", "length of the prompt"),
+    used("num_transformer_submodules", "must be 1"),
+    harmless("token_dim", "width of the base; the file's shapes are compared with the base instead"),
+    harmless("num_attention_heads", "of the base; the file's shapes are compared with the base instead"),
+    harmless("num_layers", "of the base; the file's shapes are compared with the base instead"),
 )
 _SOMETIMES = {
     rule.key: rule
@@ -77,7 +88,7 @@ _SOMETIMES = {
         used("exclude_modules", "list of plain names"),
         used("layers_to_transform", "layer numbers that target_modules is limited to"),
         used("layers_pattern", '"layers" or nothing: the only name that layers have here'),
-        used("bias", 'must be "none"'),
+        used("bias", '"none"; with "all" or "..._only" the file holds the base\'s biases as trained'),
         harmless("fan_in_fan_out", "concerns Conv1D layers; the bases here have none"),
         training_only("init_weights", True),
     )
@@ -87,6 +98,11 @@ _SOMETIMES = {
 def common_rules(*keys: str) -> Rules:
     """Return the rules of the keys that every tuner has, and of those shared ones that this tuner has too."""
     return (*_ALWAYS, *(_SOMETIMES[key] for key in keys))
+
+
+def prompt_rules() -> Rules:
+    """Return the rules of the keys that every kind of prompt has."""
+    return (*_EVERYWHERE, *_PROMPT)
 
 
 def check_keys(config: Config, rules: Rules) -> tuple[str, ...]:
@@ -101,7 +117,7 @@ def check_keys(config: Config, rules: Rules) -> tuple[str, ...]:
         rule = by_key.get(key)
         if rule is None:
             shown = ascii(key)[:80]
-            raise UnsupportedAdapter(
+            raise UnknownField(
                 f"adapter_config.json holds the key {shown}, which this server does not know for this peft_type; "
                 "remove it if it has no effect on inference",
                 param=key if len(key) <= 80 and key.isascii() and key.isprintable() else None,
@@ -109,7 +125,8 @@ def check_keys(config: Config, rules: Rules) -> tuple[str, ...]:
         if value in rule.defaults:
             continue
         if rule.use is Use.REFUSED:
-            raise UnsupportedAdapter(f"adapter_config.json sets {key}: {rule.note}", param=key)
+            refusal = LayerReplication if key == "layer_replication" else UnsupportedAdapter
+            raise refusal(f"adapter_config.json sets {key}: {rule.note}", param=key)
         if rule.use is Use.HARMLESS and key not in _NEVER_REPORTED:
             ignored.append(key)
     return tuple(sorted(ignored))

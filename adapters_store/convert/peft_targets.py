@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from adapters_store.convert.config_values import Config
 from adapters_store.convert.peft_patterns import names_module, read_names
-from adapters_store.errors import UnsupportedAdapter
+from adapters_store.errors import NoTarget, UnsupportedAdapter
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +27,19 @@ MOST_TARGETS = DefaultTargets(
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """`names` is None for all linear layers; `layers` is None for all decoder layers."""
+    """`names` is None for all linear layers but the head; `layers` is None for all decoder layers."""
 
     names: tuple[str, ...] | None
     excluded: tuple[str, ...]
     layers: frozenset[int] | None
 
-    def is_target(self, path: str, layer: int) -> bool:
-        """Return whether PEFT adapts the module at `path`."""
+    def is_target(self, path: str, layer: int | None) -> bool:
+        """Return whether PEFT adapts the module at `path`; `layer` is None for what lies outside all layers."""
         if any(names_module(name, path) for name in self.excluded):
             return False
-        if self.names is None or path in self.names:
+        if self.names is None:
+            return layer is not None
+        if path in self.names:
             # PEFT filters by layer only where a target matched as a suffix
             return True
         found = any(names_module(name, path) for name in self.names)
@@ -48,6 +50,9 @@ class Targets:
         paths = list(paths)
         names = self.names or ()
         return tuple(f"target_modules[{name}]" for name in names if not any(names_module(name, path) for path in paths))
+
+
+NO_TARGETS = Targets(names=(), excluded=(), layers=None)
 
 
 def read_targets(config: Config, model_type: str, default: DefaultTargets) -> Targets:
@@ -71,16 +76,7 @@ def _names(config: Config, model_type: str, default: DefaultTargets) -> tuple[st
         return default.names
     names = read_names(value, "target_modules")
     if not names:
-        raise UnsupportedAdapter(
-            "target_modules is empty; list the modules that the adapter acts on", param="target_modules"
-        )
-    unserved = [name for name in names if name.rpartition(".")[2] in ("lm_head", "embed_tokens")]
-    if unserved:
-        raise UnsupportedAdapter(
-            f"target_modules names '{unserved[0]}'; adapters of embeddings are not served yet: "
-            "train on the linear layers of the decoder",
-            param="target_modules",
-        )
+        raise NoTarget("target_modules is empty; list the modules that the adapter acts on", param="target_modules")
     return names
 
 

@@ -5,26 +5,32 @@ tensor of the file belongs to exactly one module or to the whole model, or the f
 """
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
 
-from adapters_store.base import SITE_PATHS, BaseDims
+from adapters_store.base import HEAD, SITE_PATHS, BaseDims
 from adapters_store.convert.base_weights import FUSED_SITES, BaseWeights
+from adapters_store.convert.outer_tensors import OuterTensors, outer_name
 from adapters_store.errors import CorruptUpload, NonFiniteValues, UnsupportedAdapter
 from adapters_store.float_bits import Float32, decode, is_finite
+from adapters_store.ops import HEAD_LAYER
 from adapters_store.safetensors_header import Header, TensorSlot
 
 MODEL_NAME = "adapter_model.safetensors"
 
-SITES_OF = {path: (site,) for site, path in SITE_PATHS.items()} | FUSED_SITES
+SITES_OF = {path: (site,) for site, path in SITE_PATHS.items()} | FUSED_SITES | {HEAD: (HEAD,)}
 
 _MODULE_TENSOR = re.compile(
     r"(?:base_model\.model\.)?"
     r"(?P<path>(?P<prefix>|model\.|language_model\.|language_model\.model\.|model\.language_model\.)"
     r"layers\.(?P<layer>0|[1-9][0-9]{0,4})\.(?P<module>[a-z_]+\.[a-z_]+))\.(?P<part>[A-Za-z0-9_.]+)\Z"
+)
+_HEAD_TENSOR = re.compile(
+    r"(?:base_model\.model\.)?(?:model\.)?(?:language_model\.)?lm_head\.(?P<part>[A-Za-z0-9_.]+)\Z"
 )
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,6})\Z")
 _FLOATS = frozenset({"F32", "F16", "BF16"})
@@ -86,12 +92,13 @@ class PeftModule:
 class PeftTensors:
     """All modules of a file by path, the prefix of these paths (`model.` as a rule), and tensors of the whole model.
 
-    `weights` are the served base's, for the kinds whose formula needs them.
+    `outer` are those outside the linear layers' adapters; `weights` the served base's, for formulas that need them.
     """
 
     modules: dict[str, PeftModule]
     prefix: str
     shared: dict[str, TensorSlot]
+    outer: OuterTensors
     weights: BaseWeights
 
     def take_shared(self, *names: str, way_out: str = "") -> tuple[TensorSlot, ...]:
@@ -135,13 +142,18 @@ class TensorFile:
     def indices(self, slot: TensorSlot, limit: int) -> npt.NDArray[np.int64]:
         """Read positions below `limit`; raises UnsupportedAdapter if one is not."""
         values = np.frombuffer(self._read(slot), _INTEGERS[slot.dtype]).astype(np.int64).reshape(slot.shape)
-        if np.any((values < 0) | (values >= limit)):
-            raise UnsupportedAdapter(f"{slot.name} holds positions outside 0 to {limit - 1}", param=slot.name)
+        check_positions(values, limit, slot)
         return values
 
     def _read(self, slot: TensorSlot) -> bytes:
         self._file.seek(self._data_start + slot.begin)
         return self._file.read(slot.end - slot.begin)
+
+
+def check_positions(values: npt.NDArray[np.int64], limit: int, slot: TensorSlot) -> None:
+    """Raise UnsupportedAdapter, with the tensor as `param`, unless all positions lie in `0..limit`."""
+    if np.any((values < 0) | (values >= limit)):
+        raise UnsupportedAdapter(f"{slot.name} holds positions outside 0 to {limit - 1}", param=slot.name)
 
 
 def group_tensors(header: Header, names: TensorNames, weights: BaseWeights) -> PeftTensors:
@@ -152,14 +164,24 @@ def group_tensors(header: Header, names: TensorNames, weights: BaseWeights) -> P
     """
     modules: dict[str, PeftModule] = {}
     shared: dict[str, TensorSlot] = {}
+    outer = OuterTensors()
     prefixes: set[str] = set()
     for slot in header.tensors:
-        match = _MODULE_TENSOR.match(slot.name)
+        place = outer_name(slot.name)
+        match, head = _MODULE_TENSOR.match(slot.name), _HEAD_TENSOR.match(slot.name)
+        if place is not None and not _is_part(match, names):
+            _check_dtype(slot, _FLOATS)
+            outer.add(place, slot)
+            continue
         if match is not None and match["module"] in SITES_OF:
             name = _without_adapter_name(match["part"])
             module = PeftModule(match["path"], int(match["layer"]), match["module"], {})
             found = modules.setdefault(match["path"], module).parts
             prefixes.add(match["prefix"])
+            is_known = name in names.parts
+        elif head is not None:
+            name = _without_adapter_name(head["part"])
+            found = modules.setdefault(HEAD, PeftModule(HEAD, HEAD_LAYER, HEAD, {})).parts
             is_known = name in names.parts
         else:
             name = _without_adapter_name(slot.name.removeprefix("base_model."))
@@ -169,10 +191,11 @@ def group_tensors(header: Header, names: TensorNames, weights: BaseWeights) -> P
         if name in found:
             raise CorruptUpload(f"the file holds {name!a} twice for one module", param=slot.name)
         found[name] = slot
-    if len(prefixes) != 1:
-        problem = "the tensors name modules of more than one model" if prefixes else "no tensor names a module"
-        raise UnsupportedAdapter(problem, param=MODEL_NAME)
-    return PeftTensors(modules=modules, prefix=prefixes.pop(), shared=shared, weights=weights)
+    if len(prefixes) > 1:
+        raise UnsupportedAdapter("the tensors name modules of more than one model", param=MODEL_NAME)
+    return PeftTensors(
+        modules=modules, prefix=(prefixes or {"model."}).pop(), shared=shared, outer=outer, weights=weights
+    )
 
 
 def check_shape(slot: TensorSlot, shape: tuple[int, ...]) -> None:
@@ -192,7 +215,15 @@ def _check(slot: TensorSlot, name: str, names: TensorNames, *, is_known: bool) -
             "q, k, v, o, gate, up and down projections of decoder layers",
             param=slot.name,
         )
-    wanted = _INTEGERS.keys() if name in names.integers else _FLOATS
+    _check_dtype(slot, _INTEGERS.keys() if name in names.integers else _FLOATS)
+
+
+def _is_part(match: re.Match[str] | None, names: TensorNames) -> bool:
+    """Return whether the tensor is one of the tuner's own, `lora_B.bias` and the like, on a linear layer."""
+    return match is not None and match["module"] in SITES_OF and _without_adapter_name(match["part"]) in names.parts
+
+
+def _check_dtype(slot: TensorSlot, wanted: Collection[str]) -> None:
     if slot.dtype not in wanted:
         raise UnsupportedAdapter(
             f"{slot.name} has dtype {slot.dtype}; read here: {', '.join(sorted(wanted))}", param=slot.name

@@ -9,16 +9,28 @@ from types import MappingProxyType
 
 from adapters_store.convert.adalora import ADALORA
 from adapters_store.convert.beft import BEFT
+from adapters_store.convert.boft import BOFT
+from adapters_store.convert.deft import DEFT
 from adapters_store.convert.delora import DELORA
 from adapters_store.convert.gralora import GRALORA
+from adapters_store.convert.hra import HRA
 from adapters_store.convert.ia3 import IA3
+from adapters_store.convert.kv_prefixes import CARTRIDGE, PREFIX_TUNING
+from adapters_store.convert.ln_tuning import LN_TUNING
 from adapters_store.convert.loha import LOHA
 from adapters_store.convert.lokr import LOKR
 from adapters_store.convert.lora import LORA
 from adapters_store.convert.miss import BONE, MISS
+from adapters_store.convert.oft import OFT
+from adapters_store.convert.peanut import PEANUT
 from adapters_store.convert.poly import POLY
+from adapters_store.convert.prompts import CPT, MULTITASK_PROMPT_TUNING, P_TUNING, PROMPT_TUNING
 from adapters_store.convert.randlora import RANDLORA
+from adapters_store.convert.road import ROAD
+from adapters_store.convert.shira import SHIRA
+from adapters_store.convert.supertuning import SUPERTUNING
 from adapters_store.convert.tinylora import TINYLORA
+from adapters_store.convert.trainable_tokens import TRAINABLE_TOKENS
 from adapters_store.convert.tuner import Refused, Served
 from adapters_store.convert.unilora import UNILORA
 from adapters_store.convert.vblora import VBLORA
@@ -45,38 +57,38 @@ _SERVED: dict[str, Served] = {
     "POLY": POLY,
     "BEFT": BEFT,
     "IA3": IA3,
+    "HRA": HRA,
+    "DEFT": DEFT,
+    "PEANUT": PEANUT,
+    "ROAD": ROAD,
+    "OFT": OFT,
+    "BOFT": BOFT,
+    "SHIRA": SHIRA,
+    "SUPERTUNING": SUPERTUNING,
+    "LN_TUNING": LN_TUNING,
+    "TRAINABLE_TOKENS": TRAINABLE_TOKENS,
+    "PROMPT_TUNING": PROMPT_TUNING,
+    "P_TUNING": P_TUNING,
+    "MULTITASK_PROMPT_TUNING": MULTITASK_PROMPT_TUNING,
+    "CPT": CPT,
+    "PREFIX_TUNING": PREFIX_TUNING,
+    "CARTRIDGE": CARTRIDGE,
 }
 
 _REFUSED: dict[str, Refused] = {
-    # a low rank, but only together with the base's weights
-    "HRA": Refused("HRA", "its reflections multiply the base's weights, which the converter does not read yet", _MERGE),
+    # not all of it is in the file
     "PSOFT": Refused(
-        "PSOFT", "it rotates the base's principal subspace; the converter does not read the base yet", _MERGE
+        "PSOFT", "its rotation belongs to singular vectors of the base whose signs are not in the file", _MERGE
     ),
-    "DEFT": Refused("DEFT", "it projects the base's weights, which the converter does not read yet", _MERGE),
-    "PEANUT": Refused("PEANuT", "its delta is a network applied to the base's weights", _MERGE),
     "ADAMSS": Refused("AdaMSS", "the row clusters that its factors belong to are not in the file", _TRAIN_LORA),
-    # ops that are not served yet
-    "ROAD": Refused("RoAd", "rotation of outputs is not served yet", _TRAIN_LORA),
-    "OFT": Refused("OFT", "block-diagonal rotation of inputs is not served yet", _MERGE),
-    "BOFT": Refused("BOFT", "butterfly rotation of inputs is not served yet", _MERGE),
-    "LN_TUNING": Refused("LN tuning", "trained norms are not served yet", _TRAIN_LORA),
-    "SHIRA": Refused("SHiRA", "sparse deltas are not served yet", _TRAIN_LORA),
-    "SUPERTUNING": Refused("Super-Tuning, Supra", "sparse deltas are not served yet", _TRAIN_LORA),
-    "SFT": Refused("SpIEL (a fork of PEFT)", "sparse deltas are not served yet", _TRAIN_LORA),
-    "WAVEFT": Refused(
-        "WaveFT", "sparse deltas are not served yet, and its positions are drawn from a seed", _TRAIN_LORA
+    "WAVEFT": Refused("WaveFT", "the positions of its wavelets are drawn from a seed, not in the file", _TRAIN_LORA),
+    # formats of their own
+    "SFT": Refused(
+        "SpIEL (a fork of PEFT)", "its folders have a format of their own", "upload it with the format spiel"
     ),
-    "TRAINABLE_TOKENS": Refused(
-        "trainable tokens", "trained token rows are not served yet", "train without new tokens"
+    "MIXLORA": Refused(
+        "MixLoRA (a fork of PEFT)", "its folders have a format of their own", "upload it with the format mixlora"
     ),
-    "PROMPT_TUNING": Refused("prompt tuning", "trained prompts are not served yet", _TRAIN_LORA),
-    "P_TUNING": Refused("p-tuning", "trained prompts are not served yet", _TRAIN_LORA),
-    "MULTITASK_PROMPT_TUNING": Refused("multitask prompt tuning", "trained prompts are not served yet", _TRAIN_LORA),
-    "CPT": Refused("CPT", "trained prompts are not served yet", _TRAIN_LORA),
-    "PREFIX_TUNING": Refused("prefix tuning", "trained keys and values are not served yet", _TRAIN_LORA),
-    "CARTRIDGE": Refused("cartridge", "trained keys and values are not served yet", _TRAIN_LORA),
-    "MIXLORA": Refused("MixLoRA (a fork of PEFT)", "gated mixtures are not served yet", "upload the LoRAs one by one"),
     # full rank: as large as the base's own matrices
     "C3A": Refused("C3A", "its circulant blocks have full rank", _TRAIN_LORA),
     "FOURIERFT": Refused("FourierFT", "its delta has full rank, at frequencies drawn from a seed", _TRAIN_LORA),

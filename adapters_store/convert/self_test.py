@@ -1,8 +1,9 @@
 """Proof of a conversion: read the canonical file back and compare what it does with the source's own formula.
 
-Owns the comparison only: `y = (x A^T) BT + bias` of the canonical file and `Delta.apply` of the source on random rows,
-in float64, for a few modules, and their scales with the source's, value by value. Invariant: a canonical file whose
-modules act differently from their source beyond the rounding of its dtype is never published.
+Owns the comparison only: `y = (x A^T) BT + x sparse^T + bias` of the canonical file and `Delta.apply` of the source on
+random rows, in float64, for a few modules; their scales with the source's, value by value; and what their rotations
+make of random rows. Invariant: a canonical file whose modules act differently from their source beyond the rounding of
+its dtype is never published.
 """
 
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from adapters_store.base import BaseDims
-from adapters_store.convert.tuner import Delta, Float64, ScaledDelta
+from adapters_store.convert.tuner import Delta, Float64, ScaledDelta, TurningDelta
 from adapters_store.errors import ConversionFailed
 from adapters_store.float_bits import ROUNDOFF, decode
 from adapters_store.manifest import Module
+from adapters_store.ops import INDEX_DTYPE
 from adapters_store.safetensors_header import CANONICAL_LIMITS, TensorSlot, read_header
 
 _NUM_ROWS = 4
@@ -23,11 +26,13 @@ _SEED = 20260901
 # three roundings meet in a product of A and B; float32 keeps the promise of 1e-5 with room
 _SLACK = 3.0
 # the smallest subnormal: what a value may lose to underflow
-_UNDERFLOW = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
+UNDERFLOW = {"F32": 2.0**-149, "BF16": 2.0**-133, "F16": 2.0**-24}
 # of the float64 sums themselves, relative to their terms
 _NOISE = 1e-12
 # scales are float32: one rounding, and the noise of a length whose terms nearly cancel
 _SCALE_ERROR, _SCALE_STEP = 2.0**-23, 2.0**-148
+# rotations come from solvers in float64, by two ways
+_TURN_NOISE = 1e-10
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,13 +47,21 @@ class SourceModule:
 
 @dataclass(frozen=True, slots=True)
 class _Canonical:
-    """The stored values of one module: a [rank, in], bt [rank, out], bias [out], out_scale [out], in_scale [in]."""
+    """The stored values of one module: a [rank, in], bt [rank, out], sparse [out, in], bias [out].
+
+    out_scale [out], in_scale [in]; blocks [in / b, b, b]; c0 and c1 [out] turn outputs in groups of `group`.
+    """
 
     a: Float64
     bt: Float64
+    sparse: Float64 | None
     bias: Float64
     out_scale: Float64 | None
     in_scale: Float64 | None
+    blocks: Float64 | None
+    c0: Float64 | None
+    c1: Float64 | None
+    group: int
 
 
 def measure_error(
@@ -73,12 +86,18 @@ def measure_error(
 def _module_error(stored: _Canonical, source: SourceModule, dtype: str, x: Float64) -> float:
     delta = source.delta()
     _check_scales(stored, source, delta)
+    _check_turns(stored, source, delta, x)
     wanted = delta.apply(x)[:, source.begin : source.end]
     found = (x @ stored.a.T) @ stored.bt + stored.bias
     a, bt, bias, size = np.abs(stored.a), np.abs(stored.bt), np.abs(stored.bias), np.abs(x)
-    tiny = _UNDERFLOW[dtype]
+    tiny = UNDERFLOW[dtype]
     exact = (size @ a.T) @ bt + bias
     widened = (size @ (a + tiny).T) @ (bt + tiny) + bias + tiny
+    if stored.sparse is not None:
+        found = found + x @ stored.sparse.T
+        places = np.abs(stored.sparse)
+        exact = exact + size @ places.T
+        widened = widened + size @ (places + tiny).T
     noise = _NOISE * (widened + _sum_of_terms(delta, source, size))
     error = np.abs(wanted - found)
     if not np.all(error <= _SLACK * ROUNDOFF[dtype] * widened + (widened - exact) + noise):
@@ -97,6 +116,34 @@ def _check_scales(stored: _Canonical, source: SourceModule, delta: Delta) -> Non
             continue
         if found is None or wanted is None or not np.allclose(found, wanted, rtol=_SCALE_ERROR, atol=_SCALE_STEP):
             raise _failed(source)
+
+
+def _check_turns(stored: _Canonical, source: SourceModule, delta: Delta, x: Float64) -> None:
+    """Compare what the rotations make of random rows: they act on the base's own product. Raises ConversionFailed."""
+    is_turned = stored.blocks is not None or stored.c0 is not None
+    if not isinstance(delta, TurningDelta):
+        if is_turned:
+            raise _failed(source)
+        return
+    turned, size = x, np.abs(x)
+    if stored.blocks is not None:
+        pieces = x.reshape(len(x), *stored.blocks.shape[:2])
+        turned = np.einsum("tnb,nbc->tnc", pieces, stored.blocks).reshape(x.shape)
+        size = np.einsum("tnb,nbc->tnc", np.abs(pieces), np.abs(stored.blocks)).reshape(x.shape)
+    _check_close(turned, delta.turned_inputs(x), size, source)
+    u = np.random.default_rng(_SEED + 1).standard_normal((_NUM_ROWS, len(delta.turned_outputs(x[:0]).T)))
+    wanted, own = delta.turned_outputs(u)[:, source.begin : source.end], u[:, source.begin : source.end]
+    direct, crossed = own, np.zeros_like(own)
+    if stored.c0 is not None and stored.c1 is not None:
+        first, second = np.split(own.reshape(len(own), -1, stored.group), 2, axis=2)
+        direct = stored.c0 * own
+        crossed = stored.c1 * np.concatenate([-second, first], axis=2).reshape(own.shape)
+    _check_close(direct + crossed, wanted, np.abs(direct) + np.abs(crossed), source)
+
+
+def _check_close(found: Float64, wanted: Float64, size: Float64, source: SourceModule) -> None:
+    if not np.all(np.abs(found - wanted) <= (_SCALE_ERROR + _TURN_NOISE) * size + _TURN_NOISE):
+        raise _failed(source)
 
 
 def _failed(source: SourceModule) -> ConversionFailed:
@@ -119,17 +166,39 @@ def _sum_of_terms(delta: Delta, source: SourceModule, size: Float64) -> Float64:
 def _read_module(path: Path, slots: dict[str, TensorSlot], source: SourceModule, num_in: int) -> _Canonical:
     module, num_out = source.module, source.end - source.begin
     has_rank = module.rank > 0
+
+    def optional(kind: str, *, is_there: bool) -> Float64 | None:
+        return read_stored(path, slots[module.tensor(kind)]) if is_there else None
+
+    sparse = None
+    if module.csr is not None:
+        begins, cols, values = (
+            read_stored(path, slots[module.tensor(f"csr.{kind}")]) for kind in ("indptr", "col", "val")
+        )
+        sparse = np.zeros((num_out, num_in))
+        counts: npt.NDArray[np.int64] = (begins[1:] - begins[:-1]).astype(np.int64)
+        rows = np.repeat(np.arange(num_out), counts)
+        sparse[rows, cols.astype(np.int64)] = values
     return _Canonical(
-        a=_read(path, slots[module.tensor("A")]) if has_rank else np.zeros((0, num_in)),
-        bt=_read(path, slots[module.tensor("BT")]) if has_rank else np.zeros((0, num_out)),
-        bias=_read(path, slots[module.tensor("bias")]) if module.has_bias else np.zeros(num_out),
-        out_scale=_read(path, slots[module.tensor("out_scale")]) if module.has_out_scale else None,
-        in_scale=_read(path, slots[module.tensor("in_scale")]) if module.has_in_scale else None,
+        a=read_stored(path, slots[module.tensor("A")]) if has_rank else np.zeros((0, num_in)),
+        bt=read_stored(path, slots[module.tensor("BT")]) if has_rank else np.zeros((0, num_out)),
+        sparse=sparse,
+        bias=read_stored(path, slots[module.tensor("bias")]) if module.has_bias else np.zeros(num_out),
+        out_scale=optional("out_scale", is_there=module.has_out_scale),
+        in_scale=optional("in_scale", is_there=module.has_in_scale),
+        blocks=optional("in_blockdiag", is_there=module.blockdiag > 0),
+        c0=optional("rot2.c0", is_there=module.rot2_group > 0),
+        c1=optional("rot2.c1", is_there=module.rot2_group > 0),
+        group=module.rot2_group,
     )
 
 
-def _read(path: Path, slot: TensorSlot) -> Float64:
+def read_stored(path: Path, slot: TensorSlot) -> Float64:
+    """Read one tensor of the canonical file back."""
     with path.open("rb") as file:
         header = read_header(file, path.stat().st_size, CANONICAL_LIMITS, what=path.name)
         file.seek(header.data_start + slot.begin)
-        return decode(file.read(slot.end - slot.begin), slot.dtype).reshape(slot.shape).astype(np.float64)
+        raw = file.read(slot.end - slot.begin)
+    if slot.dtype == INDEX_DTYPE:
+        return np.frombuffer(raw, "<i4").reshape(slot.shape).astype(np.float64)
+    return decode(raw, slot.dtype).reshape(slot.shape).astype(np.float64)

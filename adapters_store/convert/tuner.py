@@ -23,10 +23,29 @@ Array = npt.NDArray[np.float32] | Float64
 
 
 @dataclass(frozen=True, slots=True)
-class Factors:
-    """One module's delta as it is served, every scaling in it: `y = (x a^T) b^T + bias`, beside the base's product.
+class SparseValues:
+    """Single entries of a weight: rows and cols int64 [n], by rows, then columns, no place twice; values [n]."""
 
-    out_scale [out] and in_scale [in] frame that product: `out_scale * (W (in_scale * x))`, before the base's own bias.
+    rows: npt.NDArray[np.int64]
+    cols: npt.NDArray[np.int64]
+    values: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Rotation:
+    """`c0 * u + c1 * partner(u)`: in every `group` of outputs the partner of the halves (u1, u2) is (-u2, u1)."""
+
+    c0: Array
+    c1: Array
+    group: int
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """One module's delta as it is served, every scaling in it: `y = (x a^T) b^T + x sparse^T + bias`.
+
+    The rest frames the base's product, before its own bias: `rot2(out_scale * (W blocks(in_scale * x)))`, with blocks
+    [in / b, b, b] and `x' = x blocks`, group by group.
     a [rank, in], b [out, rank], bias [out], float32 or float64; the writer rounds each value to float32 once. Where
     the values of a or b are themselves sums, `a_terms` and `b_terms` are the sums of their terms' absolute values.
     """
@@ -38,6 +57,9 @@ class Factors:
     b_terms: Array | None = None
     out_scale: Array | None = None
     in_scale: Array | None = None
+    sparse: SparseValues | None = None
+    blocks: Array | None = None
+    rotation: Rotation | None = None
 
 
 class Delta(Protocol):
@@ -64,9 +86,26 @@ class ScaledDelta(Delta, Protocol):
         ...
 
 
+@runtime_checkable
+class TurningDelta(Delta, Protocol):
+    """A delta that rotates what the base's product reads or what comes out of it."""
+
+    def turned_inputs(self, x: Float64) -> Float64:
+        """Return what the base's product reads instead of x [T, in], by PEFT's formula, in float64; scales left out."""
+        ...
+
+    def turned_outputs(self, u: Float64) -> Float64:
+        """Return what becomes of the base's product u [T, out], by PEFT's formula, in float64; scales left out."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class PlannedModule:
-    """One module before its values are read: its rank when served, and the shape that each of its tensors must have."""
+    """One module before its values are read: its rank when served, and the shape that each of its tensors must have.
+
+    `block` is the size of the blocks that inputs are turned in, `rotation_group` the group of outputs that rotate; 0:
+    none. `has_sparse`: single entries of the weight change.
+    """
 
     source: PeftModule
     rank: int
@@ -75,11 +114,15 @@ class PlannedModule:
     load: Callable[[TensorFile], Delta]
     has_out_scale: bool = False
     has_in_scale: bool = False
+    has_sparse: bool = False
+    block: int = 0
+    rotation_group: int = 0
 
     @property
     def acts(self) -> bool:
         """Is there any op to serve?"""
-        return self.rank > 0 or self.has_bias or self.has_out_scale or self.has_in_scale
+        has_frame = self.has_out_scale or self.has_in_scale or self.block > 0 or self.rotation_group > 0
+        return self.rank > 0 or self.has_bias or self.has_sparse or has_frame
 
 
 class Tuner(Protocol):
@@ -101,6 +144,7 @@ class Served:
     `parts` are the names of a module's tensors, `shared` those of the whole model; `integers` names those of both that
     hold indices. `recorded` are the config's keys that go into the manifest. `is_product` says that the served rank is
     a product of ranks, which has a limit of its own. `served_as` and `limits` are for the page about adapters.
+    `acts_on`: what its targets name: "linear" layers, "norms", "tables" of tokens; a "prompt" has none.
     """
 
     title: str
@@ -115,6 +159,7 @@ class Served:
     default_targets: DefaultTargets = MOST_TARGETS
     is_product: bool = False
     allows_empty: bool = False
+    acts_on: str = "linear"
 
 
 @dataclass(frozen=True, slots=True)

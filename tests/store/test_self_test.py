@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from adapters_store.convert import lora
+from adapters_store.convert.lora_factors import LoraValues
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.convert.tuner import Array, Factors
@@ -16,7 +16,7 @@ from adapters_store.manifest import parse_manifest
 from tests.store.folders import TINY, lora_config, lora_tensors, write_folder
 
 Change = Callable[[Factors, float], Factors]
-sound = lora._Delta.factors
+sound = LoraValues.factors
 
 
 PLANTED: dict[str, Change] = {
@@ -42,7 +42,7 @@ def bias_of(factors: Factors) -> Array:
 def test_a_planted_conversion_bug_is_found(
     change: Change, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lora._Delta, "factors", lambda delta: change(sound(delta), delta.scaling))
+    monkeypatch.setattr(LoraValues, "factors", lambda delta: change(sound(delta), delta.scaling))
     config = lora_config(lora_bias=True, lora_alpha=3)
     folder = write_folder(tmp_path / "good", config, lora_tensors(bias=True))
     with pytest.raises(ConversionFailed, match=r"layers\.0\.self_attn\.q_proj"):
