@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
+from serve.engine.eviction import EvictionPolicy, Lru
 from serve.engine.plan import LoadResult
 from serve.messages import AdapterState
 
@@ -53,12 +54,14 @@ class _Resident:
 class AdapterTiers:
     """The adapters in memory and the room for more."""
 
-    def __init__(self, loader: AdapterLoader, num_slots: int, max_bytes: int) -> None:
+    def __init__(
+        self, loader: AdapterLoader, num_slots: int, max_bytes: int, policy: EvictionPolicy | None = None
+    ) -> None:
         self._loader = loader
         self._num_slots = num_slots
         self._max_bytes = max_bytes
-        # least recently used first
-        self._residents: OrderedDict[str, _Resident] = OrderedDict()
+        self._policy = Lru() if policy is None else policy
+        self._residents: dict[str, _Resident] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_users: Counter[str] = Counter()
         self._unwanted: set[str] = set()
@@ -145,6 +148,7 @@ class AdapterTiers:
             return Residency.ABSENT
         slot = self._free_slots.pop()
         self._residents[digest] = _Resident(slot, num_bytes=num_bytes)
+        self._policy.enter(digest, num_bytes)
         self._loader.start_load(digest, slot)
         return Residency.LOADING
 
@@ -159,7 +163,7 @@ class AdapterTiers:
         resident = self._residents[digest]
         assert resident.is_ready, f"adapter {digest} is pinned before it is ready"
         resident.num_pins += 1
-        self._residents.move_to_end(digest)
+        self._policy.use(digest)
         return resident.slot
 
     def unpin(self, digest: str) -> None:
@@ -194,7 +198,7 @@ class AdapterTiers:
             self._drop(digest)
         else:
             resident.num_bytes, resident.rank, resident.is_ready = result.num_bytes, result.rank, True
-            self._residents.move_to_end(digest)
+            self._policy.use(digest)
             self.num_loads_total += 1
         self._drop_unwanted(digest)
         return error
@@ -221,13 +225,14 @@ class AdapterTiers:
         return sum(resident.num_bytes for resident in self._residents.values())
 
     def _make_room(self, digest: str, num_bytes: int, *, num_slots: int) -> bool:
-        """Evict least recently used adapters until slots and bytes suffice; evict none when they cannot."""
+        """Evict what the policy names until slots and bytes suffice; evict none when they cannot."""
         victims: list[str] = []
         free_slots, free_bytes = len(self._free_slots), self._max_bytes - self._num_bytes
         place = self._places.get(digest, len(self._places))
-        for other, resident in self._residents.items():
+        for other in self._policy.victims():
             if free_slots >= num_slots and free_bytes >= num_bytes:
                 break
+            resident = self._residents[other]
             is_idle = resident.is_ready and resident.num_pins == 0
             if is_idle and self._places.get(other, len(self._places)) >= place:
                 victims.append(other)
@@ -270,5 +275,6 @@ class AdapterTiers:
 
     def _remove(self, digest: str) -> _Resident:
         resident = self._residents.pop(digest)
+        self._policy.leave(digest)
         self._free_slots.append(resident.slot)
         return resident
