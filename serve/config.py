@@ -82,6 +82,8 @@ class ApiConfig:
     lora_roots: tuple[Path, ...] = ()
     # static bearer keys; empty: no authentication (loopback development)
     api_keys: tuple[str, ...] = ()
+    # run every adapter on the base, against its source's own formula, before it is published
+    probe_adapters: bool = True
     metrics_compat_vllm: bool = True
 
 

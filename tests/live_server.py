@@ -152,7 +152,8 @@ def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str
     """
     command = chorale_command("serve", "--model", str(model_dir), "--store", str(store_dir), "--port", "0")
     # tiny models gain nothing from more threads, and their barriers lose milliseconds each on a busy machine
-    command += ["--num-threads", "1", *options]
+    # and what is uploaded for other reasons need not be proven each time
+    command += ["--num-threads", "1", "--probe", "off", *options]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             command,

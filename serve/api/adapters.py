@@ -55,7 +55,7 @@ async def upload_adapter(request: Request) -> JSONResponse:
     state = api_state(request)
     boundary = read_boundary(request.headers.get("content-type", ""))
     version = await receive_upload(
-        state.store, state.config.served_model_name, boundary, request.stream(), state.uploads
+        state.store, state.config.served_model_name, boundary, request.stream(), state.uploads, state.proving()
     )
     return JSONResponse(adapter_card(version), 201)
 

@@ -5,6 +5,7 @@ Invariant: a `lora_path` is read only when its real path lies under a folder tha
 """
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 from fastapi import APIRouter, Request
@@ -49,7 +50,8 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
         raise InvalidUserInput(f"{show(body.lora_name)} is the base model's name; choose another", param="lora_name")
     await _check_free(state, body.lora_name, replace=bool(body.load_inplace))
     folder = await asyncio.to_thread(_allowed_folder, body.lora_path, state.config.lora_roots)
-    version: AdapterVersion = await state.uploads.run(state.store.put_dir, body.lora_name, folder)
+    publish = partial(state.store.put_dir, body.lora_name, folder, proving=state.proving())
+    version: AdapterVersion = await state.uploads.run(publish)
     state.engine.load_adapter(version.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

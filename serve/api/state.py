@@ -9,6 +9,7 @@ from typing import cast
 
 from fastapi import Request
 
+from adapters_store.proof import Proving
 from adapters_store.store import AdapterStore
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
@@ -20,6 +21,7 @@ from serve.config import ApiConfig
 from serve.errors import EngineLoading
 from serve.messages import Ready
 from serve.metrics import Metrics
+from serve.probe.probe import proving_on
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,14 @@ class ApiState:
         if ready is None:
             raise EngineLoading("the engine is starting; send the request again", retry_after_s=2)
         return ready
+
+    def proving(self) -> Proving:
+        """Return how an upload is proven; called in the event loop, before its bytes come.
+
+        Raises:
+            EngineLoading: the engine, which would run it, is not there.
+        """
+        return proving_on(self.engine, is_on=self.config.probe_adapters)
 
 
 def api_state(request: Request) -> ApiState:

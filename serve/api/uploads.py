@@ -9,10 +9,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 from adapters_store.formats import MAX_OPTIONS_BYTES, PEFT_PARTS, Declared
 from adapters_store.names import check_name
+from adapters_store.proof import Proving
 from adapters_store.store import AdapterStore, AdapterVersion, Upload
 from adapters_store.upload import PartWriter
 from serve.api.multipart import MultipartReader, PartData, PartEvent, PartStart
@@ -67,13 +69,19 @@ class UploadPool:
 
 
 async def receive_upload(
-    store: AdapterStore, served_name: str, boundary: bytes, body: AsyncIterator[bytes], pool: UploadPool
+    store: AdapterStore,
+    served_name: str,
+    boundary: bytes,
+    body: AsyncIterator[bytes],
+    pool: UploadPool,
+    proving: Proving,
 ) -> AdapterVersion:
-    """Stream one upload into the store and publish it.
+    """Stream one upload into the store, prove and publish it.
 
     Raises:
-        InvalidRequest: the form is wrong. StoreError: the store refuses the adapter.
-        RateLimited: too many uploads run. ClientDisconnect: the client left; nothing is kept.
+        InvalidRequest: the form is wrong. StoreError: the store or the probe refuses the adapter.
+        RateLimited: too many uploads run. Unavailable: the engine went away. ClientDisconnect: the client left;
+            nothing is kept.
     """
     with pool.place():
         upload = await pool.run(store.stage)
@@ -81,7 +89,7 @@ async def receive_upload(
             form = _Form(upload, served_name)
             await _receive_parts(form, boundary, body, pool)
             name, declared = form.finish()
-            return await pool.run(upload.commit, name, declared)
+            return await pool.run(partial(upload.commit, name, declared, proving=proving))
         finally:
             await pool.run(upload.close)
 

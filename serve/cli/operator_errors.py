@@ -10,7 +10,7 @@ import httpx
 import typer
 
 from adapters_store.errors import StoreError
-from serve.errors import StartError
+from serve.errors import ServeError, StartError
 
 
 @contextmanager
@@ -18,7 +18,7 @@ def one_line_errors(*, exit_status: int) -> Iterator[None]:
     """End the command with one clear line if the body raises something that the operator can mend."""
     try:
         yield
-    except (StartError, StoreError) as error:
+    except (StartError, StoreError, ServeError) as error:
         _fail(str(error), exit_status)
     except httpx.HTTPError as error:
         _fail(f"{type(error).__name__}: {error}", exit_status)

@@ -30,6 +30,13 @@ class Dtype(StrEnum):
     FLOAT16 = "float16"
 
 
+class Probe(StrEnum):
+    """Whether adapters are run on the base before they are published."""
+
+    ON = "on"
+    OFF = "off"
+
+
 class MetricsCompat(StrEnum):
     """Whose metric names `/metrics` has beside our own."""
 
@@ -172,6 +179,14 @@ MetricsCompatOption = Annotated[
         "--metrics-compat",
         envvar="CHORALE_METRICS_COMPAT",
         help="Whose metric names /metrics has beside our own; routers read vLLM's.",
+    ),
+]
+ProbeOption = Annotated[
+    Probe,
+    typer.Option(
+        "--probe",
+        envvar="CHORALE_PROBE",
+        help="Whether an adapter is run on the base, and compared with its source's own formula, before it is visible.",
     ),
 ]
 LogLevelOption = Annotated[

@@ -50,6 +50,7 @@ def serve(
     start_timeout_s: options.StartTimeoutS = _WATCHDOG.start_timeout_s,
     preload: options.Preload = None,
     grace_s: options.GraceS = 30.0,
+    probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
@@ -64,6 +65,7 @@ def serve(
         api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
         api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
         api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
+        api = replace(api, probe_adapters=probe is options.Probe.ON)
         engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
         engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
         engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)

@@ -18,6 +18,7 @@ import uvicorn
 import uvloop
 
 from adapters_store.errors import StorageFailed, StoreFull
+from adapters_store.proof import Proving
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
 from serve.api.engine_client import EngineClient
@@ -27,6 +28,7 @@ from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
 from serve.metrics import Metrics
 from serve.model.spec import ModelSpec, read_spec
+from serve.probe.probe import proving_on
 
 logger = logging.getLogger(__name__)
 
@@ -123,9 +125,11 @@ class Server:
             await http
 
     async def _prepare(self, preload: Path | None) -> None:
-        if preload is not None:
-            await asyncio.to_thread(publish_missing, self._store, preload)
+        folders = [] if preload is None else await asyncio.to_thread(missing_adapters, self._store, preload)
         await self._engine.wait_ready()
+        if folders:
+            proving = proving_on(self._engine, is_on=self._config.api.probe_adapters)
+            await asyncio.to_thread(publish, self._store, folders, proving)
 
     def _say_ready(self) -> None:
         host = f"[{self._host}]" if ":" in self._host else self._host
@@ -169,19 +173,24 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
         yield listener
 
 
-def publish_missing(store: AdapterStore, folder: Path) -> None:
-    """Publish every PEFT folder in `folder` whose name the store does not have yet.
+def missing_adapters(store: AdapterStore, folder: Path) -> list[Path]:
+    """Return the PEFT folders in `folder` whose name the store does not have yet.
 
     Raises:
-        StartError: no such folder. StoreError: one of them is refused.
+        StartError: no such folder.
     """
     if not folder.is_dir():
         raise StartError(f"--preload {folder}: no such folder")
     present = {version.name for version in store.list()}
-    for adapter in sorted(path.parent for path in folder.glob("*/adapter_config.json")):
-        if adapter.name not in present:
-            version = store.put_dir(adapter.name, adapter, trusted=True)
-            logger.info("published adapter '%s' version %d", version.name, version.version)
+    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    return [adapter for adapter in found if adapter.name not in present]
+
+
+def publish(store: AdapterStore, folders: list[Path], proving: Proving) -> None:
+    """Publish folders under their names; raises StoreError or ServeError if one of them is refused."""
+    for folder in folders:
+        version = store.put_dir(folder.name, folder, trusted=True, proving=proving)
+        logger.info("published adapter '%s' version %d", version.name, version.version)
 
 
 async def _finished_before(work: Coroutine[object, object, object], event: asyncio.Event) -> bool:

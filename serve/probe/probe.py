@@ -21,7 +21,7 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.converter import run_child
 from adapters_store.errors import ConversionFailed, ProbeFailed, ProbeNotFinite
 from adapters_store.formats import is_model_part
-from adapters_store.proof import Proof, Staged
+from adapters_store.proof import NotProbed, Proof, Proving, Staged
 from adapters_store.strict_json import Json
 from serve.errors import EngineLoading
 from serve.messages import Ready
@@ -37,6 +37,7 @@ _MIN_MEMORY_BYTES = 3 << 30
 # of the largest linear layer: as float32, once more in float64, a tuner's own terms, and the reader's copy
 _LAYER_COPIES = 8
 _START_SECONDS = 60
+_RETRY_AFTER_S = 5
 _MIN_BYTES_PER_SECOND = 10 << 20
 
 Result = TypeVar("Result")
@@ -63,8 +64,7 @@ class EngineProbe:
             raise
 
     def _prove(self, staged: Staged) -> Proof:
-        ready = self._run(self._ready())
-        observed = self._run(self._observe(staged, ready))
+        ready, observed = self._run(self._observe(staged))
         check_effect(observed)
         measured = _measure(staged, observed)
         check_agreement(measured, observed.dtype)
@@ -73,26 +73,40 @@ class EngineProbe:
     def _run(self, work: Coroutine[object, object, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
 
-    async def _ready(self) -> Ready:
-        ready = self.engine.ready
-        if ready is None or not self.engine.is_ready:
-            raise EngineLoading(
-                "the engine is starting, and an adapter is run on it before it is published; send the upload again",
-                retry_after_s=5,
-            )
-        return ready
-
-    async def _observe(self, staged: Staged, ready: Ready) -> Observed:
-        manifest = staged.manifest
+    async def _observe(self, staged: Staged) -> tuple[Ready, Observed]:
+        ready, manifest = _need(self.engine), staged.manifest
         prompts = await asyncio.to_thread(_prompts, staged, ready)
         adapter = Carrier(staged.digest, manifest.num_virtual_tokens, manifest.activation)
-        return Observed(
+        observed = Observed(
             prompts=prompts,
             base=await ask(self.engine, Carrier(), prompts),
             adapter=await ask(self.engine, adapter, prompts),
             dtype=ready.dtype,
             max_model_len=ready.max_model_len,
         )
+        return ready, observed
+
+
+def proving_on(engine: ProbedEngine, *, is_on: bool) -> Proving:
+    """Return the probe of a server's adapters, or why there is none; called in the event loop.
+
+    Raises:
+        EngineLoading: the engine is not there.
+    """
+    if not is_on:
+        return NotProbed("the server runs with --probe off")
+    _need(engine)
+    return EngineProbe(engine, asyncio.get_running_loop())
+
+
+def _need(engine: ProbedEngine) -> Ready:
+    ready = engine.ready
+    if ready is None or not engine.is_ready:
+        raise EngineLoading(
+            "the engine is starting, and an adapter is run on it before it is published; send the upload again",
+            retry_after_s=_RETRY_AFTER_S,
+        )
+    return ready
 
 
 def _prompts(staged: Staged, ready: Ready) -> tuple[Prompt, ...]:

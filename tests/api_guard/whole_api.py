@@ -71,7 +71,13 @@ def whole_api(
         **{"served_name": BASE, "max_upload_bytes": limits.max_upload_bytes, **store_options},  # type: ignore[arg-type]
     )
     config = ApiConfig(
-        model_dir=model_dir, store_dir=store_dir, served_model_name=BASE, limits=limits, lora_roots=lora_roots
+        model_dir=model_dir,
+        store_dir=store_dir,
+        served_model_name=BASE,
+        limits=limits,
+        lora_roots=lora_roots,
+        # its engine is a fake
+        probe_adapters=False,
     )
     try:
         with (

@@ -10,7 +10,7 @@ from adapters_store.base import read_base_dims
 from adapters_store.errors import StoreError
 from adapters_store.store import AdapterStore
 from serve.cli.app import app
-from serve.cli.server import publish_missing
+from serve.cli.server import missing_adapters, publish
 from serve.errors import StartError
 from tests.cli.fake_server_process import StartFake
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
@@ -52,10 +52,10 @@ def test_preloading_publishes_what_is_missing_and_touches_nothing_else(tmp_path:
     adapters = tmp_path / "adapters"
     write_tiny_adapter(adapters, "first", rank=2, seed=1)
     store = AdapterStore.open(store_dir, base, image_dtype="float32")
-    publish_missing(store, adapters)
+    publish(store, missing_adapters(store, adapters), NO_ENGINE)
     write_tiny_adapter(adapters, "second", rank=2, seed=2)
     (adapters / "no-adapter").mkdir()
-    publish_missing(store, adapters)
+    publish(store, missing_adapters(store, adapters), NO_ENGINE)
     assert [(version.name, version.version) for version in store.list()] == [("first", 1), ("second", 1)]
     store.close()
 
@@ -63,9 +63,9 @@ def test_preloading_publishes_what_is_missing_and_touches_nothing_else(tmp_path:
 def test_preloading_says_what_it_cannot_publish(tmp_path: Path, store_dir: Path) -> None:
     store = AdapterStore.open(store_dir, read_base_dims(write_tiny_model(tmp_path / "tiny")))
     with pytest.raises(StartError, match=r"--preload .*missing: no such folder"):
-        publish_missing(store, tmp_path / "missing")
+        missing_adapters(store, tmp_path / "missing")
     (tmp_path / "adapters" / "broken").mkdir(parents=True)
     (tmp_path / "adapters" / "broken" / "adapter_config.json").write_text("{")
     with pytest.raises(StoreError):
-        publish_missing(store, tmp_path / "adapters")
+        publish(store, missing_adapters(store, tmp_path / "adapters"), NO_ENGINE)
     store.close()
