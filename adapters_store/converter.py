@@ -1,7 +1,8 @@
 """Starts the converter process for one upload and turns its end into a result or a refusal.
 
-Owns the child: clean environment, closed stdin, time limit, kill. The server itself never parses a foreign file.
-Invariant: the child is gone when `convert_in_child` returns, and nothing it printed is trusted beyond a known code.
+Owns the child: clean environment, closed stdin, time limit, kill; its other walls are `convert/sandbox.py`'s, and one
+that the kernel lacks is logged once. The server itself never parses a foreign file. Invariant: the child is gone when
+`convert_in_child` returns, and nothing it printed is trusted beyond a known code.
 """
 
 import errno
@@ -10,11 +11,14 @@ import logging
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 from adapters_store.convert.options import ConvertOptions
+from adapters_store.convert.sandbox import LAYERS
 from adapters_store.errors import REFUSALS, ConversionFailed, CorruptUpload, storage_errors
 from adapters_store.formats import is_model_part
+from adapters_store.unpickled import translate_pickles
 
 _log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
         AdapterRefused: the child refused the upload. ConversionFailed: it died or took too long.
         StoreFull, StorageFailed: it could not write.
     """
+    translate_pickles(source, run_child)
     source_bytes = sum(entry.stat().st_size for entry in os.scandir(source) if entry.is_file(follow_symlinks=False))
     # shared projections, Kronecker and Hadamard products of a few bytes make images of any size that the ranks allow
     unfolded_bytes = min(options.max_image_bytes(), _MAX_UNFOLDED_BYTES)
@@ -45,17 +50,27 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
     timeout_s += _base_bytes(options.base_dir) // _MIN_BASE_BYTES_PER_SECOND
     # a 16-bit source doubles in a float32 image; fused projections repeat A
     max_file_bytes = max(6 * source_bytes, unfolded_bytes) + _SLACK_BYTES
-    command = [sys.executable, "-B", "-s", "-P", "-m", "adapters_store.convert"]
-    command += [str(source), str(target), options.to_json(), str(max_file_bytes), str(timeout_s)]
-    outcome_path = target.parent / _OUTCOME_NAME
-    with outcome_path.open("x+b") as outcome_file:
+    arguments = [str(source), str(target), options.to_json(), str(max_file_bytes), str(timeout_s)]
+    _raise_refusal(run_child("adapters_store.convert", arguments, target, timeout_s))
+
+
+def run_child(module: str, arguments: list[str], folder: Path, timeout_s: int) -> bytes:
+    """Run one of the store's modules that reads foreign files, in a process of its own, and return what it printed.
+
+    Args:
+        folder: its working folder, in the staging folder of the upload, which receives its answer.
+    Raises:
+        ConversionFailed: it died or took too long; it is gone in any case.
+    """
+    outcome_path = folder.parent / _OUTCOME_NAME
+    with outcome_path.open("w+b") as outcome_file:
         try:
             finished = subprocess.run(
-                command,
+                [sys.executable, "-B", "-s", "-P", "-m", module, *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=outcome_file,
                 env=_environment(),
-                cwd=target,
+                cwd=folder,
                 timeout=timeout_s,
                 check=False,
                 start_new_session=True,
@@ -67,7 +82,7 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
     if finished.returncode != 0:
         _log.error("converter ended with status %d", finished.returncode)
         raise ConversionFailed("the converter stopped unexpectedly; nothing was stored, see the server's log")
-    _raise_refusal(raw)
+    return raw
 
 
 def _base_bytes(base_dir: str | None) -> int:
@@ -90,11 +105,22 @@ def _environment() -> dict[str, str]:
     }
 
 
+@cache
+def _warn_once(layer: str) -> None:
+    """Log that a wall around the converters is missing; the cache is what keeps it to one line per process."""
+    _log.warning("converter without %s: %s", layer, LAYERS[layer])
+
+
 def _raise_refusal(raw: bytes) -> None:
     try:
         outcome = json.loads(raw)
     except ValueError:
         raise ConversionFailed("the converter gave no answer; nothing was stored, see the server's log") from None
+    if not isinstance(outcome, dict):
+        raise ConversionFailed("the converter gave no answer; nothing was stored, see the server's log")
+    for layer in outcome.pop("missing", []):
+        if layer in LAYERS:
+            _warn_once(layer)
     if not outcome:
         return
     if "errno" in outcome:
