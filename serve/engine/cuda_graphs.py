@@ -1,25 +1,31 @@
 """Captured decode passes: one graph per number of rows and per set of fused sites, and which of them a step replays.
 
 Owns the buckets, the families and the choice; the capture itself is a `Recorder`'s. A family is a mask of fused sites:
-none launches no adapter op, all is right for every step, those between only save launches. Invariants: nothing is
+none launches no adapter op, all is right for every step of LoRAs, those between only save launches. Bits above tell of
+adapters that are more than low rank, and of inputs that are scaled; their graphs are captured when steps first ask for
+them. Invariants: nothing is
 captured while steps are in flight; a graph reads everything from static memory, so it is right for other rows, more
 or fewer adapters and other ranks than there were at its capture.
 """
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
 from adapter_kernels.delta import FUSED_SITES
-from serve.engine.device_forward import FusedSites, StepOutput
+from adapter_kernels.gpu.acting_sites import ActingSites
+from adapter_kernels.gpu.tables import SITES
+from serve.engine.device_forward import StepOutput
 
 logger = logging.getLogger(__name__)
 
 NO_SITES = 0
 ALL_SITES = (1 << len(FUSED_SITES)) - 1
+# the step's adapters are more than low rank and bias; above it one bit for each site whose input is scaled
+FAMILIES = 1 << len(FUSED_SITES)
 _SMALL_BUCKETS = (1, 2, 4, 8, 16, 24, 32, 48, 64)
 _BUCKET_STEP = 32
 # each holds some megabytes of device memory: 20 buckets in 2 families at start, and room for what traffic brings
@@ -30,7 +36,7 @@ _NUM_WARM_UPS = 2
 
 @dataclass(frozen=True, slots=True)
 class GraphKey:
-    """Rows of the bucket and the mask of fused sites (bit i: the i-th key of `FUSED_SITES`)."""
+    """Rows of the bucket and the mask of `site_mask` (bit i: the i-th key of `FUSED_SITES`, then forms)."""
 
     bucket: int
     mask: int
@@ -42,16 +48,24 @@ def decode_buckets(max_decodes: int) -> tuple[int, ...]:
     return (*(size for size in sizes if size < max_decodes), max_decodes)
 
 
-def site_mask(fused_sites: Iterable[tuple[int, str]]) -> int:
-    """Return which fused sites occur, in any layer."""
-    names = {site for _, site in fused_sites}
-    return sum(1 << i for i, name in enumerate(FUSED_SITES) if name in names)
+def site_mask(sites: ActingSites) -> int:
+    """Return which fused sites and which forms of the kernels occur, in any layer."""
+    fused, in_scaled = {name for _, name in sites.fused}, {name for _, name in sites.in_scaled}
+    mask = sum(1 << i for i, name in enumerate(FUSED_SITES) if name in fused)
+    mask |= FAMILIES if sites.has_families else 0
+    return mask | sum(FAMILIES << 1 + i for i, name in enumerate(SITES) if name in in_scaled)
 
 
-def sites_of_mask(mask: int, num_layers: int) -> FusedSites:
-    """Return the sites of a mask, in every layer."""
-    names = [name for i, name in enumerate(FUSED_SITES) if mask >> i & 1]
-    return frozenset((layer, name) for layer in range(num_layers) for name in names)
+def sites_of_mask(mask: int, num_layers: int) -> ActingSites:
+    """Return what a mask stands for, in every layer."""
+    fused = [name for i, name in enumerate(FUSED_SITES) if mask >> i & 1]
+    in_scaled = [name for i, name in enumerate(SITES) if mask & FAMILIES << 1 + i]
+    layers = range(num_layers)
+    return ActingSites(
+        frozenset((layer, name) for layer in layers for name in fused),
+        bool(mask & FAMILIES),
+        frozenset((layer, name) for layer in layers for name in in_scaled),
+    )
 
 
 class GraphChoice:
@@ -78,7 +92,7 @@ class GraphChoice:
             return exact
         if exact not in self._refused and len(self._captured) + len(self._wanted) < _MAX_GRAPHS:
             self._wanted.setdefault(exact)
-        superset = GraphKey(bucket, ALL_SITES)
+        superset = GraphKey(bucket, mask | ALL_SITES)
         return superset if superset in self._captured else None
 
     def next_wanted(self) -> GraphKey | None:

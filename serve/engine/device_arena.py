@@ -15,6 +15,7 @@ from queue import SimpleQueue
 
 import torch
 
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.copies import Copies
 from adapter_kernels.gpu.image_layout import StoredImage, lay_out
 from adapter_kernels.gpu.image_upload import ImageUpload, UploadCancelled
@@ -27,6 +28,7 @@ from adapters_store.store import OpenAdapter
 from serve.engine.arena_room import ArenaRoom, Load, Place
 from serve.engine.cpu_threads import leave_core
 from serve.engine.extents import Move
+from serve.engine.model_rows import refuse_model_ops
 from serve.engine.plan import LoadResult
 from serve.engine.site_rows import site_rows
 
@@ -44,7 +46,7 @@ class _Resident:
     slot: int
     adapter: PlacedAdapter
     begin: int
-    fused_sites: frozenset[tuple[int, str]]
+    sites: ActingSites
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ class DeviceArena:
         self._loads: dict[int, Load] = {}
         self._residents: dict[int, _Resident] = {}
         # equal ones are one object: a step's union then costs as many as are different, and not 2 ms for 256 adapters
-        self._site_sets: dict[frozenset[tuple[int, str]], frozenset[tuple[int, str]]] = {}
+        self._site_sets: dict[ActingSites, ActingSites] = {}
         self._moving: _Moving | None = None
         self._ended: SimpleQueue[Load] = SimpleQueue()
         self._finishing: list[Load] = []
@@ -141,9 +143,9 @@ class DeviceArena:
             self._moving = None
         self._release(resident.begin)
 
-    def fused_sites(self, slot: int) -> frozenset[tuple[int, str]]:
-        """Return where a loaded slot's adapter acts, as (layer, key of `FUSED_SITES`)."""
-        return self._residents[slot].fused_sites
+    def sites(self, slot: int) -> ActingSites:
+        """Return where and how a loaded slot's adapter acts."""
+        return self._residents[slot].sites
 
     def compact_some(self, max_bytes: int) -> int:
         """Move about `max_bytes`, at least one tensor, if a load waits for room that lies in pieces; return how many.
@@ -195,6 +197,7 @@ class DeviceArena:
         """Open an image and send it where there is room; False when the load waits for room."""
         load.begin_s = time.monotonic()
         adapter = self._open_image(load.digest)
+        refuse_model_ops(adapter)
         rows = site_rows(adapter)
         load.rank = adapter.rank
         load.layout = lay_out(StoredImage(adapter.data, _DTYPES[adapter.dtype], rows, self._shapes), self._dtype)
@@ -235,7 +238,7 @@ class DeviceArena:
         self._tables.write(load.slot, load.adapter.entries(load.begin))
         if len(self._site_sets) == _MAX_SITE_SETS:
             self._site_sets.clear()
-        sites = self._site_sets.setdefault(load.adapter.fused_sites, load.adapter.fused_sites)
+        sites = self._site_sets.setdefault(load.adapter.sites, load.adapter.sites)
         self._residents[load.slot] = _Resident(load.slot, load.adapter, load.begin, sites)
 
     def _release(self, begin: int) -> None:

@@ -12,9 +12,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.acting_sites import ActingSites
 from serve.engine.cuda_graphs import DecodeGraphs, site_mask
 from serve.engine.device_batch import NUM_HOST_BUFFERS, SentWords, WordBuffers
-from serve.engine.device_forward import DeviceForward, FusedSites, StepOutput
+from serve.engine.device_forward import DeviceForward, StepOutput
 from serve.engine.device_results import PromptLogprobs, ResultLayout, plan_prompt_logprobs
 from serve.engine.device_sampler import draw, find_logprobs
 from serve.engine.packed_words import Int32s, Words
@@ -41,8 +42,8 @@ class DeviceAdapters(Protocol):
         """Free a slot."""
         ...
 
-    def fused_sites(self, slot: int) -> FusedSites:
-        """Return where a loaded slot's adapter acts."""
+    def sites(self, slot: int) -> ActingSites:
+        """Return where and how a loaded slot's adapter acts."""
         ...
 
     def close(self) -> None:
@@ -189,7 +190,7 @@ class DeviceExecutor:
         self._adapters.close()
 
     def _run(self, packed: PackedStep, sent: SentWords) -> StepOutput:
-        sites: FusedSites = frozenset().union(*{self._adapters.fused_sites(slot) for slot in packed.adapter_slots})
+        sites = ActingSites.union(self._adapters.sites(slot) for slot in packed.adapter_slots)
         if self._graphs is not None and packed.bucket is not None:
             recorded = self._graphs.find(packed.bucket, site_mask(sites))
             if recorded is not None:

@@ -1,8 +1,8 @@
 """One forward pass on the device, from packed words to logits and their argmax: what a CUDA graph captures.
 
 Owns the order of a pass: tokens of chained rows, route, decoder, head, argmax. Reads and writes static memory only, so
-running it again on other words is the same as replaying its capture. Invariant: without adapters among `fused_sites`
-no adapter op is launched; with more sites than the step's adapters act on, the result is the same.
+running it again on other words is the same as replaying its capture. Invariant: without acting `sites` no
+adapter op is launched; with more sites than the step's adapters act on, the result is the same.
 """
 
 from dataclasses import dataclass, replace
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.route import RouteBuffers, build_route
 from adapter_kernels.gpu.sampling import chain_tokens
 from adapter_kernels.gpu.step import StepAdapters, Workspace
@@ -19,8 +20,6 @@ from serve.engine.device_sampler import DeviceWords, Outcome, take_argmax
 from serve.engine.step_packing import PackedStep
 from serve.model.fused_decoder import FusedDecoder
 from serve.model.kv_cache import KvCache
-
-FusedSites = frozenset[tuple[int, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,16 +53,16 @@ class DeviceForward:
         self._logits = torch.empty(size, dtype=decoder.dtype, device=decoder.device)
 
     @torch.inference_mode()
-    def run(self, packed: PackedStep, words: DeviceWords, fused_sites: FusedSites) -> StepOutput:
+    def run(self, packed: PackedStep, words: DeviceWords, sites: ActingSites) -> StepOutput:
         """Launch a pass; the argmax of row i of the logits goes to `outcome`.
 
         Args:
-            fused_sites: where adapters may act; every site at which an adapter of the step acts is among them.
+            sites: where and how adapters may act; what each adapter of the step does is covered by it.
         """
         fields = packed.fields
         if packed.num_decodes:
             chain_tokens(words.ints(fields.token_ids), words.ints(fields.chain), self.outcome.tokens)
-        step = device_step(packed, words, self._adapters(packed, words, fused_sites))
+        step = device_step(packed, words, self._adapters(packed, words, sites))
         hidden = self.decoder.hidden(step, self.kv)
         last = hidden if packed.bucket else hidden.index_select(0, words.index(fields.sampled_rows))
         if len(last) == 0:
@@ -72,10 +71,10 @@ class DeviceForward:
         take_argmax(logits, self.outcome)
         return StepOutput(hidden, logits)
 
-    def _adapters(self, packed: PackedStep, words: DeviceWords, fused_sites: FusedSites) -> StepAdapters | None:
-        if not fused_sites:
+    def _adapters(self, packed: PackedStep, words: DeviceWords, sites: ActingSites) -> StepAdapters | None:
+        if not sites.fused:
             return None
         fields = packed.fields
         buffers = replace(self._route, slots=words.ints(fields.slots))
         route = build_route(words.ints(fields.local), words.ints(fields.slot_of), buffers, packed.num_rows)
-        return StepAdapters(self.tables, route, fused_sites, self._workspace)
+        return StepAdapters(self.tables, route, sites, self._workspace)

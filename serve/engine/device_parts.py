@@ -20,7 +20,7 @@ from adapter_kernels.gpu.route import RouteBuffers
 from adapter_kernels.gpu.shrink import num_splits
 from adapter_kernels.gpu.step import Workspace
 from adapter_kernels.gpu.streams import CudaSide, InlineSide
-from adapter_kernels.gpu.tables import DeviceTables
+from adapter_kernels.gpu.tables import DeviceTables, bridge_columns
 from adapters_store.base import SITES
 from adapters_store.errors import UnsupportedAdapter
 from adapters_store.store import OpenAdapter
@@ -40,10 +40,11 @@ from serve.engine.device_executor import DeviceAdapters, DeviceExecutor
 from serve.engine.device_forward import DeviceForward, StepOutput
 from serve.engine.device_memory import DeviceMemory, Shares, Wishes, share_out, usable_bytes
 from serve.engine.device_sampler import Outcome
-from serve.engine.device_trial import RanklessAdapters, run_trial
+from serve.engine.device_trial import TRIAL_SLOTS, RanklessAdapters, run_trial
 from serve.engine.host_images import HostImages
 from serve.engine.packed_words import Words
 from serve.engine.sampling_plan import Grammars
+from serve.engine.site_rows import site_rows
 from serve.engine.start_facts import MakeGrammars, ModelFacts, StartFacts, no_grammars, read_model_facts
 from serve.engine.step_packing import BlockArrays, pack_step
 from serve.errors import StartError
@@ -54,7 +55,8 @@ logger = logging.getLogger(__name__)
 
 # the interpreter's KV cache and arena: a share of the host's free memory
 _INTERPRETER_SHARE = 0.2
-_MIN_RANK_CAPACITY = 16
+# columns of a bridge's row: ranks, logits of a gate and outputs that slices change must fit
+_MIN_BRIDGE_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ class _Start:
         copies: Copies = CudaCopies(self.device) if is_cuda else InlineCopies()
         spec, host_bytes = self.model.spec, self.config.adapter_host_bytes
         shapes = {site: spec.dims.site_shape(site) for site in SITES}
-        images = HostImages(partial(_open_within_rank, open_image, self.config.max_adapter_rank), host_bytes)
+        images = HostImages(partial(_open_servable, open_image, self.config), host_bytes)
         arena = DeviceArena(forward.tables, shapes, spec.dims.num_hidden_layers, self.model.dtype, images.open, copies)
         graphs = None
         if is_cuda:
@@ -165,7 +167,7 @@ class _Start:
 
     def _measure(self) -> DeviceMemory:
         """Run the largest steps on a cache of one block, and see what they take."""
-        adapters = RanklessAdapters(self.model.spec.dims.num_hidden_layers, tuple(FUSED_SITES))
+        adapters = RanklessAdapters(self.model.spec.dims.num_hidden_layers, tuple(FUSED_SITES), SITES)
         executor = self._executor(self._forward(1, 0), adapters, None, None)
         run_trial(executor, self.bounds, self.model.max_model_len)
         torch.cuda.synchronize()
@@ -183,7 +185,7 @@ class _Start:
     def _forward(self, num_blocks: int, arena_bytes: int) -> DeviceForward:
         spec, dtype = self.model.spec, self.model.dtype
         arena = torch.empty(max(arena_bytes, 128) // dtype.itemsize, dtype=dtype, device=self.device)
-        num_slots = max(self.config.num_adapter_slots, 1)
+        num_slots = max(self.config.num_adapter_slots, len(TRIAL_SLOTS))
         slots = torch.zeros(self.bounds.max_step_tokens, dtype=torch.int32, device=self.device)
         return DeviceForward(
             decoder=self.decoder,
@@ -223,12 +225,25 @@ def prepare_capture(
     return partial(forward.run, packed, sent.step, sites)
 
 
-def _open_within_rank(open_image: Callable[[str], OpenAdapter], max_rank: int, digest: str) -> OpenAdapter:
+def _bridge_capacity(config: EngineConfig) -> int:
+    """Return how many columns a bridge has per row and member: a power of two."""
+    return max(_MIN_BRIDGE_COLUMNS, 1 << (config.max_adapter_rank - 1).bit_length())
+
+
+def _open_servable(open_image: Callable[[str], OpenAdapter], config: EngineConfig, digest: str) -> OpenAdapter:
     """Open an image that the workspace has room for: a store may hold adapters from before `--max-rank` was lowered."""
     adapter = open_image(digest)
     rank = max((entry.rank for entry in adapter.entries), default=0)
-    if rank > max_rank:
-        raise UnsupportedAdapter(f"the adapter has rank {rank}; this server accepts up to {max_rank} (--max-rank)")
+    if rank > config.max_adapter_rank:
+        raise UnsupportedAdapter(
+            f"the adapter has rank {rank}; this server accepts up to {config.max_adapter_rank} (--max-rank)"
+        )
+    columns, capacity = max(map(bridge_columns, site_rows(adapter)), default=0), _bridge_capacity(config)
+    if columns > capacity:
+        raise UnsupportedAdapter(
+            f"the adapter needs {columns} coefficients per row at one site (ranks, experts and changed outputs); this "
+            f"server's device has {capacity}; raise --max-rank to {columns} or serve with --device cpu"
+        )
     return adapter
 
 
@@ -246,7 +261,7 @@ def _workspace(config: EngineConfig, model: ModelFacts, device: torch.device) ->
         max_rows=model.max_step_tokens,
         max_splits=max(num_splits(width) for width in widths),
         max_members=max(len(members) for members in FUSED_SITES.values()),
-        rank_capacity=max(_MIN_RANK_CAPACITY, 1 << (config.max_adapter_rank - 1).bit_length()),
+        rank_capacity=_bridge_capacity(config),
         hidden_size=dims.hidden_size,
         dtype=model.dtype,
         device=device,

@@ -4,6 +4,7 @@ Owns the rows of those steps; measures nothing itself. Invariant: K/V goes to bl
 nothing of a trial is left in the executor.
 """
 
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.route import LARGEST_OF_FORM
 from serve.engine.device_batch import StepBounds
 from serve.engine.plan import Executor, LoadResult, Row, SampleSpec, StepPlan
@@ -12,13 +13,21 @@ from serve.messages import SamplingParams
 # prompt positions whose log-probabilities are asked for: a few groups of rows, all are alike
 _NUM_TARGETS = 64
 _NUM_LOGPROBS = 20
+# of `RanklessAdapters`
+TRIAL_SLOTS = (0, 1)
 
 
 class RanklessAdapters:
-    """Adapters for a trial: slot 0 acts at every site, with rank 0: every adapter op is launched and adds nothing."""
+    """Adapters for a trial, that act at every site with rank 0: every adapter op is launched and adds nothing.
 
-    def __init__(self, num_layers: int, site_names: tuple[str, ...]) -> None:
-        self._sites = frozenset((layer, name) for layer in range(num_layers) for name in site_names)
+    Slot 0 is a LoRA; slot 1 is of the other families, and scales the inputs of `in_scaled`.
+    """
+
+    def __init__(self, num_layers: int, site_names: tuple[str, ...], in_scaled: tuple[str, ...] = ()) -> None:
+        layers = range(num_layers)
+        every = frozenset((layer, name) for layer in layers for name in site_names)
+        scaled = frozenset((layer, name) for layer in layers for name in in_scaled)
+        self._sites = (ActingSites(every), ActingSites(every, has_families=True, in_scaled=scaled))
 
     def start_load(self, digest: str, slot: int) -> None:
         """Nothing can be loaded during a trial."""
@@ -31,9 +40,9 @@ class RanklessAdapters:
     def drop(self, slot: int) -> None:
         """Nothing is held."""
 
-    def fused_sites(self, slot: int) -> frozenset[tuple[int, str]]:
+    def sites(self, slot: int) -> ActingSites:
         """Every site."""
-        return self._sites
+        return self._sites[slot]
 
     def close(self) -> None:
         """Nothing runs."""
@@ -45,7 +54,7 @@ def run_trial(executor: Executor, bounds: StepBounds, max_model_len: int) -> Non
     And one of chunks for each smaller form of the route: its kernels are compiled for their rows per block.
     """
     budgets = {min(largest, bounds.max_step_tokens): None for largest in (*LARGEST_OF_FORM, bounds.max_step_tokens)}
-    for adapter_slot in (None, 0):
+    for adapter_slot in (None, *TRIAL_SLOTS):
         chunks = [_chunks(budget, bounds, max_model_len, adapter_slot) for budget in reversed(budgets)]
         for rows in (*chunks, _decodes(bounds, adapter_slot)):
             executor.execute(StepPlan(rows, {} if adapter_slot is None else {adapter_slot: ""}))

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.ragged import chunk_tiles, ragged_blocks
 from adapter_kernels.gpu.route import RouteBuffers, build_route
 from adapter_kernels.gpu.shrink import num_splits
 from adapter_kernels.gpu.step import DecodePart, DeviceStep, PrefillPart, StepAdapters, Workspace
-from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, COLUMNS, NO_BIAS, SITES, DeviceTables
+from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, BT, LACKING, RANK, SITES, A, DeviceTables
 from serve.model.kv_cache import KvCache
 from serve.model.spec import ModelSpec
 
@@ -69,7 +70,7 @@ class RandomAdapters:
         tables = DeviceTables.build(dims.num_hidden_layers, num_adapters, arena)
         for slot in range(num_adapters):
             shifted = entries.clone()
-            shifted[shifted[:, 3] > 0, :2] += slot * size
+            shifted[shifted[:, RANK] > 0, :2] += slot * size
             tables.write(slot, shifted)
         workspace = Workspace.build(
             max_rows=max_rows,
@@ -97,7 +98,7 @@ class RandomAdapters:
         fused = [name for name, members in FUSED_SITES.items() if set(members) & set(self.sites)]
         acting = frozenset((layer, name) for layer in range(self.num_layers) for name in fused)
         route = build_route(local, slot_of, buffers, len(slots))
-        return RoutedAdapters(StepAdapters(self.tables, route, acting, self.workspace), rebuild)
+        return RoutedAdapters(StepAdapters(self.tables, route, ActingSites(acting), self.workspace), rebuild)
 
 
 def random_kv(spec: ModelSpec, num_tokens: int, dtype: torch.dtype, device: torch.device) -> KvCache:
@@ -163,14 +164,13 @@ def _entries(spec: ModelSpec, rank: int, dtype: torch.dtype, sites: tuple[str, .
     """Table entries of one adapter that begins at element 0, [num_sites, COLUMNS], and its elements."""
     dims = spec.dims
     unit, size = ALIGNMENT_BYTES // dtype.itemsize, 0
-    entries = torch.zeros(dims.num_hidden_layers * len(SITES), COLUMNS, dtype=torch.int64)
-    entries[:, 2] = NO_BIAS
+    entries = torch.tensor(LACKING).repeat(dims.num_hidden_layers * len(SITES), 1)
     for layer in range(dims.num_hidden_layers):
         for site in sites:
             out_dim, in_dim = dims.site_shape(site)
             a, bt = size, size + -(-rank * in_dim // unit) * unit
             size = bt + -(-rank * out_dim // unit) * unit
-            entries[layer * len(SITES) + SITES.index(site)] = torch.tensor([a, bt, NO_BIAS, rank])
+            entries[layer * len(SITES) + SITES.index(site), [A, BT, RANK]] = torch.tensor([a, bt, rank])
     return entries, size
 
 

@@ -7,15 +7,17 @@ act, nothing of theirs stands between the GEMM and the op that reads it.
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.expand import expand
+from adapter_kernels.gpu.scale_input import scale_input
 from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput
-from adapter_kernels.gpu.step import SiteAdapters, StepAdapters
-from adapter_kernels.gpu.tables import first_site
+from adapter_kernels.gpu.step import SiteAdapters, SiteInput, StepAdapters
+from adapter_kernels.gpu.tables import IN_SCALE, first_site
 from serve.model.fused_step import FusedStep
 from serve.model.weight_source import SiteWeights
 
@@ -53,7 +55,8 @@ class FusedSite:
         self._weights = weights
         self._widths = widths
         self._first_site = first_site(layer, site)
-        self._num_members = len(FUSED_SITES[site])
+        self._members = FUSED_SITES[site]
+        self._num_members = len(self._members)
         self._num_splits = num_splits(weights.weight.shape[1])
 
     def project(self, x: Tensor, step: FusedStep) -> Bridged:
@@ -63,7 +66,7 @@ class FusedSite:
             return Bridged(self._gemm(x), None)
         with step.side.fork():
             bridged = self._shrink(x, adapters, step, _SINK_BRIDGE)
-        y = self._gemm(x)
+        y = self._scaled_gemm(x, adapters)
         step.side.join()
         return Bridged(y, bridged)
 
@@ -76,9 +79,10 @@ class FusedSite:
         with step.side.fork():
             bridged = self._shrink(x, adapters, step, _DELTA_BRIDGE)
             self.expand(bridged, delta, step, accumulate=False)
-        y = self._gemm(x)
+        y = self._scaled_gemm(x, adapters)
         step.side.join()
-        return WithDelta(y, DeltaInput(delta, adapters.tables, adapters.route.slots, self._first_site))
+        slots, families = adapters.route.slots, bridged.families
+        return WithDelta(y, DeltaInput(delta, adapters.tables, slots, self._first_site, families))
 
     def expand(self, bridged: SiteAdapters, out: Tensor, step: FusedStep, *, accumulate: bool) -> None:
         """Launch the expand of all members, into a delta buffer or, accumulating, on top of the base's y."""
@@ -90,15 +94,45 @@ class FusedSite:
             bridged.route,
             out,
             accumulate=accumulate,
+            families=bridged.families,
             config=step.config("expand", out.shape[1]),
         )
 
     def _acting(self, step: FusedStep) -> StepAdapters | None:
         adapters = step.inputs.adapters
-        return adapters if adapters is not None and self._key in adapters.fused_sites else None
+        return adapters if adapters is not None and self._key in adapters.sites.fused else None
 
     def _gemm(self, x: Tensor) -> Tensor:
         return functional.linear(x, self._weights.weight, self._weights.bias)
+
+    def _scaled_gemm(self, x: Tensor, adapters: StepAdapters) -> Tensor:
+        """Run the base GEMM; its input is scaled for the rows whose adapter does so."""
+        scaled = [i for i, site in enumerate(self._members) if (self._key[0], site) in adapters.sites.in_scaled]
+        if not scaled:
+            return self._gemm(x)
+        if self._num_members == 1:
+            return self._gemm(self._scale(x, adapters, 0))
+        # members share one product: one that is scaled alone costs another, of its own columns
+        y = self._gemm(x)
+        for member in scaled:
+            self._replace_columns(y, self._scale(x, adapters, member), adapters, member)
+        return y
+
+    def _scale(self, x: Tensor, adapters: StepAdapters, member: int) -> Tensor:
+        scaled = torch.empty_like(x)
+        scale_input(x, adapters.tables, self._first_site + member, adapters.route.slots, scaled)
+        return scaled
+
+    def _replace_columns(self, y: Tensor, x: Tensor, adapters: StepAdapters, member: int) -> None:
+        """Put the products of scaled rows in the place of a member's columns; other rows keep theirs, bit by bit."""
+        begin = sum(self._widths[:member])
+        own = slice(begin, begin + self._widths[member])
+        bias = self._weights.bias
+        product = functional.linear(x, self._weights.weight[own], None if bias is None else bias[own])
+        slots = adapters.route.slots
+        entries = adapters.tables.rows[self._first_site + member, :, IN_SCALE]
+        is_scaled = (slots >= 0) & (entries.index_select(0, slots.clamp(min=0)) >= 0)
+        y[:, own] = torch.where(is_scaled[:, None], product, y[:, own])
 
     def _shrink(self, x: Tensor, adapters: StepAdapters, step: FusedStep, bridge_index: int) -> SiteAdapters:
         planes = num_planes(self._num_splits, adapters.route.block_rows)
@@ -110,6 +144,8 @@ class FusedSite:
             self._num_members,
             adapters.route,
             bridge,
+            has_families=adapters.sites.has_families,
             config=step.config("shrink", x.shape[1]),
         )
-        return SiteAdapters(adapters.tables, adapters.route, bridge, self._first_site, planes)
+        families = SiteInput(x, self._weights.bias) if adapters.sites.has_families else None
+        return SiteAdapters(adapters.tables, adapters.route, bridge, self._first_site, planes, families)

@@ -3,11 +3,13 @@
 import torch
 from torch import Tensor
 
-from adapter_kernels.gpu.tables import NO_BIAS, SITES, DeviceTables
-from adapter_kernels.image import AdapterImage, SiteRows, SparseRows
+from adapter_kernels.gpu.tables import BIAS, LACKING, NONE, RANK, SITES, DeviceTables
+from adapter_kernels.image import AdapterImage, CsrRows, SiteRows, SparseRows
 from adapters_store.base import BaseDims
+from adapters_store.entries import CsrEntry, SiteEntry, SparseEntry
 from adapters_store.errors import AdapterCorrupt
-from adapters_store.store import OpenAdapter, SiteEntry, SparseEntry
+from adapters_store.gates import METEORA_GATE, GateOptions
+from adapters_store.store import OpenAdapter
 from tests.kernels.random_adapters import SHAPES, random_image
 
 NUM_LAYERS = 2
@@ -59,7 +61,29 @@ def _entry(rows: SiteRows) -> SiteEntry:
         rows=_sparse_entry(rows.rows),
         out_scale_offset=rows.out_scale_offset,
         in_scale_offset=rows.in_scale_offset,
+        gate=_gate_options(rows),
+        gate_bias_offset=rows.gate_bias_offset,
+        csr=_csr_entry(rows.csr),
+        dense_offset=rows.dense_offset,
+        blockdiag=rows.blockdiag,
+        blockdiag_offset=rows.blockdiag_offset,
+        rot2_group=rows.rot2_group,
+        c0_offset=rows.c0_offset,
+        c1_offset=rows.c1_offset,
     )
+
+
+def _gate_options(rows: SiteRows) -> GateOptions:
+    options = rows.gate_options
+    has_bias, select_all = rows.gate_bias_offset is not None, rows.top_k == len(rows.ranks)
+    own = (options.in_norm, options.logit, has_bias, select_all, options.weight, options.mix, options.group)
+    return GateOptions(*own) if rows.gate_offset is not None else METEORA_GATE
+
+
+def _csr_entry(rows: CsrRows | None) -> CsrEntry | None:
+    if rows is None:
+        return None
+    return CsrEntry(rows.nnz, rows.indptr_offset, rows.col_offset, rows.val_offset, rows.scale_offset)
 
 
 def _sparse_entry(rows: SparseRows | None) -> SparseEntry | None:
@@ -73,7 +97,7 @@ def mismatch(tables: DeviceTables, slot: int, image: AdapterImage | None) -> str
         place = (index // len(SITES), SITES[index % len(SITES)])
         rows = expected.get(place)
         if rows is None or image is None:
-            if entry[2:] != [NO_BIAS, 0]:
+            if [entry[BIAS], entry[RANK]] != [LACKING[BIAS], LACKING[RANK]]:
                 return f"{place} of slot {slot} is {entry}, and should lack"
             continue
         out_dim, in_dim = SHAPES[place[1]]
@@ -83,7 +107,7 @@ def mismatch(tables: DeviceTables, slot: int, image: AdapterImage | None) -> str
             _read(tables.arena, entry[1], stored.bt) if rows.rank else stored.bt.to(tables.arena.dtype),
         ]
         wanted = [stored.a, stored.bt]
-        if entry[3] != rows.rank or (entry[2] == NO_BIAS) != (stored.bias is None):
+        if entry[RANK] != rows.rank or (entry[BIAS] == NONE) != (stored.bias is None):
             return f"{place} of slot {slot} is {entry}; the image says rank {rows.rank}"
         if stored.bias is not None:
             found.append(_read(tables.arena, entry[2], stored.bias))

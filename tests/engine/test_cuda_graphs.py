@@ -9,8 +9,10 @@ from weakref import ref
 import pytest
 
 from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.gpu.acting_sites import ActingSites
 from serve.engine.cuda_graphs import (
     ALL_SITES,
+    FAMILIES,
     NO_SITES,
     CudaRecorded,
     CudaRecorder,
@@ -39,12 +41,15 @@ def test_buckets_rise_to_the_largest_step() -> None:
     assert decode_buckets(130) == (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 130)
 
 
-def test_a_mask_names_fused_sites_of_any_layer() -> None:
-    assert site_mask([]) == NO_SITES
-    assert site_mask((3, name) for name in FUSED_SITES) == ALL_SITES
+def test_a_mask_names_fused_sites_of_any_layer_and_the_forms_of_the_kernels() -> None:
+    assert site_mask(ActingSites()) == NO_SITES
+    assert site_mask(ActingSites(frozenset((3, name) for name in FUSED_SITES))) == ALL_SITES
     for mask in range(ALL_SITES + 1):
-        sites = sites_of_mask(mask, 3)
-        assert site_mask(sites) == mask and len(sites) == 3 * mask.bit_count()
+        for forms in (0, FAMILIES, FAMILIES | FAMILIES << 1, FAMILIES | FAMILIES << 7):
+            sites = sites_of_mask(mask | forms, 3)
+            assert site_mask(sites) == mask | forms and len(sites.fused) == 3 * mask.bit_count()
+            assert sites.has_families == bool(forms) and len(sites.in_scaled) == 3 * (forms.bit_count() // 2)
+    assert sites_of_mask(FAMILIES << 7, 1).in_scaled == {(0, "down_proj")}
 
 
 def test_the_exact_family_is_taken_else_the_one_of_all_sites_else_none() -> None:
@@ -58,6 +63,11 @@ def test_the_exact_family_is_taken_else_the_one_of_all_sites_else_none() -> None
     assert choice.choose(8, 2) == GraphKey(8, 2)
     # a larger family than needed that is not all sites is never guessed
     assert choice.choose(8, 1) == GraphKey(8, ALL_SITES)
+    # nor one whose kernels lack what the step's adapters are
+    assert choice.choose(8, 2 | FAMILIES) is None
+    choice.add(GraphKey(8, ALL_SITES | FAMILIES))
+    assert choice.choose(8, 2 | FAMILIES) == GraphKey(8, ALL_SITES | FAMILIES)
+    assert choice.choose(8, 2 | FAMILIES | FAMILIES << 7) is None
 
 
 def test_missing_graphs_are_wanted_in_the_order_they_were_missed() -> None:

@@ -45,7 +45,9 @@ class Device:
         self.streams, self.loader, self.store = TwoStreams(), QueuedLoader(), Images(images)
         memory = torch.full((num_units * UNIT,), 255, dtype=torch.uint8).view(dtype)
         built = DeviceTables.build(NUM_LAYERS, num_slots, memory)
-        self.tables = StreamTables(built.arena, built.rows, built._staging, built._lacking, self.streams)
+        self.tables = StreamTables(
+            built.arena, built.ints, built.floats, built.rows, built._staging, built._lacking, self.streams
+        )
         self.arena = DeviceArena(
             self.tables,
             SHAPES,

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.launch_config import LaunchConfigs
 from adapter_kernels.gpu.ragged import chunk_tiles, ragged_blocks, token_positions, token_slots
 from adapter_kernels.gpu.shrink import num_splits
@@ -63,14 +63,8 @@ class Adapters:
         used = {slot for slot in slots if slot is not None}
         if not used:
             return None
-        acting = frozenset(
-            (rows.layer, fused)
-            for slot in used
-            for rows in self.images[slot].rows
-            for fused, members in FUSED_SITES.items()
-            if rows.site in members
-        )
-        return StepAdapters(self.tables, route_of(batch_of(slots)), acting, self.workspace)
+        sites = ActingSites.union(ActingSites.of(self.images[slot].rows) for slot in used)
+        return StepAdapters(self.tables, route_of(batch_of(slots)), sites, self.workspace)
 
 
 @contextmanager

@@ -10,9 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.families import add_families, adds_anything
 from adapter_kernels.gpu.launch_config import LaunchConfig
-from adapter_kernels.gpu.rank_rows import add_rank_rows, load_block, load_entry
+from adapter_kernels.gpu.rank_rows import add_rank_rows, entry_pointer, load_block, load_entry
 from adapter_kernels.gpu.route import DeviceRoute
+from adapter_kernels.gpu.step import SiteInput
 from adapter_kernels.gpu.tables import DeviceTables
 
 # by the route's rows per block; a second stage of 64 rows would take more than 32 KB of shared memory, and a program
@@ -29,6 +31,10 @@ _MAX_MEMBERS = 3
 def _expand_kernel(
     bridge_ptr,
     arena_ptr,
+    ints_ptr,
+    floats_ptr,
+    x_ptr,
+    base_bias_ptr,
     table_ptr,
     block_slot_ptr,
     block_start_ptr,
@@ -40,11 +46,13 @@ def _expand_kernel(
     width_0,
     width_1,
     width_2,
+    in_dim,
     out_stride,
     plane_stride,
     row_stride,
     rank_capacity,
     ACCUMULATE: tl.constexpr,
+    HAS_FAMILIES: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -72,35 +80,65 @@ def _expand_kernel(
         width = width_1
         out_begin = width_0
         tile -= tiles_0
-    _, bt_offset, bias_offset, rank = load_entry(table_ptr, num_slots, first_site + member, slot)
-    if (rank == 0) & (bias_offset < 0):
-        return
-
     columns = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     column_mask = columns < width
-    delta = add_rank_rows(
-        tl.zeros([BLOCK_ROWS, BLOCK_O], dtype=tl.float32),
-        bridge_ptr + member * rank_capacity,
-        plane_stride,
-        row_stride,
-        arena_ptr,
-        bt_offset,
-        bias_offset,
-        rank,
-        rows,
-        row_mask,
-        columns,
-        column_mask,
-        width,
-        SPLITS,
-        BLOCK_ROWS,
-        BLOCK_R,
-    )
     out = out_ptr + rows[:, None] * out_stride + out_begin + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
-    if ACCUMULATE:
-        delta += tl.load(out, mask=mask, other=0.0).to(tl.float32)
-    tl.store(out, delta.to(out_ptr.dtype.element_ty), mask=mask)
+    if HAS_FAMILIES:
+        entry = entry_pointer(table_ptr, num_slots, first_site + member, slot)
+        if adds_anything(entry, ACCUMULATE) == 0:
+            return
+        result = tl.zeros([BLOCK_ROWS, BLOCK_O], dtype=tl.float32)
+        if ACCUMULATE:
+            result += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+        result = add_families(
+            result,
+            x_ptr,
+            in_dim,
+            base_bias_ptr,
+            out_begin,
+            bridge_ptr + member * rank_capacity,
+            plane_stride,
+            row_stride,
+            arena_ptr,
+            ints_ptr,
+            floats_ptr,
+            entry,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            ACCUMULATE,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+    else:
+        _, bt_offset, bias_offset, rank = load_entry(table_ptr, num_slots, first_site + member, slot)
+        if (rank == 0) & (bias_offset < 0):
+            return
+        result = add_rank_rows(
+            tl.zeros([BLOCK_ROWS, BLOCK_O], dtype=tl.float32),
+            bridge_ptr + member * rank_capacity,
+            plane_stride,
+            row_stride,
+            arena_ptr,
+            bt_offset,
+            bias_offset,
+            rank,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+        if ACCUMULATE:
+            result += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 def expand(
@@ -112,6 +150,7 @@ def expand(
     out: Tensor,
     *,
     accumulate: bool,
+    families: SiteInput | None = None,
     config: LaunchConfig | None = None,
 ) -> None:
     """Weigh the rank rows of each row's adapter at every member of a fused site, in one launch.
@@ -124,6 +163,9 @@ def expand(
         first_site: table index of the fused site's first member; the others follow.
         widths: output columns of each member, at most three; they lie side by side in `out`.
         out: [T, >= sum of widths], the model's dtype, rows contiguous. accumulate: add to what it holds.
+        families: given where some adapter of the step is more than low rank and bias: then the sum is over its
+            mixture's chosen experts and its slices too, and an accumulating launch applies its out_scale to `out`
+            before it adds.
         config: block_o, block_r (>= 16), num_warps, num_stages are used.
     """
     splits, num_rows, num_members, _ = bridge.shape
@@ -135,6 +177,10 @@ def expand(
     _expand_kernel[(num_tiles, route.num_blocks)](
         bridge,
         tables.arena,
+        None if families is None else tables.ints,
+        None if families is None else tables.floats,
+        None if families is None else families.x,
+        None if families is None else families.base_bias,
         tables.rows,
         route.block_slot,
         route.block_start,
@@ -144,11 +190,13 @@ def expand(
         tables.num_slots,
         first_site,
         *all_widths,
+        0 if families is None else families.x.shape[1],
         out.stride(0),
         bridge.stride(0),
         bridge.stride(1),
         bridge.stride(2),
         ACCUMULATE=accumulate,
+        HAS_FAMILIES=families is not None,
         SPLITS=splits,
         BLOCK_ROWS=route.block_rows,
         BLOCK_O=config.block_o,

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from adapter_kernels.delta import FUSED_SITES
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.image_layout import ImageLayout
-from adapter_kernels.gpu.tables import NO_BIAS, table_entries
+from adapter_kernels.gpu.tables import NONE, OFFSET_COLUMNS, element_bytes, table_entries
 from adapter_kernels.image import AdapterImage
 
 
@@ -21,13 +21,14 @@ class PlacedAdapter:
     """Where an adapter's tensors lie, relative to its extent."""
 
     num_bytes: int
-    itemsize: int
     # [num_sites, COLUMNS] as `table_entries` makes them for an extent that begins at 0
     relative: Tensor
+    # [offset columns] bytes of what each counts
+    element_bytes: Tensor
     # where tensors begin, in bytes and ascending; last the image's end
     cuts: tuple[int, ...]
-    # (layer, key of `FUSED_SITES`) where it acts
-    fused_sites: frozenset[tuple[int, str]]
+    # where it acts, and by which families
+    sites: ActingSites
 
     @classmethod
     def of(cls, layout: ImageLayout, extent: Tensor, num_layers: int) -> "PlacedAdapter":
@@ -37,9 +38,10 @@ class PlacedAdapter:
             extent: [layout.num_bytes] uint8; only its length is read.
         """
         image = AdapterImage(extent, layout.dtype, layout.rows, layout.stored.shapes)
-        cuts = (*(piece.target for piece in layout.pieces), layout.num_bytes)
-        fused_sites = frozenset((rows.layer, fused_site_of(rows.site)) for rows in layout.rows)
-        return cls(layout.num_bytes, layout.dtype.itemsize, table_entries(image, num_layers, 0), cuts, fused_sites)
+        begins = (*(piece.target for piece in layout.pieces), *layout.expert_lists.values())
+        cuts = (*begins, layout.num_bytes)
+        relative = table_entries(image, num_layers, 0, layout.expert_lists)
+        return cls(layout.num_bytes, relative, element_bytes(layout.dtype), cuts, ActingSites.of(layout.rows))
 
     def entries(self, begin: int) -> Tensor:
         """Return the table entries of an extent that begins at this byte of the arena."""
@@ -47,10 +49,10 @@ class PlacedAdapter:
 
     def entries_under_way(self, source: int, target: int, num_moved: int) -> Tensor:
         """Return the entries when the first `num_moved` bytes, which are whole tensors, lie at `target` already."""
-        offsets = self.relative[:, :3]
-        begins = torch.where(offsets < num_moved // self.itemsize, target, source) // self.itemsize
+        offsets = self.relative[:, list(OFFSET_COLUMNS)]
+        begins = torch.where(offsets < num_moved // self.element_bytes, target, source) // self.element_bytes
         entries = self.relative.clone()
-        entries[:, :3] = torch.where(offsets == NO_BIAS, NO_BIAS, offsets + begins)
+        entries[:, list(OFFSET_COLUMNS)] = torch.where(offsets == NONE, NONE, offsets + begins)
         return entries
 
     def next_cut(self, num_moved: int, max_bytes: int) -> int:
@@ -58,8 +60,3 @@ class PlacedAdapter:
         following = bisect_right(self.cuts, num_moved)
         within = bisect_right(self.cuts, num_moved + max_bytes) - 1
         return self.cuts[max(following, within)]
-
-
-def fused_site_of(site: str) -> str:
-    """Return the fused site that holds a base-neutral one."""
-    return next(name for name, members in FUSED_SITES.items() if site in members)

@@ -12,10 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.families import add_families
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.norm import scale_normed
-from adapter_kernels.gpu.rank_rows import add_member_delta, load_block
+from adapter_kernels.gpu.rank_rows import add_member_delta, entry_pointer, load_block
 from adapter_kernels.gpu.route import UNUSED, block_rows_for
+from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import SiteAdapters
 
@@ -98,6 +100,10 @@ def _qkv_sink_kernel(
     block_len_ptr,
     perm_ptr,
     arena_ptr,
+    ints_ptr,
+    floats_ptr,
+    x_ptr,
+    base_bias_ptr,
     table_ptr,
     bridge_ptr,
     plane_stride,
@@ -105,6 +111,7 @@ def _qkv_sink_kernel(
     rank_capacity,
     num_slots,
     first_site,
+    in_dim,
     num_rows,
     num_heads,
     num_kv_heads,
@@ -120,6 +127,7 @@ def _qkv_sink_kernel(
     CASTS_FIRST: tl.constexpr,
     HAS_ROTATION: tl.constexpr,
     HAS_ADAPTERS: tl.constexpr,
+    HAS_FAMILIES: tl.constexpr,
 ):
     dtype: tl.constexpr = qkv_ptr.dtype.element_ty
     half: tl.constexpr = HEAD_DIM // 2
@@ -143,7 +151,33 @@ def _qkv_sink_kernel(
     dim_mask = lanes % BLOCK_HALF < half
     cells = rows[:, None] * ((num_heads + 2 * num_kv_heads) * HEAD_DIM) + (head * HEAD_DIM + dims)[None, :]
     tile = tl.load(qkv_ptr + cells, mask=row_mask[:, None] & dim_mask[None, :], other=0.0).to(tl.float32)
-    if HAS_ADAPTERS:
+    if HAS_FAMILIES:
+        if slot >= 0:
+            tile = add_families(
+                tile,
+                x_ptr,
+                in_dim,
+                base_bias_ptr,
+                (head - member_head) * HEAD_DIM,
+                bridge_ptr + member * rank_capacity,
+                plane_stride,
+                row_stride,
+                arena_ptr,
+                ints_ptr,
+                floats_ptr,
+                entry_pointer(table_ptr, num_slots, first_site + member, slot),
+                rows,
+                row_mask,
+                member_head * HEAD_DIM + dims,
+                dim_mask,
+                member_heads * HEAD_DIM,
+                True,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+        tile = tile.to(dtype).to(tl.float32)
+    elif HAS_ADAPTERS:
         tile = add_member_delta(
             tile,
             bridge_ptr,
@@ -228,18 +262,7 @@ def qkv_sink(
         sin,
         None if norm is None else norm.q_weight,
         None if norm is None else norm.k_weight,
-        None if route is None else route.block_slot,
-        None if route is None else route.block_start,
-        None if route is None else route.block_len,
-        None if route is None else route.perm,
-        None if adapters is None else adapters.tables.arena,
-        None if adapters is None else adapters.tables.rows,
-        None if adapters is None else adapters.bridge,
-        0 if adapters is None else adapters.bridge.stride(0),
-        0 if adapters is None else adapters.bridge.stride(1),
-        0 if adapters is None else adapters.bridge.stride(2),
-        0 if adapters is None else adapters.tables.num_slots,
-        0 if adapters is None else adapters.first_site,
+        *adapter_arguments(adapters),
         num_rows,
         dims.num_heads,
         dims.num_kv_heads,
@@ -255,6 +278,7 @@ def qkv_sink(
         CASTS_FIRST=norm is not None and norm.cast_first,
         HAS_ROTATION=cos is not None,
         HAS_ADAPTERS=adapters is not None,
+        HAS_FAMILIES=adapters is not None and adapters.families is not None,
         num_warps=config.num_warps * max(1, 2 * block_half // _MAX_LANES),
         num_stages=config.num_stages,
     )

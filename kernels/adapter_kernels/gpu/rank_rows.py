@@ -10,6 +10,11 @@ step), so that no other value of it means another compilation; widths and stride
 import triton
 import triton.language as tl
 
+from adapter_kernels.gpu.tables import COLUMNS
+
+# int64 columns of a table entry
+ENTRY = tl.constexpr(COLUMNS)
+
 
 @triton.jit
 def load_block(block, slots_ptr, start_ptr, len_ptr, perm_ptr, BLOCK_ROWS: tl.constexpr):
@@ -30,12 +35,18 @@ def load_block(block, slots_ptr, start_ptr, len_ptr, perm_ptr, BLOCK_ROWS: tl.co
 
 
 @triton.jit
+def entry_pointer(table_ptr, num_slots, site, slot):
+    """Return where an adapter slot's entry at a site begins."""
+    return table_ptr + (tl.cast(site, tl.int64) * num_slots + slot) * ENTRY
+
+
+@triton.jit
 def load_entry(table_ptr, num_slots, site, slot):
     """Return (a offset, rank rows' offset, bias offset or -1, rank) of an adapter slot >= 0 at a site.
 
     The tables promise offsets at multiples of 128 bytes; 8 elements are 16 bytes of a 2-byte dtype.
     """
-    entry = table_ptr + (tl.cast(site, tl.int64) * num_slots + slot) * 4
+    entry = entry_pointer(table_ptr, num_slots, site, slot)
     a_offset = tl.multiple_of(tl.load(entry), 32)
     bt_offset = tl.multiple_of(tl.load(entry + 1), 32)
     bias_offset = tl.load(entry + 2)

@@ -10,10 +10,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.families import segment
 from adapter_kernels.gpu.launch_config import LaunchConfig
-from adapter_kernels.gpu.rank_rows import load_block, load_entry
+from adapter_kernels.gpu.rank_rows import entry_pointer, load_block, load_entry
 from adapter_kernels.gpu.route import DeviceRoute
-from adapter_kernels.gpu.tables import DeviceTables
+from adapter_kernels.gpu.tables import GATE, NUM_EXPERTS, NUM_ROWS, ROWS_D, SEGMENT, DeviceTables
 
 # by the route's rows per block. One row: long vectors, since only bandwidth counts; more: tiles for the tensor cores,
 # in at most 24 KB of shared memory, so that a program fits beside those of the base's GEMM
@@ -26,6 +27,13 @@ DEFAULT_SHRINK: Mapping[int, LaunchConfig] = {
 _ONE_PLANE_BELOW = 1024
 _FOUR_PLANES_BELOW = 8192
 _MAX_SPLIT_BLOCK_ROWS = 16
+# columns of the bridge that one program fills where a mixture may have hundreds
+_COLUMN_CHUNK = 64
+# columns of a table entry
+_ROWS_D = tl.constexpr(ROWS_D)
+_NUM_ROWS = tl.constexpr(NUM_ROWS)
+_GATE = tl.constexpr(GATE)
+_NUM_EXPERTS = tl.constexpr(NUM_EXPERTS)
 
 
 def num_splits(in_features: int) -> int:
@@ -42,6 +50,48 @@ def num_planes(splits: int, block_rows: int) -> int:
     planes and the tiles of three sinks are 470 MB of reads per layer of an 8 B model.
     """
     return 1 if block_rows > _MAX_SPLIT_BLOCK_ROWS else splits
+
+
+@triton.jit
+def _shrink_tile(
+    x_rows,
+    row_mask,
+    arena_ptr,
+    offset,
+    begin,
+    count,
+    out_columns,
+    in_dim,
+    k_begin,
+    k_end,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Store the products of x with rows begin .. of the `count` rows at `offset`, at `out_columns` of each row."""
+    lanes = begin + tl.arange(0, BLOCK_R)
+    rank_mask = lanes < count
+    a_rows = arena_ptr + offset + lanes.to(tl.int64) * in_dim
+    if BLOCK_ROWS == 1:
+        # summed along K once, after the loop: no traffic between threads inside it
+        products = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
+        for k in range(k_begin, k_end, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            k_mask = columns < k_end
+            a = tl.load(a_rows[:, None] + columns[None, :], mask=rank_mask[:, None] & k_mask[None, :], other=0.0)
+            x = tl.load(x_rows[:, None] + columns[None, :], mask=k_mask[None, :], other=0.0)
+            products += a.to(tl.float32) * x.to(tl.float32)
+        tl.store(out_columns + tl.arange(0, BLOCK_R), tl.sum(products, axis=1), mask=rank_mask)
+    else:
+        acc = tl.zeros([BLOCK_ROWS, BLOCK_R], dtype=tl.float32)
+        for k in range(k_begin, k_end, BLOCK_K):
+            columns = k + tl.arange(0, BLOCK_K)
+            k_mask = columns < k_end
+            a = tl.load(a_rows[None, :] + columns[:, None], mask=rank_mask[None, :] & k_mask[:, None], other=0.0)
+            x = tl.load(x_rows[:, None] + columns[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
+            acc = tl.dot(x, a, acc, input_precision="ieee")
+        mask = row_mask[:, None] & rank_mask[None, :]
+        tl.store(out_columns[:, None] + tl.arange(0, BLOCK_R)[None, :], acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["first_site", "num_slots"])
@@ -61,12 +111,15 @@ def _shrink_kernel(
     plane_stride,
     row_stride,
     rank_capacity,
+    HAS_FAMILIES: tl.constexpr,
+    SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    COLUMN_CHUNK: tl.constexpr,
 ):
     member = tl.program_id(1)
-    split = tl.program_id(2).to(tl.int64)
+    split = (tl.program_id(2) % SPLITS).to(tl.int64)
     slot, rows, row_mask = load_block(
         tl.program_id(0), block_slot_ptr, block_start_ptr, block_len_ptr, perm_ptr, BLOCK_ROWS
     )
@@ -78,30 +131,53 @@ def _shrink_kernel(
     x_rows = x_ptr + rows * in_dim
     out_rows = bridge_ptr + split * plane_stride + rows * row_stride + member * rank_capacity
 
-    for rank_begin in range(0, rank, BLOCK_R):
-        ranks = rank_begin + tl.arange(0, BLOCK_R)
-        rank_mask = ranks < rank
-        a_rows = arena_ptr + a_offset + ranks.to(tl.int64) * in_dim
-        if BLOCK_ROWS == 1:
-            # summed along K once, after the loop: no traffic between threads inside it
-            products = tl.zeros([BLOCK_R, BLOCK_K], dtype=tl.float32)
-            for k in range(k_begin, k_end, BLOCK_K):
-                columns = k + tl.arange(0, BLOCK_K)
-                k_mask = columns < k_end
-                a = tl.load(a_rows[:, None] + columns[None, :], mask=rank_mask[:, None] & k_mask[None, :], other=0.0)
-                x = tl.load(x_rows[:, None] + columns[None, :], mask=k_mask[None, :], other=0.0)
-                products += a.to(tl.float32) * x.to(tl.float32)
-            tl.store(out_rows + ranks, tl.sum(products, axis=1), mask=rank_mask)
-        else:
-            acc = tl.zeros([BLOCK_ROWS, BLOCK_R], dtype=tl.float32)
-            for k in range(k_begin, k_end, BLOCK_K):
-                columns = k + tl.arange(0, BLOCK_K)
-                k_mask = columns < k_end
-                a = tl.load(a_rows[None, :] + columns[:, None], mask=rank_mask[None, :] & k_mask[:, None], other=0.0)
-                x = tl.load(x_rows[:, None] + columns[None, :], mask=row_mask[:, None] & k_mask[None, :], other=0.0)
-                acc = tl.dot(x, a, acc, input_precision="ieee")
-            mask = row_mask[:, None] & rank_mask[None, :]
-            tl.store(out_rows[:, None] + ranks[None, :], acc, mask=mask)
+    if HAS_FAMILIES:
+        entry = entry_pointer(table_ptr, num_slots, first_site + member, slot)
+        num_experts = tl.load(entry + _NUM_EXPERTS).to(tl.int32)
+        num_rows = tl.load(entry + _NUM_ROWS).to(tl.int32)
+        logits_begin = segment(rank)
+        rows_begin = logits_begin + segment(num_experts)
+        gate_offset = tl.multiple_of(tl.load(entry + _GATE), 32)
+        d_offset = tl.multiple_of(tl.load(entry + _ROWS_D), 32)
+        first = tl.program_id(2) // SPLITS * COLUMN_CHUNK
+        for column in range(first, tl.minimum(first + COLUMN_CHUNK, rows_begin + num_rows), BLOCK_R):
+            # chosen by select: what `if` merges is not known to be aligned, and loads would be 2 bytes wide
+            is_logit, is_row = column >= logits_begin, column >= rows_begin
+            offset = tl.where(is_row, d_offset, tl.where(is_logit, gate_offset, a_offset))
+            begin = column - tl.where(is_row, rows_begin, tl.where(is_logit, logits_begin, 0))
+            count = tl.where(is_row, num_rows, tl.where(is_logit, num_experts, rank))
+            _shrink_tile(
+                x_rows,
+                row_mask,
+                arena_ptr,
+                offset,
+                begin,
+                count,
+                out_rows + column,
+                in_dim,
+                k_begin,
+                k_end,
+                BLOCK_ROWS,
+                BLOCK_K,
+                BLOCK_R,
+            )
+    else:
+        for begin in range(0, rank, BLOCK_R):
+            _shrink_tile(
+                x_rows,
+                row_mask,
+                arena_ptr,
+                a_offset,
+                begin,
+                rank,
+                out_rows + begin,
+                in_dim,
+                k_begin,
+                k_end,
+                BLOCK_ROWS,
+                BLOCK_K,
+                BLOCK_R,
+            )
 
 
 def shrink(
@@ -112,18 +188,22 @@ def shrink(
     route: DeviceRoute,
     bridge: Tensor,
     *,
+    has_families: bool = False,
     config: LaunchConfig | None = None,
 ) -> None:
     """Project each row down to its adapter's rank at every member of a fused site, in one launch.
 
     bridge[s, t, m, j] = sum over the columns d of split s of A_m[j, d] x[t, d], accumulated in fp32, for j < rank of
     row t's adapter at member m. Nothing else is written: readers select what is below the rank, and sum the planes.
+    With families the same of a mixture's gate rows, from the next multiple of 16 on, and behind them of the rows D of
+    `rows`.
 
     Args:
         x: [T, D] contiguous, the arena's dtype.
         first_site: table index of the fused site's first member; the others follow.
         bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_planes(num_splits(D), ..)`, capacity >= ranks.
-        config: block_k, block_r (>= 16), num_warps, num_stages are used.
+        has_families: some adapter of the step is more than low rank and bias.
+        config: block_k, block_r (>= 16; 16 with families), num_warps, num_stages are used.
     """
     num_rows, in_dim = x.shape
     splits = bridge.shape[0]
@@ -132,7 +212,9 @@ def shrink(
     config = config or DEFAULT_SHRINK[route.block_rows]
     # splits begin at whole tiles; the last ones of a narrow input may be empty and write zeros
     split_size = -(-in_dim // (splits * config.block_k)) * config.block_k
-    _shrink_kernel[(route.num_blocks, num_members, splits)](
+    capacity = bridge.shape[3]
+    chunks = -(-capacity // _COLUMN_CHUNK) if has_families else 1
+    _shrink_kernel[(route.num_blocks, num_members, splits * chunks)](
         x,
         tables.arena,
         tables.rows,
@@ -148,10 +230,13 @@ def shrink(
         bridge.stride(0),
         bridge.stride(1),
         bridge.stride(2),
+        HAS_FAMILIES=has_families,
+        SPLITS=splits,
         BLOCK_ROWS=route.block_rows,
         BLOCK_K=config.block_k,
-        # a tile wider than any rank would only be masked
-        BLOCK_R=min(config.block_r, bridge.shape[3]),
+        # a tile wider than any rank would only be masked; segments of a bridge begin at multiples of 16
+        BLOCK_R=SEGMENT if has_families else min(config.block_r, capacity),
+        COLUMN_CHUNK=_COLUMN_CHUNK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

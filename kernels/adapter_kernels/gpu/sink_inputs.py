@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from adapter_kernels.gpu.step import SiteInput
     from adapter_kernels.gpu.tables import DeviceTables
 
 
@@ -54,3 +55,5 @@ class DeltaInput:
     slots: Tensor
     # site index, layer * 7 + position
     site: int
+    # None: all adapters of the step are low rank and bias
+    families: "SiteInput | None" = None

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.ragged import PREFILL_TILE_ROWS
+from adapter_kernels.gpu.route import LARGEST_OF_FORM
 
 if TYPE_CHECKING:
     from adapter_kernels.gpu.route import DeviceRoute
@@ -63,7 +65,7 @@ class Workspace:
     bridges: tuple[Tensor, Tensor]
     # one flat buffer in the model's dtype: the deltas of o_proj or down_proj
     delta_buffer: Tensor
-    # columns of a bridge: a power of two >= 16 that holds every adapter's rank
+    # columns of a bridge's row and member: a power of two >= 16 that holds `bridge_columns` of every adapter
     rank_capacity: int
 
     @classmethod
@@ -79,7 +81,9 @@ class Workspace:
         device: torch.device,
     ) -> "Workspace":
         """Allocate for steps of up to `max_rows` rows and fused sites of up to `max_members` members."""
-        size = max_splits * max_rows * max_members * rank_capacity
+        # the large blocks of a prefill have one plane
+        planes_of_rows = max(max_splits * min(max_rows, LARGEST_OF_FORM[-1]), max_rows)
+        size = planes_of_rows * max_members * rank_capacity
         bridges = (
             torch.empty(size, dtype=torch.float32, device=device),
             torch.empty(size, dtype=torch.float32, device=device),
@@ -102,9 +106,19 @@ class StepAdapters:
 
     tables: "DeviceTables"
     route: "DeviceRoute"
-    # (layer, key of `FUSED_SITES`) where at least one adapter of the step acts; at others nothing is launched
-    fused_sites: frozenset[tuple[int, str]]
+    # at others than `sites.fused` nothing is launched
+    sites: ActingSites
     workspace: Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class SiteInput:
+    """What adapters that are more than low rank and bias need of the base's layer at one fused site."""
+
+    # [T, D] contiguous: the layer's input, before any scale
+    x: Tensor
+    # [O], the members' side by side; None: the base has none
+    base_bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +132,8 @@ class SiteAdapters:
     # site index of the fused site's first member
     first_site: int
     num_splits: int
+    # None: all adapters of the step are low rank and bias, and the other families' code is left out
+    families: SiteInput | None = None
 
 
 @dataclass(frozen=True, slots=True)

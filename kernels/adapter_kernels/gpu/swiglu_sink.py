@@ -11,9 +11,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.families import add_families
 from adapter_kernels.gpu.launch_config import LaunchConfig
-from adapter_kernels.gpu.rank_rows import add_bias, load_block, load_entry, load_rank_tile, weigh_rank_tile
+from adapter_kernels.gpu.rank_rows import (
+    add_bias,
+    entry_pointer,
+    load_block,
+    load_entry,
+    load_rank_tile,
+    weigh_rank_tile,
+)
 from adapter_kernels.gpu.route import UNUSED, block_rows_for
+from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.step import SiteAdapters
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -129,6 +138,10 @@ def _swiglu_sink_kernel(
     block_len_ptr,
     perm_ptr,
     arena_ptr,
+    ints_ptr,
+    floats_ptr,
+    x_ptr,
+    base_bias_ptr,
     table_ptr,
     bridge_ptr,
     plane_stride,
@@ -136,6 +149,7 @@ def _swiglu_sink_kernel(
     rank_capacity,
     num_slots,
     first_site,
+    in_dim,
     num_rows,
     width,
     SPLITS: tl.constexpr,
@@ -145,6 +159,7 @@ def _swiglu_sink_kernel(
     UNUSED_BLOCK: tl.constexpr,
     ACTIVATION: tl.constexpr,
     HAS_ADAPTERS: tl.constexpr,
+    HAS_FAMILIES: tl.constexpr,
 ):
     dtype: tl.constexpr = gate_up_ptr.dtype.element_ty
     block = tl.program_id(1)
@@ -161,7 +176,56 @@ def _swiglu_sink_kernel(
     cells = rows[:, None] * (2 * width) + columns[None, :]
     gate = tl.load(gate_up_ptr + cells, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up_ptr + width + cells, mask=mask, other=0.0).to(tl.float32)
-    if HAS_ADAPTERS:
+    if HAS_FAMILIES:
+        if slot >= 0:
+            gate = add_families(
+                gate,
+                x_ptr,
+                in_dim,
+                base_bias_ptr,
+                0,
+                bridge_ptr,
+                plane_stride,
+                row_stride,
+                arena_ptr,
+                ints_ptr,
+                floats_ptr,
+                entry_pointer(table_ptr, num_slots, first_site, slot),
+                rows,
+                row_mask,
+                columns,
+                column_mask,
+                width,
+                True,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+            up = add_families(
+                up,
+                x_ptr,
+                in_dim,
+                base_bias_ptr,
+                width,
+                bridge_ptr + rank_capacity,
+                plane_stride,
+                row_stride,
+                arena_ptr,
+                ints_ptr,
+                floats_ptr,
+                entry_pointer(table_ptr, num_slots, first_site + 1, slot),
+                rows,
+                row_mask,
+                columns,
+                column_mask,
+                width,
+                True,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+    elif HAS_ADAPTERS:
         gate, up = _add_deltas(
             gate,
             up,
@@ -219,18 +283,7 @@ def swiglu_sink(
     _swiglu_sink_kernel[(triton.cdiv(width, config.block_o), num_blocks)](
         gate_up,
         out,
-        None if route is None else route.block_slot,
-        None if route is None else route.block_start,
-        None if route is None else route.block_len,
-        None if route is None else route.perm,
-        None if adapters is None else adapters.tables.arena,
-        None if adapters is None else adapters.tables.rows,
-        None if adapters is None else adapters.bridge,
-        0 if adapters is None else adapters.bridge.stride(0),
-        0 if adapters is None else adapters.bridge.stride(1),
-        0 if adapters is None else adapters.bridge.stride(2),
-        0 if adapters is None else adapters.tables.num_slots,
-        0 if adapters is None else adapters.first_site,
+        *adapter_arguments(adapters),
         num_rows,
         width,
         SPLITS=1 if adapters is None else adapters.num_splits,
@@ -240,6 +293,7 @@ def swiglu_sink(
         UNUSED_BLOCK=UNUSED,
         ACTIVATION=activation,
         HAS_ADAPTERS=adapters is not None,
+        HAS_FAMILIES=adapters is not None and adapters.families is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

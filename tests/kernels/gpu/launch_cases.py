@@ -21,9 +21,10 @@ from adapter_kernels.gpu.paged_prefill import paged_prefill
 from adapter_kernels.gpu.qkv_sink import qkv_sink
 from adapter_kernels.gpu.route import DeviceRoute, RouteBuffers, block_rows_for, build_route
 from adapter_kernels.gpu.sampling import chain_tokens
+from adapter_kernels.gpu.scale_input import scale_input
 from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput, NormWeights, QkNormWeights, QkvDims
-from adapter_kernels.gpu.step import DecodePart, PrefillPart, SiteAdapters
+from adapter_kernels.gpu.step import DecodePart, PrefillPart, SiteAdapters, SiteInput
 from adapter_kernels.gpu.swiglu_sink import swiglu_sink
 from adapter_kernels.gpu.tables import DeviceTables
 
@@ -36,7 +37,9 @@ ROWS = {1: 8, 16: 32, 64: 300}
 NUM_ADAPTERS = 33
 RANK_CAPACITY = 64
 BLOCK_SIZE = 16
-FLAGS = {"adapters": True, "plain": False}
+FLAGS = ("adapters", "families", "plain")
+# all families: capacity as the engine's
+FAMILY_COLUMNS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,31 +85,49 @@ def tables(dtype: torch.dtype) -> DeviceTables:
     return DeviceTables.build(1, NUM_ADAPTERS, empty(4096, dtype=dtype))
 
 
-def site_adapters(dtype: torch.dtype, shape: Shape, site: str, num_rows: int) -> SiteAdapters:
+def site_adapters(
+    dtype: torch.dtype, shape: Shape, site: str, num_rows: int, *, has_families: bool = False
+) -> SiteAdapters:
     own_route = route(num_rows)
     planes = num_planes(num_splits(shape.in_width(site)), own_route.block_rows)
-    bridge = empty(planes, num_rows, len(FUSED_SITES[site]), RANK_CAPACITY, dtype=torch.float32)
-    return SiteAdapters(tables(dtype), own_route, bridge, 0, planes)
+    capacity = FAMILY_COLUMNS if has_families else RANK_CAPACITY
+    bridge = empty(planes, num_rows, len(FUSED_SITES[site]), capacity, dtype=torch.float32)
+    families = None
+    if has_families:
+        x = empty(num_rows, shape.in_width(site), dtype=dtype)
+        families = SiteInput(x, empty(sum(shape.widths[site]), dtype=dtype) if site == "qkv" else None)
+    return SiteAdapters(tables(dtype), own_route, bridge, 0, planes, families)
 
 
-def shrink_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, site: str, num_rows: int) -> None:
-    own = site_adapters(dtype, shape, site, num_rows)
+def shrink_case(
+    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, site: str, num_rows: int, *, has_families: bool = False
+) -> None:
+    own = site_adapters(dtype, shape, site, num_rows, has_families=has_families)
     x = empty(num_rows, shape.in_width(site), dtype=dtype)
     config = configs.pick("shrink", x.shape[1], own.route.block_rows)
-    shrink(x, own.tables, 0, len(FUSED_SITES[site]), own.route, own.bridge, config=config)
+    members = len(FUSED_SITES[site])
+    shrink(x, own.tables, 0, members, own.route, own.bridge, has_families=has_families, config=config)
 
 
 def expand_case(
-    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, site: str, num_rows: int, *, accumulate: bool
+    configs: LaunchConfigs,
+    dtype: torch.dtype,
+    shape: Shape,
+    site: str,
+    num_rows: int,
+    *,
+    accumulate: bool,
+    has_families: bool = False,
 ) -> None:
-    own, widths = site_adapters(dtype, shape, site, num_rows), shape.widths[site]
+    own, widths = site_adapters(dtype, shape, site, num_rows, has_families=has_families), shape.widths[site]
     out = empty(num_rows, sum(widths), dtype=dtype)
     config = configs.pick("expand", out.shape[1], own.route.block_rows)
-    expand(own.bridge, own.tables, 0, widths, own.route, out, accumulate=accumulate, config=config)
+    families = own.families
+    expand(own.bridge, own.tables, 0, widths, own.route, out, accumulate=accumulate, families=families, config=config)
 
 
 def qkv_sink_case(
-    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, num_rows: int, *, has_adapters: bool, has_norm: bool
+    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, num_rows: int, *, flag: str, has_norm: bool
 ) -> None:
     dims = QkvDims(shape.num_heads, shape.num_kv_heads, shape.head_dim)
     qkv, cache = empty(num_rows, sum(shape.widths["qkv"]), dtype=dtype), kv_cache(dtype, shape)
@@ -114,7 +135,7 @@ def qkv_sink_case(
     weight = empty(shape.head_dim, dtype=torch.float32)
     qkv_sink(
         qkv,
-        site_adapters(dtype, shape, "qkv", num_rows) if has_adapters else None,
+        site_adapters(dtype, shape, "qkv", num_rows, has_families=flag == "families") if flag != "plain" else None,
         q_out=empty(num_rows, shape.num_heads, shape.head_dim, dtype=dtype),
         k_cache=cache,
         v_cache=cache,
@@ -128,23 +149,22 @@ def qkv_sink_case(
 
 
 def swiglu_sink_case(
-    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, num_rows: int, *, has_adapters: bool, activation: str
+    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, num_rows: int, *, flag: str, activation: str
 ) -> None:
     swiglu_sink(
         empty(num_rows, 2 * shape.intermediate, dtype=dtype),
-        site_adapters(dtype, shape, "gate_up", num_rows) if has_adapters else None,
+        site_adapters(dtype, shape, "gate_up", num_rows, has_families=flag == "families") if flag != "plain" else None,
         activation=activation,
         out=empty(num_rows, shape.intermediate, dtype=dtype),
         config=configs.pick("swiglu_sink", shape.intermediate, block_rows_for(num_rows)),
     )
 
 
-def add_norm_case(
-    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, *, has_adapters: bool, cast_first: bool
-) -> None:
+def add_norm_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, *, flag: str, cast_first: bool) -> None:
     x = empty(4, shape.hidden, dtype=dtype)
     norm = NormWeights(empty(shape.hidden, dtype=dtype if cast_first else torch.float32), 1e-5, cast_first)
-    delta = DeltaInput(x, tables(dtype), ints(4), 3) if has_adapters else None
+    families = SiteInput(x, empty(shape.hidden, dtype=dtype)) if flag == "families" else None
+    delta = None if flag == "plain" else DeltaInput(x, tables(dtype), ints(4), 3, families)
     after = None if cast_first else norm
     add_norm(x, x, delta=delta, after=after, before=norm, x_out=x, normed=torch.empty_like(x))
 
@@ -166,6 +186,11 @@ def prefill_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, *, so
     part = PrefillPart(0, ints(3), ints(3), ints(1), ints(1), ints(1), ints(1), ints(64))
     config = configs.pick("paged_prefill", shape.head_dim, 64)
     paged_prefill(q, cache, cache, part, q, scale=0.1, window=4096, soft_cap=soft_cap, config=config)
+
+
+def scale_input_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape) -> None:
+    x = empty(8, shape.intermediate, dtype=dtype)
+    scale_input(x, tables(dtype), 6, ints(8), torch.empty_like(x))
 
 
 def kv_write_case(configs: LaunchConfigs, dtype: torch.dtype, shape: Shape) -> None:
@@ -190,30 +215,34 @@ def _lora_cases(dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Case]]:
         own = partial(partial, dtype=dtype, shape=shape, num_rows=num_rows)
         for site in FUSED_SITES:
             yield f"shrink/{site}/{rows}", own(shrink_case, site=site)
+            yield f"shrink/families/{site}/{rows}", own(shrink_case, site=site, has_families=True)
         for site in ("o", "down"):
             yield f"expand/{site}/{rows}", own(expand_case, site=site, accumulate=False)
+            yield f"expand/families/{site}/{rows}", own(expand_case, site=site, accumulate=False, has_families=True)
         yield f"expand/qkv/{rows}", own(expand_case, site="qkv", accumulate=True)
-        for flag, has_adapters in FLAGS.items():
+        yield f"expand/families/qkv/{rows}", own(expand_case, site="qkv", accumulate=True, has_families=True)
+        for flag in FLAGS:
             for norm in (False, True):
                 key = f"qkv_sink/{flag}/{'norm' if norm else 'bare'}/{rows}"
-                yield key, own(qkv_sink_case, has_adapters=has_adapters, has_norm=norm)
+                yield key, own(qkv_sink_case, flag=flag, has_norm=norm)
             for activation in ("silu", "gelu_tanh", "gelu"):
                 key = f"swiglu_sink/{flag}/{activation}/{rows}"
-                yield key, own(swiglu_sink_case, has_adapters=has_adapters, activation=activation)
+                yield key, own(swiglu_sink_case, flag=flag, activation=activation)
 
 
 def _base_cases(dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Case]]:
     own = partial(partial, dtype=dtype, shape=shape)
-    for flag, has_adapters in FLAGS.items():
+    for flag in FLAGS:
         for cast_first in (True, False):
             key = f"add_norm/{flag}/{'cast_first' if cast_first else 'fp32'}"
-            yield key, own(add_norm_case, has_adapters=has_adapters, cast_first=cast_first)
+            yield key, own(add_norm_case, flag=flag, cast_first=cast_first)
     for soft_cap in (None, 50.0):
         name = "plain" if soft_cap is None else "soft_cap"
         yield f"prefill/{name}", own(prefill_case, soft_cap=soft_cap)
         for splits in (1, 16):
             yield f"decode/{name}/{splits}", own(decode_case, soft_cap=soft_cap, num_splits=splits)
     yield "kv_write", own(kv_write_case)
+    yield "scale_input", own(scale_input_case)
 
 
 def _cases() -> dict[str, Case]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adapter_kernels.gpu.add_norm import add_norm
 from adapter_kernels.gpu.sink_inputs import DeltaInput, NormWeights
-from adapter_kernels.gpu.tables import NO_BIAS, DeviceTables
+from adapter_kernels.gpu.tables import BIAS, NONE, RANK, DeviceTables
 from adapter_kernels.reference_sinks import Norm, NormedResidual
 from adapter_kernels.reference_sinks import add_norm as reference_add_norm
 from serve.model.families import NormKind
@@ -41,9 +41,9 @@ def make_case(num_rows: int, width: int, dtype: torch.dtype) -> Case:
     x, h, delta = (torch.randn(num_rows, width, generator=generator).to(dtype) for _ in range(3))
     tables = DeviceTables.build(num_layers=1, num_slots=NUM_SLOTS, arena=torch.zeros(1, dtype=dtype))
     for slot, rank in RANKS.items():
-        tables.rows[SITE, slot] = torch.tensor([0, 0, BIASES.get(slot, NO_BIAS), rank])
+        tables.rows[SITE, slot, [BIAS, RANK]] = torch.tensor([BIASES.get(slot, NONE), rank])
     # what an adapter does at other sites is of no interest here
-    tables.rows[SITE - 1] = torch.tensor([0, 0, 64, 8])
+    tables.rows[SITE - 1, :, [BIAS, RANK]] = torch.tensor([64, 8])
     slots = torch.tensor([(-1, 0, 4, 2)[row % 4] for row in range(num_rows)], dtype=torch.int32)
     acts = (slots == 0) | (slots == 2)
     buffer = torch.where(acts[:, None], delta, torch.nan)

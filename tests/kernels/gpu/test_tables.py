@@ -6,12 +6,10 @@ import pytest
 import torch
 
 from adapter_kernels import reference
-from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, COLUMNS, SITES, DeviceTables, first_site, table_entries
+from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, COLUMNS, LACKING, SITES, DeviceTables, first_site, table_entries
 from adapter_kernels.image import AdapterImage, ImageError, SiteRows
 from tests.kernels.gpu.batches import random_image, tables_of
 from tests.kernels.gpu.bridges import DTYPES, SHAPES
-
-LACKING = [0, 0, -1, 0]
 
 
 def image_of(dtype: torch.dtype = torch.float32, seed: int = 0) -> AdapterImage:
@@ -50,7 +48,7 @@ def test_sites_that_the_adapter_lacks_say_so() -> None:
     tables = tables_of([image_of()], 2, torch.float32)
     acting = {0, 6, 7 + 3, 7 + 5}
     for site in range(2 * len(SITES)):
-        assert (tables.rows[site, 0].tolist() == LACKING) == (site not in acting)
+        assert (tuple(tables.rows[site, 0].tolist()) == LACKING) == (site not in acting)
     assert tables.rows[7 + 5, 0, 3] == 0
     assert tables.rows[7 + 5, 0, 2] > 0
 
