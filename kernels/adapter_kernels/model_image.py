@@ -17,7 +17,7 @@ from adapter_kernels.image import WAY_OUT, AdapterImage, ImageError
 from adapter_kernels.model_rows import GateRow, ModelRows, ModelShapes, NormRow, TokenRow
 
 # where replaced token rows act
-_TARGETS = ("embed", "lm_head", "both")
+_TARGETS = ([], ["embed"], ["lm_head"], ["embed", "lm_head"], ["both"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,10 @@ class ModelImage:
         rows = self.rows
         if rows.prompt_embeds is not None and rows.kv_prefix is not None:
             raise ImageError(f"the adapter has both a prompt and a prefix; {WAY_OUT}")
+        targets = [row.target for row in rows.token_rows]
+        if targets not in _TARGETS:
+            raise ImageError(f"token rows act on {targets}, which no adapter does; {WAY_OUT}")
         tokens = {row.target: self._token_rows(row, dtype) for row in rows.token_rows}
-        if not tokens.keys() <= set(_TARGETS) or ("both" in tokens and len(tokens) > 1):
-            raise ImageError(f"token rows act on {sorted(tokens)}; known are {', '.join(_TARGETS)}; {WAY_OUT}")
         hidden = self.shapes.hidden_size
         prompt = rows.prompt_embeds
         return ModelTensors(
@@ -165,7 +166,9 @@ class ModelImage:
         # a step must not meet an index that torch refuses: it would fail the other rows too
         is_known = bool(((idx >= 0) & (idx < self.shapes.vocab_size)).all())
         if not is_known or not bool((idx[1:] > idx[:-1]).all()):
-            raise ImageError(f"token ids at byte {row.idx_offset} are not increasing below {self.shapes.vocab_size}")
+            raise ImageError(
+                f"token ids at byte {row.idx_offset} are not increasing below {self.shapes.vocab_size}; {WAY_OUT}"
+            )
         return TokenRows(idx, self._view(row.e_offset, self.image.dtype, row.count, self.shapes.hidden_size, to=dtype))
 
     def _embed_lowrank(self, dtype: torch.dtype) -> EmbedLowrank | None:

@@ -4,6 +4,7 @@ The same fields, of two rooms that do not know each other; decides nothing.
 """
 
 from adapter_kernels.gate_options import GateOptions
+from adapter_kernels.image import ImageError
 from adapter_kernels.model_rows import (
     EmbedRow,
     GateRow,
@@ -39,6 +40,30 @@ def model_rows(adapter: OpenAdapter) -> ModelRows | None:
         gates=tuple(_gate(entry) for entry in model.gates),
         head=None if model.head is None else _head(model.head),
     )
+
+
+def refuse_model_ops(adapter: OpenAdapter) -> None:
+    """Refuse an adapter that acts outside the linear layers, where nothing computes that.
+
+    Raises:
+        ImageError: it does; the message names what, and the way out.
+    """
+    model = adapter.model
+    found = {
+        "norms": model.norms,
+        "token rows": model.token_rows,
+        "the embedding": model.embed_lowrank,
+        "the output head": model.head,
+        "a prompt": model.prompt_embeds,
+        "a prefix of keys and values": model.kv_prefix,
+        "the gate of an MLP": model.gates,
+    }
+    names = [name for name, part in found.items() if part]
+    if names:
+        raise ImageError(
+            f"the adapter changes {', '.join(names)}, which this device's kernels do not compute; serve it with "
+            "--device cpu"
+        )
 
 
 def model_shapes(spec: ModelSpec) -> ModelShapes:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapter_kernels.extras import AdapterExtras
 from adapters_store.base import read_base_dims
 from adapters_store.blobs import open_image
 from serve.config import EngineConfig
@@ -17,6 +18,7 @@ from serve.engine.limits import EngineLimits
 from serve.engine.model_parts import load_parts
 from serve.messages import Embed, Embedded, Event, Failed, SamplingParams, Started, Submit, Tokens
 from tests.engine.stored_model_ops import store_adapter
+from tests.model.mlp_mixtures import LLAVA_MOLE, MIXLORA, extras_of, llava_mole, make_experts, mixlora, source_logits
 from tests.model.peft_model_ops import peft_cases
 from tests.model.tiny_models import BY_NAME, VOCAB, reference_logits, save
 
@@ -31,10 +33,11 @@ pytestmark = [
 TOLERANCE = 1e-4
 IDS = torch.randint(3, VOCAB, (25,), generator=torch.Generator().manual_seed(5)).tolist()
 NUM_KV_BLOCKS, BLOCK_SIZE = 256, 4
+MIXTURES = (("mixlora", MIXLORA, mixlora), ("llava-mole", LLAVA_MOLE, llava_mole))
 
 
 class Served:
-    """A model, its adapters in canonical files, and the logits that PEFT gives them."""
+    """A model, its adapters in canonical files, and the logits that their sources give."""
 
     def __init__(self, root: Path) -> None:
         with torch.random.fork_rng():
@@ -51,10 +54,15 @@ class Served:
             )
             self.parts = load_parts(config)
             cases = list(peft_cases(model, self.parts.spec, IDS))
-        self.logits: dict[str, Tensor] = {case.name: case.logits for case in cases}
-        self.logits["base"] = reference_logits(model, IDS)
-        self.num_virtual = {case.name: case.tensors.num_virtual_tokens for case in cases}
-        self.digests = {case.name: store_adapter(root, case.tensors, base) for case in cases}
+            self.logits: dict[str, Tensor] = {case.name: case.logits for case in cases}
+            self.logits["base"] = reference_logits(model, IDS)
+            extras = {case.name: AdapterExtras({}, case.tensors) for case in cases}
+            for seed, (name, row, forward) in enumerate(MIXTURES):
+                experts = make_experts(self.parts.spec, seed)
+                self.logits[name] = source_logits(model, experts, forward, IDS)
+                extras[name] = extras_of(experts, row, has_bias=row is LLAVA_MOLE)
+        self.num_virtual = {name: own.model.num_virtual_tokens for name, own in extras.items() if own.model}
+        self.digests = {name: store_adapter(root, own, base) for name, own in extras.items()}
         self.open_image = partial(open_image, root / "objects")
 
     def submit(self, name: str, request_id: str, *, asks_prompt: bool = True, ids: list[int] = IDS) -> Submit:
@@ -138,7 +146,7 @@ def start(served: Served) -> Iterator[Callable[[int], Run]]:
 Start = Callable[[int], Run]
 
 
-def test_every_kind_chunked_beside_the_others_agrees_with_peft(served: Served, start: Start) -> None:
+def test_every_kind_chunked_beside_the_others_agrees_with_its_source(served: Served, start: Start) -> None:
     names = ["base", *served.digests, "base"]
     run = start(29).run(*(served.submit(name, f"{i}-{name}") for i, name in enumerate(names)))
     for i, name in enumerate(names):
