@@ -16,8 +16,8 @@ from adapter_kernels.gate import Mixture
 from adapter_kernels.image import WAY_OUT, AdapterImage, ImageError
 from adapter_kernels.model_rows import GateRow, ModelRows, ModelShapes, NormRow, TokenRow
 
-# where replaced token rows act
-_TARGETS = ([], ["embed"], ["lm_head"], ["embed", "lm_head"], ["both"])
+# where replaced token rows may act
+_TARGETS = ((), ("embed",), ("lm_head",), ("embed", "lm_head"), ("both",))
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +134,9 @@ class ModelImage:
         rows = self.rows
         if rows.prompt_embeds is not None and rows.kv_prefix is not None:
             raise ImageError(f"the adapter has both a prompt and a prefix; {WAY_OUT}")
-        targets = [row.target for row in rows.token_rows]
+        targets = tuple(row.target for row in rows.token_rows)
         if targets not in _TARGETS:
-            raise ImageError(f"token rows act on {targets}, which no adapter does; {WAY_OUT}")
+            raise ImageError(f"token rows act on {list(targets)}, which no adapter does; {WAY_OUT}")
         tokens = {row.target: self._token_rows(row, dtype) for row in rows.token_rows}
         hidden = self.shapes.hidden_size
         prompt = rows.prompt_embeds
