@@ -12,10 +12,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UnsupportedFormat, UploadTooLarge, storage_errors
+from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UploadTooLarge, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
-from adapters_store.formats import WEIGHTS_PART, Declared, check_parts, is_config_part, parts_in, refuse_name
+from adapters_store.formats import Declared, check_parts, is_config_part, parts_in, refuse_name
 from adapters_store.locks import lock_folder
+from adapters_store.parts import staged_name
 from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.registry import AdapterVersion
 
@@ -113,13 +114,13 @@ class Upload:
         """Begin one file of the upload.
 
         Raises:
-            UnsupportedFormat: a pickle by its name. CorruptUpload: an unknown name, or a part sent twice.
+            UnsupportedFormat: a pickle that nothing restricts. CorruptUpload: an unknown name, or a part sent twice.
         """
         refuse_name(filename)
         if filename in self._parts:
             raise CorruptUpload(f"{filename} was sent twice", param="files")
         cap = _MAX_CONFIG_BYTES if is_config_part(filename) else self._max_bytes
-        part = PartWriter(self, self.source / filename, cap)
+        part = PartWriter(self, self.source / staged_name(filename), cap)
         self._parts[filename] = part
         return part
 
@@ -174,7 +175,7 @@ def copy_parts(folder: Path, upload: Upload, declared: Declared, *, trusted: boo
     """Copy the files of an adapter's folder into an upload; other files are not read.
 
     Raises:
-        StoreError: a file is missing, no regular file, a pickle, or of a kind that is not served.
+        StoreError: a file is missing, no regular file, or of a kind that is not served.
     """
     refuse_foreign_parts(folder)
     with storage_errors():
@@ -186,16 +187,10 @@ def copy_parts(folder: Path, upload: Upload, declared: Declared, *, trusted: boo
 
 
 def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:
-    """Open one file of a folder; raises CorruptUpload or UnsupportedFormat unless it may be read."""
+    """Open one file of a folder; raises CorruptUpload unless it may be read."""
     try:
         return open_regular(folder / filename, is_trusted=trusted)
     except (OSError, ValueError) as error:
-        if filename == WEIGHTS_PART and os.path.exists(folder / "adapter_model.bin"):
-            raise UnsupportedFormat(
-                "the folder holds adapter_model.bin, a pickle, which is never opened here: "
-                "save the adapter with safe_serialization=True",
-                param="files",
-            ) from error
         reason = "is missing" if isinstance(error, FileNotFoundError) else "is not a regular file with one name"
         raise CorruptUpload(f"{filename} {reason}", param="files") from error
 

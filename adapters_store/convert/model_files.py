@@ -16,10 +16,13 @@ from typing import BinaryIO
 import numpy as np
 import numpy.typing as npt
 
+from adapters_store.convert.tensor_files import translated
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter
 from adapters_store.file_system import open_regular
 from adapters_store.float_bits import ITEM_BYTES, Float32, decode
 from adapters_store.formats import is_model_part
+from adapters_store.json_values import text
+from adapters_store.parts import TRANSLATED_PART, translated_name, uploaded_name
 from adapters_store.safetensors_header import HeaderLimits, TensorSlot, read_header
 
 Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
@@ -158,15 +161,17 @@ class BitPair:
 
 
 def file_hashes(folder: Path) -> dict[str, str]:
-    """Return SHA-256 of every file of an upload, by name."""
-    hashes = {}
-    for path in sorted(folder.iterdir()):
+    """Return SHA-256 of every file of an upload, by the name it was uploaded under."""
+    pickles = translated(folder)
+    hashes = {uploaded_name(name): text(facts["sha256"]) for name, facts in pickles.items()}
+    written_here = {TRANSLATED_PART, *map(translated_name, pickles)}
+    for path in sorted(path for path in folder.iterdir() if path.name not in written_here):
         digest = hashlib.sha256()
         with open_regular(path) as file:
             while chunk := file.read(_HASH_CHUNK_BYTES):
                 digest.update(chunk)
-        hashes[path.name] = digest.hexdigest()
-    return hashes
+        hashes[uploaded_name(path.name)] = digest.hexdigest()
+    return dict(sorted(hashes.items()))
 
 
 def num_rows(shape: tuple[int, ...], max_values: int) -> int:
