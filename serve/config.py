@@ -49,6 +49,8 @@ class LimitsConfig:
 
     max_body_bytes: int = 8 << 20
     max_upload_bytes: int = 2 << 30
+    # a dense change costs as much memory as the layers that it changes: none unless the operator allows them
+    dense_budget_bytes: int = 0
     max_header_bytes: int = 64 << 10
     header_timeout_s: float = 10.0
     body_timeout_s: float = 30.0

@@ -16,7 +16,7 @@ from serve.cli import adapters_offline
 from serve.cli.adapter_rows import AdapterRow, show_rows
 from serve.cli.adapters_remote import RemoteAdapters
 from serve.cli.operator_errors import one_line_errors
-from serve.cli.options import Dtype, DtypeOption
+from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption
 from serve.errors import StartError
 
 adapters_app = typer.Typer(
@@ -55,15 +55,26 @@ def add(
     as_json: Json = False,
     source_format: Format = AUTO,
     options: Options = None,
+    dense_budget_bytes: DenseBudgetBytes = 0,
 ) -> None:
     """Convert, check and publish an adapter as the next version of NAME."""
     with one_line_errors(exit_status=1):
         declared = Declared.parse(source_format, None if options is None else options.encode())
         with _place(store, url, api_key) as place:
             if isinstance(place, RemoteAdapters):
+                if dense_budget_bytes:
+                    raise StartError("--dense-budget-bytes goes with --store; a running server has its own")
                 row = place.add(name, folder, declared)
             else:
-                row = adapters_offline.add(place, name, folder, base=base, dtype=dtype, declared=declared)
+                row = adapters_offline.add(
+                    place,
+                    name,
+                    folder,
+                    base=base,
+                    dtype=dtype,
+                    declared=declared,
+                    dense_budget_bytes=dense_budget_bytes,
+                )
         show_rows([row], as_json=as_json)
 
 

@@ -26,7 +26,14 @@ _MAX_FOLDER_BYTES = 1 << 40
 
 
 def add(
-    root: Path, name: str, folder: Path, *, base: str | None, dtype: str, declared: Declared | None = None
+    root: Path,
+    name: str,
+    folder: Path,
+    *,
+    base: str | None,
+    dtype: str,
+    declared: Declared | None = None,
+    dense_budget_bytes: int = 0,
 ) -> AdapterRow:
     """Publish a folder as the next version of `name`.
 
@@ -34,6 +41,7 @@ def add(
         base: the base model's folder or id; None takes the base of the adapters that the store already holds.
         declared: what the folder holds; nothing: found by the names of its files.
         dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
+        dense_budget_bytes: what the adapter may hold of dense changes.
     Raises:
         StartError: the base is not known. StoreError: the adapter is refused.
     """
@@ -43,7 +51,12 @@ def add(
     dims, own_dtype = _known_base(root) if base_dir is None else _read_base(base_dir)
     image_dtype = own_dtype if dtype == "auto" else dtype
     opened = AdapterStore.open(
-        root, dims, base_dir=base_dir, image_dtype=image_dtype, max_upload_bytes=_MAX_FOLDER_BYTES
+        root,
+        dims,
+        base_dir=base_dir,
+        image_dtype=image_dtype,
+        max_upload_bytes=_MAX_FOLDER_BYTES,
+        dense_budget_bytes=dense_budget_bytes,
     )
     with closing(opened) as store:
         return row_of(store.put_dir(name, folder, trusted=True, declared=declared))

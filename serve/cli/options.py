@@ -152,6 +152,14 @@ MaxInFlight = Annotated[
     int, typer.Option(envvar="CHORALE_MAX_IN_FLIGHT", min=1, help="Sequences let in before clients get 429.")
 ]
 MaxUploadBytes = Annotated[int, typer.Option(envvar="CHORALE_MAX_UPLOAD_BYTES", min=1, help="Largest adapter upload.")]
+DenseBudgetBytes = Annotated[
+    int,
+    typer.Option(
+        envvar="CHORALE_DENSE_BUDGET_BYTES",
+        min=0,
+        help="Bytes that one adapter may hold of dense changes of whole matrices; 0: such adapters are refused.",
+    ),
+]
 RequestTimeoutS = Annotated[
     float, typer.Option(envvar="CHORALE_REQUEST_TIMEOUT_S", min=0.1, help="Seconds a request may take in all.")
 ]

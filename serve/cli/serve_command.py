@@ -45,6 +45,7 @@ def serve(
     lora_root: options.LoraRoots = None,
     max_in_flight: options.MaxInFlight = _LIMITS.max_in_flight,
     max_upload_bytes: options.MaxUploadBytes = _LIMITS.max_upload_bytes,
+    dense_budget_bytes: options.DenseBudgetBytes = _LIMITS.dense_budget_bytes,
     request_timeout_s: options.RequestTimeoutS = _LIMITS.request_timeout_s,
     heartbeat_timeout_s: options.HeartbeatTimeoutS = _WATCHDOG.heartbeat_timeout_s,
     start_timeout_s: options.StartTimeoutS = _WATCHDOG.start_timeout_s,
@@ -60,7 +61,7 @@ def serve(
         # the engine process has another working folder
         model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
         limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
-        limits = replace(limits, request_timeout_s=request_timeout_s)
+        limits = replace(limits, request_timeout_s=request_timeout_s, dense_budget_bytes=dense_budget_bytes)
         name = served_model_name or served_name(model, model_dir)
         api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
         api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))

@@ -66,6 +66,7 @@ def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
             served_name=config.api.served_model_name,
             max_rank=config.engine.max_adapter_rank,
             max_upload_bytes=config.api.limits.max_upload_bytes,
+            dense_budget_bytes=config.api.limits.dense_budget_bytes,
             image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
         )
     except (StorageFailed, StoreFull) as error:

@@ -96,6 +96,11 @@ def test_a_command_that_is_told_no_place_says_which_flags_name_one() -> None:
     assert_refused(run("list"), "--store DIR", "--url")
 
 
+def test_a_running_server_has_its_own_budget_for_dense_changes(voice: Path) -> None:
+    command = ("add", "voice", voice, "--url", "http://127.0.0.1:9", "--dense-budget-bytes", "9")
+    assert_refused(run(*command), "--dense-budget-bytes goes with --store")
+
+
 def test_a_server_that_is_not_there_is_one_line() -> None:
     assert_refused(run("list", "--url", "http://127.0.0.1:9"), "ConnectError")
 

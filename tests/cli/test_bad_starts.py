@@ -109,6 +109,17 @@ def test_the_metric_aliases_can_be_left_out(
     assert [config.api.metrics_compat_vllm for config in started] == [has_aliases]
 
 
+def test_the_budget_for_dense_changes_reaches_the_server_and_is_none_by_default(
+    model: Path, store_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[ServeConfig] = []
+    monkeypatch.setattr(serve_command, "run_server", lambda config, **_: started.append(config))
+    for flags in ([], ["--dense-budget-bytes", "123"]):
+        command = ["serve", "--model", str(model), "--store", str(store_dir), *flags]
+        assert CliRunner().invoke(app, command).exit_code == 0
+    assert [config.api.limits.dense_budget_bytes for config in started] == [0, 123]
+
+
 def test_flags_beat_the_environment_and_the_environment_beats_the_file(tmp_path: Path, store_dir: Path) -> None:
     file = tmp_path / "chorale.toml"
     file.write_text(f'model = "from-file"\nstore = "{store_dir}"\n')
