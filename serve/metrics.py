@@ -156,9 +156,9 @@ class Metrics:
         """Count a request that was refused before any work; `code` is one of our own error codes."""
         self.rejected.labels(code).inc()
 
-    def open_request(self, adapter_digest: str | None) -> "RequestMeter":
-        """Start to measure one sequence."""
-        return RequestMeter(self, adapter_digest)
+    def open_request(self, *adapter_digests: str) -> "RequestMeter":
+        """Start to measure one sequence; a composition counts for each of its adapters."""
+        return RequestMeter(self, adapter_digests)
 
     def render(self) -> bytes:
         """Return the exposition text, at most `RENDER_S` old."""
@@ -172,9 +172,9 @@ class Metrics:
 class RequestMeter:
     """The times of one sequence; `close` may be called more than once, the first reason counts."""
 
-    def __init__(self, metrics: Metrics, adapter_digest: str | None) -> None:
+    def __init__(self, metrics: Metrics, adapter_digests: tuple[str, ...]) -> None:
         self._metrics = metrics
-        self._adapter_digest = adapter_digest
+        self._adapter_digests = adapter_digests
         self._opened_at = metrics.clock()
         self._queue_s = 0.0
         self._first_token_at: float | None = None
@@ -206,8 +206,8 @@ class RequestMeter:
             self._metrics.seconds["decode"].observe(decode_s)
             if self._num_tokens > 1:
                 self._metrics.seconds["tpot"].observe(decode_s / (self._num_tokens - 1))
-        if self._adapter_digest is not None:
-            name = self._metrics.adapter_name(self._adapter_digest)
+        for digest in self._adapter_digests:
+            name = self._metrics.adapter_name(digest)
             self._metrics.usage.add(name, num_requests=1, num_tokens=self._num_tokens)
 
     def _saw_tokens(self, num_tokens: int, now: float) -> None:

@@ -1,7 +1,7 @@
 """A generation becomes one HTTP answer, streamed or whole.
 
 Owns the envelope, the usage and the order of chunks; what a choice looks like is the reply's. Invariant: usage counts
-each prompt once and exactly the output tokens that the client was sent.
+each prompt once, without an adapter's virtual tokens, and exactly the output tokens that the client was sent.
 """
 
 import time
@@ -110,12 +110,12 @@ async def answer_generation(
     if not stream:
         outputs = await unless_disconnected(request, _collect(pieces, usage))
         body = {**envelope, "choices": [reply.choice(output) for output in outputs], "usage": usage.body()}
-        headers = generation.target.headers(outputs[0].started)
+        headers = generation.headers(outputs[0].started)
         return Response(msgspec.json.encode(body), headers=headers, media_type="application/json")
     # an early failure still gets its own status; a long wait gets headers and keep-alive comments
     first = await unless_disconnected(request, _first(pieces))
     frames = _frames(first, pieces, reply, usage, envelope, include_usage=include_usage)
-    headers = generation.target.headers(first.started if first is not None else None)
+    headers = generation.headers(first.started if first is not None else None)
     return EventStream(with_end(frames, request_id(request)), headers, send_timeout_s=limits.slow_client_timeout_s)
 
 

@@ -20,9 +20,10 @@ from serve.api.openapi import json_endpoint
 from serve.api.output import Piece, output_rules
 from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output_budget
 from serve.api.schemas_chat import ChatRequest
-from serve.api.selection import Target, resolve_target
+from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
+from serve.api.target import Target
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
@@ -71,11 +72,13 @@ async def _prepare(
     ready = state.ready
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
     token_ids = await asyncio.to_thread(_encode, state, body, tools)
-    token_ids = fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready)
+    num_virtual = target.num_virtual_tokens
+    token_ids = fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready, num_virtual=num_virtual)
     max_tokens = output_budget(
         len(token_ids),
         asked,
         ready,
+        num_virtual=num_virtual,
         prompt_param="messages",
         budget_param="max_tokens" if body.max_completion_tokens is None else "max_completion_tokens",
     )

@@ -20,9 +20,10 @@ from serve.api.openapi import json_endpoint
 from serve.api.output import Piece, output_rules
 from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output_budget
 from serve.api.schemas_completions import CompletionRequest
-from serve.api.selection import Target, resolve_target
+from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
+from serve.api.target import Target
 from serve.api.tokenizer import TextTokenizer
 from serve.messages import Grammar
 
@@ -52,9 +53,15 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
     ready = state.ready
     asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body)
-    prompts = [fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready) for token_ids in encoded]
+    num_virtual = target.num_virtual_tokens
+    prompts = [
+        fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready, num_virtual=num_virtual)
+        for token_ids in encoded
+    ]
     logprobs = LogprobCounts(output=body.logprobs, prompt=body.logprobs if body.echo else None)
-    budgets = [output_budget(len(prompt), asked, ready, prompt_param="prompt") for prompt in prompts]
+    budgets = [
+        output_budget(len(prompt), asked, ready, num_virtual=num_virtual, prompt_param="prompt") for prompt in prompts
+    ]
     return Generation(
         prompts=prompts,
         sampling=[build_sampling(body, ready, budget, logprobs, grammar) for budget in budgets],

@@ -20,8 +20,9 @@ from serve.api.limits import check_num_prompts
 from serve.api.openapi import json_endpoint
 from serve.api.sampling import fit_prompt, output_budget
 from serve.api.schemas_completions import EmbeddingRequest, Prompt
-from serve.api.selection import Target, resolve_target
+from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
+from serve.api.target import Target
 from serve.api.tokenizer import TextTokenizer
 from serve.errors import Unavailable
 from serve.messages import Embed, Ready
@@ -38,7 +39,9 @@ async def create_embeddings(request: Request) -> Response:
     target = await resolve_target(state, body)
     state.engine.admit(len(body.input))
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body.input)
-    prompts = [_fit(token_ids, body.truncate_prompt_tokens, state.ready) for token_ids in encoded]
+    prompts = [
+        _fit(token_ids, body.truncate_prompt_tokens, state.ready, target.num_virtual_tokens) for token_ids in encoded
+    ]
     vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean"))
     is_base64 = body.encoding_format == "base64"
     num_tokens = sum(len(prompt) for prompt in prompts)
@@ -57,8 +60,16 @@ async def create_embeddings(request: Request) -> Response:
 async def _embed_all(state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str) -> list[list[float]]:
     identity = uuid.uuid4().hex
     commands = [
-        Embed(f"{identity}-{index}", prompt, pooling=pooling, adapter_digest=target.digest)
-        for index, prompt in enumerate(prompts)
+        Embed(
+            f"{identity}-{index}",
+            prompt,
+            pooling,
+            acts.adapter_digest,
+            acts.adapters,
+            acts.num_virtual_tokens,
+            acts.active_from,
+        )
+        for index, (prompt, acts) in enumerate((prompt, target.acts_on(prompt)) for prompt in prompts)
     ]
     timeout_s = state.config.limits.request_timeout_s
     try:
@@ -78,9 +89,9 @@ async def _gather(state: ApiState, commands: Sequence[Embed]) -> list[list[float
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _fit(token_ids: list[int], truncate: int | None, ready: Ready) -> list[int]:
-    fitted = fit_prompt(token_ids, truncate, 0, ready, param="input")
-    output_budget(len(fitted), 0, ready, prompt_param="input")
+def _fit(token_ids: list[int], truncate: int | None, ready: Ready, num_virtual: int) -> list[int]:
+    fitted = fit_prompt(token_ids, truncate, 0, ready, num_virtual=num_virtual, param="input")
+    output_budget(len(fitted), 0, ready, num_virtual=num_virtual, prompt_param="input")
     return fitted
 
 

@@ -195,7 +195,10 @@ class EngineClient:
             self._refuse_if_full(1)
         if request.request_id in self._streams:
             raise Conflict(f"request id {request.request_id!r} is in use by a running request; send another one")
-        stream = RequestStream(self._clock, self._metrics.open_request(request.adapter_digest))
+        digests = [digest for digest, _ in request.adapters]
+        if request.adapter_digest is not None:
+            digests.append(request.adapter_digest)
+        stream = RequestStream(self._clock, self._metrics.open_request(*digests))
         self._streams[request.request_id] = stream
         self._send(request)
         return stream

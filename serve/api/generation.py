@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
 from serve.api.sampling import choice_seed
-from serve.api.selection import Target
+from serve.api.target import Acts, Target
 from serve.api.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
-from serve.messages import SamplingParams, Submit
+from serve.messages import SamplingParams, Started, Submit
 
 KEEP_ALIVE_S = 15.0
 # pieces that wait for a slow client before its sequences are no longer read
@@ -43,18 +43,33 @@ class Generation:
         """Return one submit per choice: prompt by prompt, as OpenAI numbers the choices."""
         identity = uuid.uuid4().hex
         return [
-            Submit(
-                request_id=f"{identity}-{position}-{child}",
-                prompt_token_ids=prompt,
-                sampling=replace(sampling, seed=choice_seed(self.seed, child)),
-                adapter_digest=self.target.digest,
-                priority=self.priority,
-                group_id=f"{identity}-{position}" if self.num_choices > 1 else "",
-                cold_start=self.cold_start,
-            )
+            self._submit(f"{identity}-{position}", child, prompt, sampling, acts)
             for position, (prompt, sampling) in enumerate(zip(self.prompts, self.sampling, strict=True))
+            for acts in (self.target.acts_on(prompt),)
             for child in range(self.num_choices)
         ]
+
+    def headers(self, started: Started | None) -> dict[str, str]:
+        """Return the headers that name what acts; for an adapter with invocation tokens also where they are."""
+        headers = self.target.headers(started)
+        if self.target.adapter is not None and self.target.adapter.invocation_tokens and len(self.prompts) == 1:
+            active_from = self.target.acts_on(self.prompts[0]).active_from
+            headers["x-adapter-active-from"] = "none" if active_from is None else str(active_from)
+        return headers
+
+    def _submit(self, identity: str, child: int, prompt: list[int], sampling: SamplingParams, acts: Acts) -> Submit:
+        return Submit(
+            request_id=f"{identity}-{child}",
+            prompt_token_ids=prompt,
+            sampling=replace(sampling, seed=choice_seed(self.seed, child)),
+            adapter_digest=acts.adapter_digest,
+            priority=self.priority,
+            group_id=identity if self.num_choices > 1 else "",
+            cold_start=self.cold_start,
+            adapters=acts.adapters,
+            num_virtual_tokens=acts.num_virtual_tokens,
+            active_from=acts.active_from,
+        )
 
 
 async def run_generation(
@@ -66,7 +81,7 @@ async def run_generation(
         ServeError: one choice failed, which ends them all; or the request outlived its time.
     """
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
-    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digest) else None
+    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digests) else None
     tasks = [
         asyncio.create_task(
             _read_choice(engine, submit, _reader(index, submit, generation, tokenizer), queue, cold_start_s)
@@ -135,8 +150,8 @@ def _reader(index: int, submit: Submit, generation: Generation, tokenizer: TextT
     return OutputReader(index, generation.rules, tokenizer.token_bytes, at_text_start=at_text_start)
 
 
-def _is_cold(engine: EngineGateway, digest: str | None) -> bool:
+def _is_cold(engine: EngineGateway, digests: tuple[str, ...]) -> bool:
     stats = engine.stats
-    if digest is None or stats is None:
+    if not digests or stats is None:
         return False
-    return not any(state.digest == digest and state.tier != "loading" for state in stats.adapters)
+    return not set(digests) <= {state.digest for state in stats.adapters if state.tier != "loading"}

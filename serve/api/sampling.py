@@ -70,10 +70,18 @@ def choice_seed(seed: int | None, index: int) -> int:
 
 
 def fit_prompt(
-    token_ids: list[int], truncate: int | None, max_tokens: int | None, ready: Ready, *, param: str = "prompt"
+    token_ids: list[int],
+    truncate: int | None,
+    max_tokens: int | None,
+    ready: Ready,
+    *,
+    num_virtual: int = 0,
+    param: str = "prompt",
 ) -> list[int]:
     """Check a prompt's ids and cut them to their last `truncate` ones (-1: to what leaves room for the output).
 
+    Args:
+        num_virtual: positions that the adapter's own prompt takes.
     Raises:
         InvalidValue: no tokens, an id beyond the vocabulary, or `truncate` beyond the context.
     """
@@ -83,7 +91,7 @@ def fit_prompt(
             param="truncate_prompt_tokens",
         )
     if truncate == -1:
-        truncate = max(ready.max_model_len - (max_tokens or 1), 1)
+        truncate = max(ready.max_model_len - num_virtual - (max_tokens or 1), 1)
     if truncate:
         token_ids = token_ids[-truncate:]
     if not token_ids:
@@ -93,21 +101,29 @@ def fit_prompt(
 
 
 def output_budget(
-    num_prompt_tokens: int, max_tokens: int | None, ready: Ready, *, prompt_param: str, budget_param: str = "max_tokens"
+    num_prompt_tokens: int,
+    max_tokens: int | None,
+    ready: Ready,
+    *,
+    prompt_param: str,
+    budget_param: str = "max_tokens",
+    num_virtual: int = 0,
 ) -> int:
     """Return how many tokens may be generated; None asks for all that fit.
 
     Args:
+        num_virtual: positions that the adapter's own prompt takes.
         prompt_param: the field to blame when no budget would help; `budget_param`: when a smaller one would.
     Raises:
         ContextLengthExceeded: prompt and output do not fit into the context.
     """
-    limit = ready.max_model_len
+    limit = ready.max_model_len - num_virtual
+    taken = f" beside the adapter's own {num_virtual} virtual ones" if num_virtual else ""
     asked = 1 if max_tokens is None else max_tokens
     if num_prompt_tokens + asked > limit:
         raise ContextLengthExceeded(
-            f"this model's context holds {limit} tokens; the prompt has {num_prompt_tokens} and at least {asked} are"
-            " to be generated; shorten the prompt, lower max_tokens or set truncate_prompt_tokens",
+            f"this model's context holds {max(limit, 0)} tokens{taken}; the prompt has {num_prompt_tokens} and at least"
+            f" {asked} are to be generated; shorten the prompt, lower max_tokens or set truncate_prompt_tokens",
             param=prompt_param if num_prompt_tokens + min(asked, 1) > limit else budget_param,
         )
     return limit - num_prompt_tokens if max_tokens is None else max_tokens

@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from serve.errors import InvalidValue
+from serve.messages import MAX_COMPOSED, MAX_WEIGHT
 
 MAX_N = 16
 MAX_STOP = 16
@@ -129,10 +130,10 @@ class StreamOptions(Part):
 
 
 class WeightedAdapter(Part):
-    """One entry of the extension field `adapters`."""
+    """One entry of the extension field `adapters`: its change of the base's outputs counts `weight` times."""
 
     name: Annotated[str, Field(min_length=1, max_length=256)]
-    weight: Annotated[Number, Field(ge=-2, le=2)] = 1.0
+    weight: Annotated[Number, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
 
 
 class ModelChoice(RequestModel):
@@ -140,7 +141,7 @@ class ModelChoice(RequestModel):
 
     model: Annotated[str, Field(min_length=1, max_length=256)]
     adapter_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
-    adapters: Annotated[list[WeightedAdapter], Field(max_length=16)] | None = None
+    adapters: Annotated[list[WeightedAdapter], Field(max_length=MAX_COMPOSED)] | None = None
     cold_start: Literal["wait", "fail", "base"] | None = None
 
 

@@ -1,41 +1,18 @@
 """Which base or adapter a request means, and how an answer says so.
 
-Owns the reading of `model`, `adapter_id` and `adapters`, and the headers and fingerprint that name the choice.
-Invariant: a name that is not known is a 404 of one shape, and never becomes the base's answer.
+Owns the reading of `model`, `adapter_id` and `adapters`, and the fingerprint that names the choice. Invariant: a name
+that is not known is a 404 of one shape, and never becomes the base's answer.
 """
 
 import asyncio
 import hashlib
-from dataclasses import dataclass
 
 from adapters_store.store import AdapterRef
 from serve.api.json_body import show
-from serve.api.schemas import ModelChoice
+from serve.api.schemas import ModelChoice, WeightedAdapter
 from serve.api.state import ApiState
-from serve.errors import ModelNotFound, UnsupportedParameter
-from serve.messages import Started
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What serves a request: the base alone (`adapter` None) or the base with one adapter."""
-
-    model: str
-    adapter: AdapterRef | None
-
-    @property
-    def digest(self) -> str | None:
-        """Return the adapter's digest as the engine knows it."""
-        return self.adapter.digest if self.adapter is not None else None
-
-    def headers(self, started: Started | None = None) -> dict[str, str]:
-        """Return the headers that name the adapter and what its load has cost this request."""
-        if self.adapter is None:
-            return {}
-        headers = {"x-adapter-id": self.adapter.name, "x-adapter-digest": f"sha256:{self.adapter.digest}"}
-        if started is not None:
-            headers["x-adapter-cold-start-ms"] = str(round(started.adapter_load_s * 1000))
-        return headers
+from serve.api.target import Share, Target
+from serve.errors import InvalidValue, ModelNotFound, UnsupportedParameter
 
 
 async def resolve_target(state: ApiState, choice: ModelChoice) -> Target:
@@ -43,18 +20,22 @@ async def resolve_target(state: ApiState, choice: ModelChoice) -> Target:
 
     Raises:
         ModelNotFound: no such base, adapter, version or alias.
-        UnsupportedParameter: a composition, a doubtful pair of names, or `cold_start: "base"`.
+        InvalidValue: a composition that names the base, or an adapter twice.
+        UnsupportedParameter: a doubtful pair of names, an adapter that cannot be composed, or `cold_start: "base"`.
     """
     if choice.cold_start == "base":
         raise UnsupportedParameter(
             "cold_start 'base' is not supported: an answer without the adapter is a wrong answer; use 'wait' or 'fail'",
             param="cold_start",
         )
+    if choice.adapters and (len(choice.adapters) > 1 or choice.adapters[0].weight != 1):
+        _check_composes(state, choice)
+        return Target(choice.model, None, await _resolve_shares(state, choice.adapters))
     model = _selected_model(state, choice)
     return Target(choice.model, await resolve_adapter(state, model))
 
 
-async def resolve_adapter(state: ApiState, model: str) -> AdapterRef | None:
+async def resolve_adapter(state: ApiState, model: str, *, param: str = "model") -> AdapterRef | None:
     """Return the adapter that `model` names, None for the base.
 
     Raises:
@@ -64,9 +45,7 @@ async def resolve_adapter(state: ApiState, model: str) -> AdapterRef | None:
         return None
     ref = await asyncio.to_thread(state.store.resolve, model)
     if ref is None:
-        raise ModelNotFound(
-            f"the model {show(model)} does not exist; GET /v1/models lists what is served", param="model"
-        )
+        raise ModelNotFound(f"the model {show(model)} does not exist; GET /v1/models lists what is served", param=param)
     if state.metrics is not None:
         state.metrics.name_adapter(ref.digest, ref.name)
     return ref
@@ -75,18 +54,55 @@ async def resolve_adapter(state: ApiState, model: str) -> AdapterRef | None:
 def fingerprint(state: ApiState, target: Target) -> str:
     """Return `system_fingerprint`: equal fingerprints and seeds give equal answers."""
     ready = state.ready
-    facts = "|".join((state.version, ready.base_fingerprint, ready.dtype, target.digest or "base"))
+    facts = "|".join((state.version, ready.base_fingerprint, ready.dtype, target.identity))
     return f"fp_{hashlib.sha256(facts.encode()).hexdigest()[:12]}"
+
+
+def _check_composes(state: ApiState, choice: ModelChoice) -> None:
+    if choice.adapter_id is not None:
+        raise UnsupportedParameter("send 'adapters' or 'adapter_id', not both", param="adapter_id")
+    if choice.model != state.config.served_model_name:
+        raise UnsupportedParameter(
+            f"a composition acts on the base: send its name {state.config.served_model_name!r} as 'model' and every "
+            "adapter in 'adapters'",
+            param="model",
+        )
+
+
+async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter]) -> tuple[Share, ...]:
+    shares: list[Share] = []
+    for index, entry in enumerate(adapters):
+        param = f"adapters.{index}.name"
+        ref = await resolve_adapter(state, entry.name, param=param)
+        if ref is None:
+            raise InvalidValue(f"{show(entry.name)} is the base itself; 'adapters' holds adapters only", param=param)
+        if any(share.adapter.digest == ref.digest for share in shares):
+            raise InvalidValue(
+                f"{show(entry.name)} names an adapter of this composition again; add its weights up", param=param
+            )
+        reason = _why_alone(ref)
+        if reason is not None:
+            raise UnsupportedParameter(
+                f"adapter {show(entry.name)} {reason}, which no composition can weigh; name it alone as 'model'",
+                param=param,
+            )
+        shares.append(Share(ref, entry.weight))
+    return tuple(shares)
+
+
+def _why_alone(ref: AdapterRef) -> str | None:
+    if ref.num_virtual_tokens:
+        return f"puts {ref.num_virtual_tokens} virtual tokens before the prompt"
+    return "acts only behind its invocation tokens" if ref.invocation_tokens else None
 
 
 def _selected_model(state: ApiState, choice: ModelChoice) -> str:
     named = choice.adapter_id
     param = "adapter_id"
     if choice.adapters:
-        if len(choice.adapters) != 1 or choice.adapters[0].weight != 1 or named is not None:
-            raise UnsupportedParameter(
-                "composing adapters is not supported; send exactly one adapter with weight 1", param="adapters"
-            )
+        if named is not None:
+            raise UnsupportedParameter("send 'adapters' or 'adapter_id', not both", param="adapter_id")
+        # one adapter of weight 1 is no composition but that adapter
         named, param = choice.adapters[0].name, "adapters"
     if named is None:
         return choice.model

@@ -34,7 +34,9 @@ class FakeStore:
         self.add("poet")
         self.add("clerk", rank=16)
 
-    def add(self, name: str, *, rank: int = 8) -> AdapterVersion:
+    def add(
+        self, name: str, *, rank: int = 8, num_virtual_tokens: int = 0, invocation_tokens: tuple[int, ...] = ()
+    ) -> AdapterVersion:
         """Add a version."""
         versions = self._versions.setdefault(name, [])
         number = len(versions) + 1
@@ -49,6 +51,8 @@ class FakeStore:
             base={},
             report=Report(applied=(), ignored=(), missing=()),
             dtype="float32",
+            num_virtual_tokens=num_virtual_tokens,
+            invocation_tokens=invocation_tokens,
         )
         versions.append(version)
         return version
@@ -71,7 +75,7 @@ class FakeStore:
         found = self._find(model.removeprefix(f"{BASE}:"))
         if found is None:
             return None
-        return AdapterRef(found.name, found.version, found.digest, found.rank, found.num_bytes, found.family)
+        return AdapterRef.of(found)
 
     def _find(self, model: str) -> AdapterVersion | None:
         if model in self._versions:

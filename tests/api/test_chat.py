@@ -130,14 +130,6 @@ def test_every_way_to_name_an_adapter_finds_it(api: ApiServer, fields: dict[str,
     assert api.engine.submits[0].adapter_digest == digest_of("poet", version)
 
 
-def test_composition_is_refused_until_it_exists(api: ApiServer) -> None:
-    for adapters in ([{"name": "poet", "weight": 0.5}], [{"name": "poet"}, {"name": "clerk"}]):
-        answer = api.chat(adapters=adapters)
-        assert answer.status_code == 400
-        assert answer.json()["error"]["code"] == "unsupported_parameter"
-        assert answer.json()["error"]["param"] == "adapters"
-
-
 def test_a_final_message_can_be_continued(api: ApiServer) -> None:
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Once upon "}]
     body = {"model": BASE, "messages": messages, "continue_final_message": True, "add_generation_prompt": False}

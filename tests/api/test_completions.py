@@ -11,7 +11,7 @@ from serve.api.completions import CompletionReply
 from serve.api.generation import Generation
 from serve.api.output import OutputRules
 from serve.api.schemas_completions import CompletionRequest
-from serve.api.selection import Target
+from serve.api.target import Target
 from serve.api.tokenizer import TextTokenizer
 from serve.messages import Started, TokenLogprobs
 from tests.api.api_server import ApiServer

@@ -10,7 +10,7 @@ from adapters_store.store import AdapterRef
 from serve.api.generation import Generation, run_generation
 from serve.api.output import OutputRules
 from serve.api.sampling import choice_seed
-from serve.api.selection import Target
+from serve.api.target import Target
 from serve.api.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable

@@ -25,7 +25,7 @@ class FakeClock:
 
 def build_stream(clock: FakeClock | None = None) -> RequestStream:
     """Return an open stream."""
-    return RequestStream(clock or FakeClock(), Metrics().open_request(None))
+    return RequestStream(clock or FakeClock(), Metrics().open_request())
 
 
 def read_all(stream: RequestStream) -> list[object]:
