@@ -109,3 +109,54 @@ def test_adapters_that_differ_in_a_gate_lie_apart_and_equal_ones_together(loads:
         assert loads.load(image_of(ops), slot).error is None
     slabs = [loads.arena.placement(slot).slab_id for slot in range(4)]
     assert slabs[0] == slabs[1] and len(set(slabs)) == 3
+
+
+RARE = Ops(csr=5, is_ternary=True, dense=True, blockdiag=4, rot2_group=2, in_scale=True, out_scale=True)
+
+
+def rare_offset(image: AdapterImage, tensor: str) -> int:
+    rows = image.rows[0]
+    assert rows.csr is not None and rows.csr.scale_offset is not None
+    offset = {
+        "csr.scale": rows.csr.scale_offset,
+        "dense": rows.dense_offset,
+        "blocks": rows.blockdiag_offset,
+        "c0": rows.c0_offset,
+        "in_scale": rows.in_scale_offset,
+    }[tensor]
+    assert offset is not None
+    return offset
+
+
+def test_what_no_slab_packs_is_counted_and_leaves_with_its_adapter(loads: Loads) -> None:
+    result = loads.load(image_of(RARE))
+    assert result.error is None
+    # indptr, col and values of the signs; dense; both scales; blocks; pairs; down_proj
+    num_values = (9 + 5 + 5) + 8 * 16 + (8 + 16) + 16 * 4 + 2 * 8 + 4 * (16 + 40)
+    assert result.num_bytes == 4 * num_values
+    extras = loads.arena.placement(0).extras
+    assert extras is not None and extras.sites.keys() == {(0, "k_proj")}
+    loads.arena.drop(0)
+    assert loads.arena.num_slabs == 0
+    # whoever lies at that place next brings nothing of it
+    assert loads.load(random_adapter({(1, "down_proj"): Ops((4,))}, torch.Generator().manual_seed(1))).error is None
+    assert loads.arena.placement(0).extras is None
+
+
+@pytest.mark.parametrize("tensor", ["csr.scale", "dense", "blocks", "c0", "in_scale"])
+def test_a_rare_weight_that_is_not_finite_fails_the_load(tensor: str, loads: Loads) -> None:
+    image = image_of(RARE)
+    offset = rare_offset(image, tensor)
+    image.data[offset : offset + 4].view(torch.float32)[0] = float("nan")
+    result = loads.load(image)
+    assert result.error is not None and "layer 0, k_proj: a weight is not finite" in result.error
+    assert loads.arena.num_slabs == 0
+
+
+def test_a_sparse_column_that_the_site_lacks_fails_the_load(loads: Loads) -> None:
+    image = image_of(RARE)
+    assert image.rows[0].csr is not None
+    offset = image.rows[0].csr.col_offset
+    image.data[offset : offset + 4].view(torch.int32)[0] = 16
+    assert "upload the adapter again" in str(loads.load(image).error)
+    assert loads.arena.num_slabs == 0
