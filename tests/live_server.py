@@ -144,13 +144,16 @@ def missing_device(device: str) -> str | None:
     return "needs a CUDA device: torch.cuda.is_available() is false" if is_missing else None
 
 
-def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str) -> LiveServer:
+def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str, module: str = "serve") -> LiveServer:
     """Start `chorale serve` on a free loopback port and wait for its ready line.
 
+    Args:
+        module: what runs; a test's own may plant a fault before it hands over to `serve`.
     Raises:
         AssertionError: it ended, or was not ready in time; the message holds the end of its log.
     """
-    command = chorale_command("serve", "--model", str(model_dir), "--store", str(store_dir), "--port", "0")
+    command = [SERVER_PYTHON, "-m", module, "serve", "--model", str(model_dir), "--store", str(store_dir)]
+    command += ["--port", "0"]
     # tiny models gain nothing from more threads, and their barriers lose milliseconds each on a busy machine
     # and what is uploaded for other reasons need not be proven each time
     command += ["--num-threads", "1", "--probe", "off", *options]

@@ -1,7 +1,7 @@
 """How far the served model and the reference lie apart: errors, divergence, the first other token, the size of effects.
 
-Owns the numbers only; what they mean is `verdict.py`'s. Invariant: noise is measured on the base and on rounded twins
-of the reference, never on the served adapter, so a wrong adapter cannot raise its own tolerance.
+Owns the numbers only; what they mean is `verdict.py`'s. Invariant: noise is measured on the base, and what the adapter
+makes of it on rounded twins of the reference; never on the served adapter, so a wrong one cannot raise its tolerance.
 """
 
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ _MIN_SHARED = 16
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Log-probabilities [T, V] of each prompt by the reference; twins round as the serving dtype does, or are empty."""
+    """Log-probabilities [T, V] of each prompt by the reference; twins round every result, or are empty."""
 
     base: list[Float64]
     adapter: list[Float64]
@@ -44,8 +44,8 @@ class Measured:
     Attributes:
         max_error, rms_error: served adapter against the source's own formula in fp32.
         kl: the largest divergence of any position, of the served distribution from the source's.
-        noise_max, noise_rms: served base against the reference's base, or what rounding to the serving dtype does to
-            the reference, whichever is larger.
+        noise_max, noise_rms: served base against the reference's base, times `amplification`.
+        amplification: how much more rounding does to the adapted reference than to the base's; at least 1.
         served_effect, source_effect: largest difference that the adapter makes to the base, as served and by formula.
         gain: the served effect along the source's, 1 if they agree; None where too little is shared to tell.
         gain_error: what noise may move it by.
@@ -58,6 +58,7 @@ class Measured:
     first_differing_token: OtherToken | None
     noise_max: float
     noise_rms: float
+    amplification: float
     served_effect: float
     source_effect: float
     gain: float | None
@@ -67,10 +68,9 @@ class Measured:
 def measure(observed: Observed, reference: Reference) -> Measured:
     """Compare; every number of both sides is finite."""
     errors = _errors(observed.adapter, reference.adapter)
-    noises = [_errors(observed.base, reference.base)]
-    noises += [_difference(observed.base, *pair) for pair in _pairs(reference.base_twin, reference.base)]
-    noises += [_difference(observed.adapter, *pair) for pair in _pairs(reference.adapter_twin, reference.adapter)]
-    noise_rms = max(_rms(noise) for noise in noises)
+    noise = _errors(observed.base, reference.base)
+    amplification = _amplification(observed, reference)
+    noise_rms = amplification * _rms(noise)
     served, source = _effects(observed, reference)
     gain = gain_error = None
     size = float(source @ source)
@@ -85,8 +85,9 @@ def measure(observed: Observed, reference: Reference) -> Measured:
         rms_error=_rms(errors),
         kl=max(_divergences(observed.adapter, reference.adapter)),
         first_differing_token=_first_other(observed.adapter, reference.adapter),
-        noise_max=max(_largest(noise) for noise in noises),
+        noise_max=amplification * _largest(noise),
         noise_rms=noise_rms,
+        amplification=amplification,
         served_effect=_largest(served),
         source_effect=_largest(source),
         gain=gain,
@@ -94,8 +95,13 @@ def measure(observed: Observed, reference: Reference) -> Measured:
     )
 
 
-def _pairs(twins: list[Float64], exact: list[Float64]) -> list[tuple[list[Float64], list[Float64]]]:
-    return [(twins, exact)] if twins else []
+def _amplification(observed: Observed, reference: Reference) -> float:
+    """Return how much further rounding moves the adapted reference than the base's."""
+    if not (reference.base_twin and reference.adapter_twin):
+        return 1.0
+    base = _rms(_difference(observed.base, reference.base_twin, reference.base))
+    adapter = _rms(_difference(observed.adapter, reference.adapter_twin, reference.adapter))
+    return max(1.0, adapter / base) if base > 0 else 1.0
 
 
 def _positions(answers: Answers, logprobs: list[Float64]) -> Iterator[tuple[Float64, Float64]]:

@@ -26,6 +26,7 @@ from serve.probe.observed import OBSERVED_NAME, Observed
 from serve.probe.weights import ProbeWeights
 
 _MAX_FILE_BYTES = 1 << 20
+_TWIN_STEPS = 1 << 20
 
 
 def main(arguments: list[str]) -> int:
@@ -55,11 +56,10 @@ def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions
 
 
 def run_reference(spec: ModelSpec, weights: ProbeWeights, source: SourceModel, observed: Observed) -> Reference:
-    """Run base and source over the prompts, and once more rounded if the engine's dtype rounds; raises StoreError."""
-    lanes = _lanes(SourceModel(), observed, _exact) + _lanes(source, observed, _exact)
-    if observed.dtype != "float32":
-        rounding = _rounding(FILE_DTYPES[observed.dtype])
-        lanes += _lanes(SourceModel(), observed, rounding) + _lanes(source, observed, rounding)
+    """Run base and source over the prompts, and once more as rounded twins; raises StoreError."""
+    rounding = _coarse if observed.dtype == "float32" else _rounding(FILE_DTYPES[observed.dtype])
+    pairs = [(exact, own) for exact in (_exact, rounding) for own in (SourceModel(), source)]
+    lanes = [lane for exact, own in pairs for lane in _lanes(own, observed, exact)]
     decoder = ReferenceDecoder(spec, weights, lanes, max_model_len=observed.max_model_len)
     found = decoder.logprobs()
     count = len(observed.prompts)
@@ -82,6 +82,12 @@ def _lanes(source: SourceModel, observed: Observed, rounding: Rounding) -> list[
 
 def _exact(values: Floats) -> Float32:
     return values.astype(np.float32, copy=False)
+
+
+def _coarse(values: Floats) -> Float32:
+    """Round coarser than float32 does: as much as its sums of many terms lose."""
+    mantissa, exponent = np.frexp(_exact(values))
+    return np.asarray(np.ldexp(np.rint(mantissa * _TWIN_STEPS) / _TWIN_STEPS, exponent), dtype=np.float32)
 
 
 def _rounding(dtype: str) -> Rounding:
