@@ -52,3 +52,25 @@ def show_rows(rows: Sequence[AdapterRow], *, as_json: bool) -> None:
             row["digest"].removeprefix("sha256:")[:12],
         )
     Console(width=None if typer.get_text_stream("stdout").isatty() else 160).print(table)
+
+
+def proof_lines(row: AdapterRow) -> list[str]:
+    """Return what people read of a version's proof: how it was measured, how far apart, and what was allowed."""
+    proof = row["proof"]
+    if proof is None:
+        return [f"proof: none ({row['not_probed']})"]
+    allowed, other = proof["tolerance"], proof["first_differing_token"]
+    assert isinstance(allowed, dict), "the probe writes its tolerance as an object"
+    if isinstance(other, dict):
+        where = f"prompt {other['prompt']}, position {other['position']}"
+        differing = f"{where}: {other['served']} served, {other['source']} by the source"
+    else:
+        differing = "none"
+    return [
+        f"proof: run on the base in {proof['dtype']} on {proof['device']}, {proof['num_compared']} log-probabilities "
+        "compared with the source's own formula in float32",
+        f"  largest error {proof['max_error']} (allowed {allowed['max_error']}), root mean square {proof['rms_error']} "
+        f"(allowed {allowed['rms_error']}), KL {proof['kl']}",
+        f"  effect: {proof['served_effect']} as served, {proof['source_effect']} by the source, gain {proof['gain']}",
+        f"  first differing token: {differing}",
+    ]

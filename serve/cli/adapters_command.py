@@ -13,10 +13,10 @@ import typer
 
 from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
-from serve.cli.adapter_rows import AdapterRow, show_rows
+from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows
 from serve.cli.adapters_remote import RemoteAdapters
 from serve.cli.operator_errors import one_line_errors
-from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption
+from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption, Probe
 from serve.errors import StartError
 
 adapters_app = typer.Typer(
@@ -41,6 +41,10 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="Base model of the adapter; needed for a store's first adapter and for checkpoints."),
 ]
+ProbeChoice = Annotated[
+    Probe,
+    typer.Option("--probe", help="Whether to run it on the base of --base, against its source's own formula, first."),
+]
 
 
 @adapters_app.command()
@@ -56,6 +60,7 @@ def add(
     source_format: Format = AUTO,
     options: Options = None,
     dense_budget_bytes: DenseBudgetBytes = 0,
+    probe: ProbeChoice = Probe.ON,
 ) -> None:
     """Convert, check and publish an adapter as the next version of NAME."""
     with one_line_errors(exit_status=1):
@@ -64,6 +69,8 @@ def add(
             if isinstance(place, RemoteAdapters):
                 if dense_budget_bytes:
                     raise StartError("--dense-budget-bytes goes with --store; a running server has its own")
+                if probe is Probe.OFF:
+                    raise StartError("--probe goes with --store; a running server has its own")
                 row = place.add(name, folder, declared)
             else:
                 row = adapters_offline.add(
@@ -74,6 +81,7 @@ def add(
                     dtype=dtype,
                     declared=declared,
                     dense_budget_bytes=dense_budget_bytes,
+                    is_probed=probe is Probe.ON,
                 )
         show_rows([row], as_json=as_json)
 
@@ -135,3 +143,5 @@ def _place(store: Path | None, url: str | None, api_key: str | None) -> Iterator
 def _show_report(row: AdapterRow) -> None:
     for title, modules in row["report"].items():
         typer.echo(f"{title}: {', '.join(modules) if modules else 'none'}")
+    for line in proof_lines(row):
+        typer.echo(line)

@@ -7,15 +7,18 @@ there. Invariant: nothing is created in a folder that is no store, except by `ad
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterNotFound
 from adapters_store.formats import Declared
+from adapters_store.proof import NotProbed, Proving
 from adapters_store.registry import AdapterVersion, base_dims
 from adapters_store.registry_sqlite import SqliteRegistry
 from adapters_store.store import AdapterStore
 from serve.cli.adapter_rows import AdapterRow
+from serve.cli.offline_probe import probe_offline
 from serve.errors import StartError
 from serve.model.download import resolve_model_dir
 from serve.model.spec import read_spec
@@ -34,6 +37,7 @@ def add(
     dtype: str,
     declared: Declared | None = None,
     dense_budget_bytes: int = 0,
+    is_probed: bool = True,
 ) -> AdapterRow:
     """Publish a folder as the next version of `name`.
 
@@ -42,8 +46,9 @@ def add(
         declared: what the folder holds; nothing: found by the names of its files.
         dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
         dense_budget_bytes: what the adapter may hold of dense changes.
+        is_probed: run it on the base before it is published, which needs `base`.
     Raises:
-        StartError: the base is not known. StoreError: the adapter is refused.
+        StartError: the base is not known, or does not start. StoreError, ServeError: the adapter is refused.
     """
     if not folder.is_dir():
         raise StartError(f"{folder}: no such folder; an adapter is a PEFT folder with adapter_config.json")
@@ -58,8 +63,9 @@ def add(
         max_upload_bytes=_MAX_FOLDER_BYTES,
         dense_budget_bytes=dense_budget_bytes,
     )
+    proving = _proving(base_dir, root, image_dtype, is_probed=is_probed)
     with closing(opened) as store:
-        return row_of(store.put_dir(name, folder, trusted=True, declared=declared))
+        return row_of(store.put_dir(name, folder, trusted=True, declared=declared, proving=proving))
 
 
 def rows(root: Path) -> list[AdapterRow]:
@@ -105,6 +111,14 @@ def row_of(version: AdapterVersion) -> AdapterRow:
         proof=version.proof,
         not_probed=version.not_probed if version.proof is None else None,
     )
+
+
+def _proving(base_dir: Path | None, root: Path, dtype: str, *, is_probed: bool) -> Proving:
+    if not is_probed:
+        return NotProbed("added with --probe off")
+    if base_dir is None:
+        return NotProbed("added without --base, so the base's weights were not at hand to run it on")
+    return partial(probe_offline, base_dir, root, dtype)
 
 
 def _read_base(base_dir: Path) -> tuple[BaseDims, str]:
