@@ -127,8 +127,8 @@ class AdapterTiers:
         self._has_room = True
 
     def rank(self, digests: Iterable[str]) -> None:
-        """Give several adapters their places in the line ahead of `want`, so that none evicts another of them."""
-        for digest in digests:
+        """Give several adapters their places in the line ahead of `want`: none is evicted for another of them."""
+        for digest in sorted(digests, key=lambda digest: digest not in self._residents):
             self._places.setdefault(digest, len(self._places))
 
     def want(self, digest: str) -> Residency:

@@ -143,6 +143,8 @@ class FakeExecutor:
         self._check_writers(plan)
         for row in plan.rows:
             self._check_against_flight(row)
+            if row.sample is not None and min(row.sample.prompt_ids) < 0:
+                raise PlanViolation(f"{row.request_id} shows the sampler virtual tokens")
         return [self._run(row, plan) for row in plan.rows]
 
     def _is_lost(self, plan: StepPlan) -> bool:

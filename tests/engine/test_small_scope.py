@@ -12,6 +12,7 @@ from typing import TypeVar
 
 import pytest
 
+from serve.engine.limits import EngineLimits
 from serve.engine.scheduler import Scheduler
 from serve.messages import Abort, Failed, Finished, SamplingParams, Submit, UnloadAdapter
 from tests.engine.bench import LIMITS, A, B, C, EngineBench
@@ -24,6 +25,9 @@ TINY = replace(
 )
 PROMPT = [1, 2, 3, 4]
 COMMANDS = ("base", "a", "b", "pair", "abort", "unload", "fail", "step")
+# what acts changes within and between sequences; two adapter slots, one of them wanted by all
+ACTS = ("base", "b", "both", "late", "prompted", "abort", "unload", "fail", "step")
+TWO_SLOTS = replace(TINY, num_adapter_slots=2)
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +37,8 @@ def _quiet() -> Iterator[None]:
     logging.disable(logging.NOTSET)
 
 
-def _play(commands: tuple[str, ...]) -> None:
-    bench = EngineBench(TINY, {A: AdapterFile(10), B: AdapterFile(10, num_polls=2)})
+def _play(commands: tuple[str, ...], limits: EngineLimits = TINY) -> None:
+    bench = EngineBench(limits, {digest: AdapterFile(10, num_polls=2 if digest == B else 1) for digest in (A, B, C)})
     sent = []
     for number, command in enumerate(commands):
         if command in ("base", "a", "b"):
@@ -42,6 +46,12 @@ def _play(commands: tuple[str, ...]) -> None:
             sent.append(bench.submit(f"r{number}", PROMPT, digest, max_tokens=4))
         elif command == "pair":
             sent += [bench.submit(f"r{number}.{i}", PROMPT, A, max_tokens=2, group_id=f"g{number}") for i in (0, 1)]
+        elif command == "both":
+            sent.append(bench.submit(f"r{number}", PROMPT, max_tokens=3, adapters=((B, 0.5), (A, -1.0))))
+        elif command == "late":
+            sent.append(bench.submit(f"r{number}", PROMPT, A, max_tokens=3, active_from=3))
+        elif command == "prompted":
+            sent.append(bench.submit(f"r{number}", PROMPT, C, max_tokens=2, num_virtual_tokens=1))
         elif command == "abort" and sent:
             bench.engine.handle(Abort(sent[0].request_id))
         elif command == "unload":
@@ -53,7 +63,7 @@ def _play(commands: tuple[str, ...]) -> None:
     for request in sent:
         ends = [event for event in bench.events[request.request_id] if isinstance(event, Finished | Failed)]
         assert len(ends) == 1, (commands, ends)
-        expected = run_alone(request, TINY).token_ids
+        expected = run_alone(request, limits).token_ids
         output = bench.tokens(request.request_id)
         assert output == expected[: len(output)], commands
         was_cut = isinstance(ends[0], Failed) or request is sent[0]
@@ -66,6 +76,20 @@ def _play(commands: tuple[str, ...]) -> None:
 def test_every_sequence_of_four_commands_ends_well() -> None:
     for commands in itertools.product(COMMANDS, repeat=4):
         _play(commands)
+
+
+@pytest.mark.usefixtures("both_modes")
+def test_every_sequence_of_three_commands_of_all_that_can_act_ends_well() -> None:
+    for commands in itertools.product(ACTS, repeat=3):
+        _play(commands, TWO_SLOTS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.usefixtures("both_modes")
+def test_every_sequence_of_five_commands_of_all_that_can_act_ends_well() -> None:
+    for commands in itertools.product(ACTS, repeat=5):
+        _play(commands, TWO_SLOTS)
 
 
 @pytest.mark.slow

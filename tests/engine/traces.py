@@ -28,11 +28,25 @@ from serve.messages import (
     UnloadAdapter,
 )
 from tests.engine.fake_executor import AdapterFile, FakeExecutor
-from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, run_alone
+from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, Toy, run_alone
 
 DIGESTS = tuple(f"{number:064x}" for number in range(1, 6))
+# adapters with a prompt of so many virtual tokens, and those that act from some position on
+PROMPTED = {DIGESTS[1]: 3, DIGESTS[2]: 5}
+WAITING = (DIGESTS[3], DIGESTS[4])
+WEIGHTS = (1.0, 1.0, 0.5, -2.0, 0.0)
 # three times the longest trace seen in 10,000
 MAX_DRAIN_STEPS = 2000
+
+
+@dataclass(frozen=True, slots=True)
+class Acts:
+    """The fields of a command that say what acts."""
+
+    adapter_digest: str | None = None
+    adapters: tuple[tuple[str, float], ...] = ()
+    num_virtual_tokens: int = 0
+    active_from: int | None = None
 
 
 class WrongAnswer(AssertionError):
@@ -108,7 +122,18 @@ class Trace:
             self._submit()
         elif kind < 0.70:
             prompt, pooling = self._prompt(), self.rng.choice(("mean", "last"))
-            self._send(Embed(f"r{len(self.sent)}", prompt, pooling, adapter_digest=self._digest()))
+            acts = self._acts(prompt)
+            self._send(
+                Embed(
+                    f"r{len(self.sent)}",
+                    prompt,
+                    pooling,
+                    acts.adapter_digest,
+                    acts.adapters,
+                    acts.num_virtual_tokens,
+                    acts.active_from,
+                )
+            )
         elif kind < 0.82 and self.sent:
             # an abort under rows that come back not finite is rare and worth meeting
             poisoned = [self.sent[request_id] for request_id in self.executor.poisoned_from]
@@ -142,7 +167,8 @@ class Trace:
         rng = self.rng
         num_siblings = rng.choice((1, 1, 1, 2, 3))
         group_id = f"g{len(self.sent)}" if num_siblings > 1 else ""
-        prompt, digest, salt = self._prompt(), self._digest(), rng.choice(("", "", "t1"))
+        prompt, salt = self._prompt(), rng.choice(("", "", "t1"))
+        acts = self._acts(prompt)
         priority, cold_start = rng.choice((0, 0, 0, 1)), rng.choice(("wait", "wait", "wait", "fail"))
         wants_prompt_logprobs = rng.random() < 0.15
         for _ in range(num_siblings):
@@ -161,10 +187,25 @@ class Trace:
             self.executor.salts[request_id] = salt
             if rng.random() < 0.05:
                 self.executor.poisoned_from[request_id] = rng.randrange(20)
-            self._send(Submit(request_id, prompt, params, digest, salt, priority, group_id, cold_start))
+            self._send(
+                Submit(
+                    request_id,
+                    prompt,
+                    params,
+                    acts.adapter_digest,
+                    salt,
+                    priority,
+                    group_id,
+                    cold_start,
+                    acts.adapters,
+                    acts.num_virtual_tokens,
+                    acts.active_from,
+                )
+            )
 
     def _send(self, command: Submit | Embed) -> None:
         self.sent[command.request_id] = Sent(command)
+        self.executor.toys[command.request_id] = Toy.of(command)
         self.engine.handle(command)
 
     def _prompt(self) -> list[int]:
@@ -172,8 +213,20 @@ class Trace:
         tail = [self.rng.randrange(1, VOCAB_SIZE) for _ in range(self.rng.choice((0, 1, 3)))]
         return stem[: self.rng.randint(1, len(stem))] + tail
 
-    def _digest(self) -> str | None:
-        return None if self.rng.random() < 0.3 else self.rng.choice(DIGESTS)
+    def _acts(self, prompt: list[int]) -> "Acts":
+        """Choose what acts on a prompt: the base, an adapter of each kind, or a composition of any size."""
+        rng = self.rng
+        if rng.random() < 0.2:
+            chosen = rng.sample(DIGESTS, rng.choice((1, 2, 2, 3)))
+            return Acts(adapters=tuple((digest, rng.choice(WEIGHTS)) for digest in chosen))
+        digest = None if rng.random() < 0.3 else rng.choice(DIGESTS)
+        if digest in PROMPTED:
+            return Acts(digest, num_virtual_tokens=PROMPTED[digest])
+        # often in the same block, so that prefixes meet
+        active_from = rng.choice((0, 2, 3, 3, 4, rng.randrange(20))) if digest in WAITING else None
+        if active_from is not None and active_from >= len(prompt):
+            return Acts()
+        return Acts(digest, active_from=active_from)
 
     def _judge(self, sent: Sent) -> None:
         request_id, events = sent.command.request_id, sent.events
@@ -186,6 +239,8 @@ class Trace:
             raise WrongAnswer(f"{request_id}: got {token_ids}, alone it gives {expected.token_ids}")
         if isinstance(events[0], Started) and events[0].prompt_logprobs != expected.prompt_logprobs:
             raise WrongAnswer(f"{request_id}: prompt logprobs differ")
+        if isinstance(events[0], Started) and events[0].num_cached_tokens >= len(sent.command.prompt_token_ids):
+            raise WrongAnswer(f"{request_id}: more tokens are cached than can be")
         end = events[-1]
         if isinstance(end, Embedded) and end.vector != expected.vector:
             raise WrongAnswer(f"{request_id}: got {end.vector}, alone it gives {expected.vector}")
@@ -201,14 +256,16 @@ class Trace:
             raise WrongAnswer(f"{request_id}: {end} after {token_ids}, alone {expected}")
 
     def _judge_failure(self, sent: Sent, end: Failed) -> None:
-        command, num_prompt = sent.command, len(sent.command.prompt_token_ids)
+        command = sent.command
+        num_prompt = len(command.prompt_token_ids) + command.num_virtual_tokens
         takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
+        named = {digest for digest, _ in command.adapters} | {command.adapter_digest} - {None}
         is_allowed = {
             "context_length_exceeded": num_prompt >= self.limits.max_sequence_tokens,
             "queue_full": self.limits.max_waiting <= 3,
-            "adapter_load_failed": command.adapter_digest is not None,
-            "adapter_not_loaded": takes_no_wait and command.adapter_digest is not None,
-            "engine_error": command.request_id in self.executor.poisoned_from or command.adapter_digest in self.broken,
+            "adapter_load_failed": bool(named),
+            "adapter_not_loaded": takes_no_wait and bool(named),
+            "engine_error": command.request_id in self.executor.poisoned_from or not named.isdisjoint(self.broken),
         }
         if not is_allowed.get(end.code, False):
             raise WrongAnswer(f"{command.request_id} failed for no reason: {end}")
