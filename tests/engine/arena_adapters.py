@@ -6,7 +6,7 @@ from torch import Tensor
 from adapter_kernels.gpu.tables import BIAS, LACKING, NONE, RANK, SITES, DeviceTables
 from adapter_kernels.image import AdapterImage, CsrRows, SiteRows, SparseRows
 from adapters_store.base import BaseDims
-from adapters_store.entries import CsrEntry, SiteEntry, SparseEntry
+from adapters_store.entries import NO_MODEL_ENTRIES, CsrEntry, ModelEntries, SiteEntry, SparseEntry
 from adapters_store.errors import AdapterCorrupt
 from adapters_store.gates import METEORA_GATE, GateOptions
 from adapters_store.store import OpenAdapter
@@ -28,10 +28,11 @@ def small_image(seed: int, dtype: torch.dtype = torch.float32, num_sites: int | 
 
 
 class Images:
-    """What `open_image` finds, by digest."""
+    """What `open_image` finds, by digest; `models` says where ops outside the sites lie in the same bytes."""
 
     def __init__(self, images: dict[str, AdapterImage]) -> None:
         self.images = images
+        self.models: dict[str, ModelEntries] = {}
         self.num_opened = 0
 
     def open(self, digest: str) -> OpenAdapter:
@@ -43,7 +44,8 @@ class Images:
         entries = tuple(_entry(rows) for rows in image.rows)
         data = memoryview(image.data.numpy().tobytes()).toreadonly()
         rank = max((rows.rank for rows in image.rows), default=0)
-        return OpenAdapter(digest, _NAMES[image.dtype], rank, len(data), BASE, data, entries)
+        model = self.models.get(digest, NO_MODEL_ENTRIES)
+        return OpenAdapter(digest, _NAMES[image.dtype], rank, len(data), BASE, data, entries, model=model)
 
 
 def _entry(rows: SiteRows) -> SiteEntry:

@@ -16,7 +16,7 @@ from serve.engine.engine import Engine
 from serve.engine.executor import TorchExecutor
 from serve.engine.limits import EngineLimits
 from serve.engine.model_parts import load_parts
-from serve.messages import Embed, Embedded, Event, Failed, SamplingParams, Started, Submit, Tokens
+from serve.messages import Embed, Embedded, Event, Failed, SamplingParams, Started, Submit, TokenLogprobs, Tokens
 from tests.engine.stored_model_ops import store_adapter
 from tests.model.mlp_mixtures import LLAVA_MOLE, MIXLORA, extras_of, llava_mole, make_experts, mixlora, source_logits
 from tests.model.peft_model_ops import peft_cases
@@ -68,7 +68,12 @@ class Served:
     def submit(self, name: str, request_id: str, *, asks_prompt: bool = True, ids: list[int] = IDS) -> Submit:
         """Ask for four greedy tokens, and for the prompt's log-probabilities."""
         sampling = SamplingParams(
-            max_tokens=4, seed=0, temperature=0.0, ignore_eos=True, num_prompt_logprobs=2 if asks_prompt else None
+            max_tokens=4,
+            seed=0,
+            temperature=0.0,
+            ignore_eos=True,
+            num_logprobs=2,
+            num_prompt_logprobs=2 if asks_prompt else None,
         )
         digest = self.digests.get(name)
         return Submit(request_id, ids, sampling, digest, num_virtual_tokens=self.num_virtual.get(name, 0))
@@ -93,6 +98,7 @@ class Run:
         self._executor = TorchExecutor(served.parts, served.open_image)
         self.engine = Engine(limits, self._executor, lambda: 0.0)
         self.tokens: dict[str, list[int]] = {}
+        self.logprobs: dict[str, list[TokenLogprobs]] = {}
         self.started: dict[str, Started] = {}
         self.vectors: dict[str, list[float]] = {}
 
@@ -116,6 +122,7 @@ class Run:
                 self.started[event.request_id] = event
             case Tokens():
                 self.tokens.setdefault(event.request_id, []).extend(event.token_ids)
+                self.logprobs.setdefault(event.request_id, []).extend(event.logprobs or [])
             case Embedded():
                 self.vectors[event.request_id] = event.vector
             case Failed():
@@ -156,7 +163,9 @@ def test_every_kind_chunked_beside_the_others_agrees_with_its_source(served: Ser
             assert logprobs.token_id == IDS[position + 1]
             assert logprobs.logprob == pytest.approx(float(expected[position, logprobs.token_id]), abs=TOLERANCE), name
             assert logprobs.top_logprobs == pytest.approx(expected[position].topk(2).values.tolist(), abs=TOLERANCE)
-        assert run.tokens[f"{i}-{name}"][0] == int(expected[-1].argmax())
+        first = run.logprobs[f"{i}-{name}"][0]
+        assert first.token_id == int(expected[-1].argmax())
+        assert first.top_logprobs == pytest.approx(expected[-1].topk(2).values.tolist(), abs=TOLERANCE), name
 
 
 def test_each_alone_gives_the_tokens_of_the_mixed_run(served: Served, start: Start) -> None:
