@@ -14,7 +14,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from adapters_store.store import AdapterStore
-from serve.api import adapters, chat, compat_vllm, completions, embeddings, health, models, tokenize
+from serve.api import adapter_files, adapters, chat, compat_vllm, completions, embeddings, health, models, tokenize
 from serve.api.auth import require_key
 from serve.api.body import BodyGuard
 from serve.api.chat_encoder import ChatEncoder
@@ -28,7 +28,7 @@ from serve.api.tool_families import detect_family
 from serve.config import ApiConfig
 from serve.metrics import Metrics
 
-_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, compat_vllm, health)
+_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, adapter_files, compat_vllm, health)
 
 
 def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None = None) -> FastAPI:

@@ -13,6 +13,7 @@ from urllib.parse import quote
 import httpx
 
 from adapters_store.formats import AUTO, Declared, parts_in
+from adapters_store.object_files import OBJECT_FILES
 from serve.cli.adapter_rows import AdapterRow
 from serve.errors import StartError
 
@@ -56,6 +57,17 @@ class RemoteAdapters:
     def remove(self, name: str) -> None:
         """Delete an adapter."""
         self._checked(self._client.delete(f"/v1/adapters/{quote(name, safe='')}"))
+
+    def download(self, name: str, folder: Path) -> None:
+        """Fetch the canonical files of an adapter's current version into a folder; raises StartError."""
+        for filename in OBJECT_FILES:
+            url = f"/v1/adapters/{quote(name, safe='')}/files/{filename}"
+            with self._client.stream("GET", url) as response, (folder / filename).open("xb") as file:
+                if not response.is_success:
+                    response.read()
+                    self._checked(response)
+                for piece in response.iter_bytes():
+                    file.write(piece)
 
     def _checked(self, response: httpx.Response) -> dict[str, object]:
         try:

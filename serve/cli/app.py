@@ -8,6 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from serve.cli.adapters_command import adapters_app
+from serve.cli.adapters_export import export
 from serve.cli.serve_command import serve
 from serve.cli.tune_command import tune
 
@@ -22,6 +23,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(tune)
+adapters_app.command()(export)
 app.add_typer(adapters_app)
 
 
