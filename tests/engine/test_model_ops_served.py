@@ -153,9 +153,12 @@ def start(served: Served) -> Iterator[Callable[[int], Run]]:
 Start = Callable[[int], Run]
 
 
-def test_every_kind_chunked_beside_the_others_agrees_with_its_source(served: Served, start: Start) -> None:
+@pytest.mark.parametrize("max_step_tokens", [29, 512], ids=["in chunks", "all at once"])
+def test_every_kind_beside_the_others_agrees_with_its_source(
+    served: Served, start: Start, max_step_tokens: int
+) -> None:
     names = ["base", *served.digests, "base"]
-    run = start(29).run(*(served.submit(name, f"{i}-{name}") for i, name in enumerate(names)))
+    run = start(max_step_tokens).run(*(served.submit(name, f"{i}-{name}") for i, name in enumerate(names)))
     for i, name in enumerate(names):
         found, expected = run.started[f"{i}-{name}"].prompt_logprobs, served.logits[name].log_softmax(-1)
         assert found is not None and len(found) == len(IDS) - 1
