@@ -10,9 +10,12 @@ import torch
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.extras import Frame, Rotation, Sparse2d
+from adapter_kernels.gate_options import METEORA, GateOptions
 from adapter_kernels.image import AdapterImage, ImageError
+from adapter_kernels.profile import SiteProfile
 from adapter_kernels.rare_image import read_rare, read_rare_sites
 from adapter_kernels.rare_ops import sparse_product
+from adapter_kernels.reference import fused_output
 from adapter_kernels.reference_rare import sparse_delta, turned_inputs, turned_outputs
 from adapter_kernels.route import build_route
 from tests.kernels.cpu_steps import check_step, place, random_base
@@ -166,6 +169,28 @@ def test_a_framed_site_keeps_its_scales_out_of_the_slab_and_others_share_one() -
     assert placed.slab.bytes_per_position == 0 and not placed.slab.has_scales
     plain = random_adapter({(0, "q_proj"): Ops((2,), in_scale=True)}, torch.Generator().manual_seed(1))
     assert read_rare_sites(plain, torch.float32) == {}
+
+
+def test_experts_of_an_mlps_gate_are_read_beside_the_slab_and_left_to_it() -> None:
+    followed = GateOptions(group="layers.0.mlp")
+    ops = {(0, "up_proj"): Ops((2, 3), cols=2, csr=4, gate=followed), (0, "down_proj"): Ops((1, 1), gate=followed)}
+    image = random_adapter(ops, torch.Generator().manual_seed(1))
+    rare = read_rare_sites(image, torch.bfloat16)
+    experts = rare[0, "up_proj"].experts
+    assert experts is not None and (experts.gate, experts.ranks) == ("layers.0.mlp", (2, 3))
+    stored = image.view(image.rows[0].a_offset, 5, 16), image.view(image.rows[0].bt_offset, 5, 40)
+    assert torch.equal(experts.a, stored[0].bfloat16()) and torch.equal(experts.bt, stored[1].bfloat16())
+    assert (rare[0, "up_proj"].out_begin, rare[0, "up_proj"].out_end) == (40, 80)
+    (placed,) = place([image], torch.float32)
+    assert placed.slab.profile.sites == (SiteProfile(0, "up_proj", num_cols=16),)
+    # without the MLP nobody weighs them: the site's other ops act alone
+    alone = random_adapter(ops, torch.Generator().manual_seed(1))
+    bare = [replace(rows, ranks=(), gate_options=METEORA) for rows in alone.rows]
+    x = torch.randn(3, 16, generator=torch.Generator().manual_seed(2))
+    base = random_base("gate_up", torch.Generator().manual_seed(3), torch.float32)
+    delta = CpuDelta(build_route([placed], [3])).apply(0, "gate_up", x, base)
+    expected = fused_output(x, base.weight, base.bias, 0, "gate_up", [replace(alone, rows=tuple(bare))] * 3)
+    assert torch.allclose(delta, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize(
