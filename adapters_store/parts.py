@@ -201,9 +201,14 @@ def _check_loose(names: Collection[str], source_format: str) -> None:
         raise CorruptUpload("the upload lacks a file of tensors", param="files")
     stems = {translated_name(name) for name in loose}
     # a library of mttl's is a file per expert
-    if len(stems) < len(loose) or (len(loose) > 1 and source_format != "mttl"):
+    is_library = source_format == "mttl" or (source_format == "auto" and all(map(_is_mttl, loose)))
+    if len(stems) < len(loose) or (len(loose) > 1 and not is_library):
         raise CorruptUpload(f"the upload holds {len(loose)} files of tensors; this format is one file", param="files")
     _refuse_extra(set(names) - {*loose, CONFIG_PART}, "an adapter of this format")
+
+
+def _is_mttl(name: str) -> bool:
+    return name.endswith(".ckpt")
 
 
 def _check_folder(names: Collection[str], experts: Collection[str]) -> None:

@@ -70,10 +70,11 @@ def classify(found: Float32, base: Float32, dtype: str, max_rank: int, *, is_los
     density = num_changed / delta.size
     if not np.all(np.isfinite(delta)):
         return Facts(density, None)
-    scale = np.abs(found) + np.abs(base)
-    low = _low_rank(delta, np.float32(_EXACT_SLACK * ROUNDOFF["F32"]) * scale, max_rank)
+    # the sum that the trainer rounded, at its largest: a fit spreads the roundings of all values over each
+    size = float(np.max(np.abs(found)) + np.max(np.abs(base)))
+    low = _low_rank(delta, _EXACT_SLACK * ROUNDOFF["F32"] * size, max_rank)
     if low is None and is_lossy:
-        low = _low_rank(delta, np.float32(ROUNDOFF[dtype]) * scale, max_rank)
+        low = _low_rank(delta, ROUNDOFF[dtype] * size, max_rank)
     return low if low is not None else Facts(density, None)
 
 
@@ -100,8 +101,8 @@ def _sparse(delta: Float32, changed: npt.NDArray[np.bool_], num_changed: int) ->
     return Change(kind, places, delta.reshape(-1)[places])
 
 
-def _low_rank(delta: Float32, allowed: Float32, max_rank: int) -> Change | None:
-    """Return the smallest low rank whose product misses no value by more than `allowed`; None if none does."""
+def _low_rank(delta: Float32, allowed: float, max_rank: int) -> Change | None:
+    """Return a low rank whose product misses no value by more than `allowed`; None if none does."""
     num_out, num_in = delta.shape
     width = min(max_rank + _OVERSAMPLING, num_out, num_in)
     random = np.random.default_rng(_SEED)
@@ -115,9 +116,9 @@ def _low_rank(delta: Float32, allowed: Float32, max_rank: int) -> Change | None:
         # both factors carry half of the size, so neither overflows
         root = np.sqrt(values[:rank])
         bt, a = (left[:, :rank] * root).T.astype(np.float32), (vh[:rank] * root[:, None]).astype(np.float32)
-        error = np.abs(delta - bt.T @ a)
-        if np.all(error <= allowed):
-            return Change("lowrank", np.zeros(0, dtype=np.int64), bt, a, float(error.max()))
+        error = float(np.max(np.abs(delta - bt.T @ a)))
+        if error <= allowed:
+            return Change("lowrank", np.zeros(0, dtype=np.int64), bt, a, error)
     return None
 
 
