@@ -5,6 +5,7 @@ inner loop (`rank_rows.py`) on their own tiles. Invariant: only rows and members
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import triton
 import triton.language as tl
@@ -25,6 +26,7 @@ DEFAULT_EXPAND: Mapping[int, LaunchConfig] = {
     64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=1),
 }
 _MAX_MEMBERS = 3
+_LARGE_BLOCK = 64
 
 
 @triton.jit(do_not_specialize=["first_site", "num_slots"])
@@ -172,6 +174,9 @@ def expand(
     assert len(widths) == num_members <= _MAX_MEMBERS, f"{len(widths)} widths for a bridge of {num_members} members"
     assert out.stride(1) == 1 and out.shape[0] == num_rows and out.shape[1] >= sum(widths), "out holds all columns"
     config = config or DEFAULT_EXPAND[route.block_rows]
+    if families is not None and route.block_rows == _LARGE_BLOCK:
+        # the compiler finds no registers for tiles of 16 rank rows there, on sm_100
+        config = replace(config, block_r=32)
     num_tiles = sum(-(-width // config.block_o) for width in widths)
     all_widths = widths + (0,) * (_MAX_MEMBERS - num_members)
     _expand_kernel[(num_tiles, route.num_blocks)](

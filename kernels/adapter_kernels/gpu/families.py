@@ -5,13 +5,14 @@ the step has such adapters, and are compiled without it where not. Launches noth
 choose and what an adapter does not name is selected away and never multiplied by zero; a plain low rank gets the same
 sums in the same order as from `add_rank_rows`.
 
-A bridge's row holds, each from a multiple of 16 on: the ranks, the gate's logits, the outputs that `rows` changes.
+A bridge's row holds, each from a multiple of `SEGMENT` on: the ranks, a gate's logits, the outputs that `rows` changes.
 """
 
 import triton
 import triton.language as tl
 
 from adapter_kernels.gpu import tables
+from adapter_kernels.gpu.experts import add_mixture, segment, sum_planes, weigh_tile
 from adapter_kernels.gpu.rank_rows import add_bias, load_rank_tile, weigh_rank_tile
 
 # columns of a table entry
@@ -24,119 +25,7 @@ _NUM_COLS = tl.constexpr(tables.NUM_COLS)
 _ROWS_IDX = tl.constexpr(tables.ROWS_IDX)
 _NUM_ROWS = tl.constexpr(tables.NUM_ROWS)
 _NUM_EXPERTS = tl.constexpr(tables.NUM_EXPERTS)
-_EXPERT_OF_RANK = tl.constexpr(tables.EXPERT_OF_RANK)
-_CHOICE = tl.constexpr(tables.CHOICE)
 _OUT_SCALE = tl.constexpr(tables.OUT_SCALE)
-# logits looked at at a time
-_EXPERT_LANES = tl.constexpr(16)
-
-
-@triton.jit
-def segment(count):
-    """Return the columns of a bridge's row that `count` values take: the next multiple of 16."""
-    return (count + 15) // 16 * 16
-
-
-@triton.jit
-def _sum_planes(pointers, mask, plane_stride, SPLITS: tl.constexpr):
-    """Return fp32 values of the bridge at any columns: split-K planes summed in order; 0 where masked."""
-    total = tl.load(pointers, mask=mask, other=0.0)
-    for split in tl.range(1, SPLITS, num_stages=1):
-        total += tl.load(pointers + split * plane_stride, mask=mask, other=0.0)
-    return total
-
-
-@triton.jit
-def _choose(
-    logit_rows, row_mask, num_experts, top_k, temperature, plane_stride, SPLITS: tl.constexpr, BLOCK_ROWS: tl.constexpr
-):
-    """Return (logit and expert of each row's last choice, largest logit, sum of exp), [BLOCK_ROWS] each.
-
-    The `top_k` largest logits, of equal ones the lower expert: one pass per choice looks for what comes next in that
-    order. A logit that is no number comes nowhere in it, and `_weigh` makes its row no number either.
-    """
-    logit = tl.full([BLOCK_ROWS], float("inf"), dtype=tl.float32)
-    expert = tl.full([BLOCK_ROWS], -1, dtype=tl.int32)
-    largest = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-    total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
-    for turn in range(top_k):
-        best = tl.full([BLOCK_ROWS], float("-inf"), dtype=tl.float32)
-        best_expert = tl.zeros([BLOCK_ROWS], dtype=tl.int32) + num_experts
-        for begin in tl.range(0, num_experts, _EXPERT_LANES, num_stages=1):
-            experts = begin + tl.arange(0, _EXPERT_LANES)
-            is_real = (experts < num_experts)[None, :]
-            g = _sum_planes(logit_rows + experts[None, :], row_mask[:, None] & is_real, plane_stride, SPLITS)
-            follows = (g < logit[:, None]) | ((g == logit[:, None]) & (experts[None, :] > expert[:, None]))
-            g = tl.where(is_real & follows, g, float("-inf"))
-            top = tl.max(g, axis=1)
-            is_top = is_real & follows & (g == top[:, None])
-            top_expert = tl.min(tl.where(is_top, experts[None, :], num_experts), axis=1)
-            # of equal ones the earlier stays
-            is_better = (top > best) | ((top == best) & (top_expert < best_expert))
-            best = tl.where(is_better, top, best)
-            best_expert = tl.where(is_better, top_expert, best_expert)
-        logit, expert = best, best_expert
-        largest = tl.where(turn == 0, best, largest)
-        total += tl.exp((best - largest) / temperature)
-    return logit, expert, largest, total
-
-
-@triton.jit
-def _add_mixture(
-    acc,
-    c_rows,
-    plane_stride,
-    arena_ptr,
-    ints_ptr,
-    entry,
-    bt_offset,
-    rank,
-    num_experts,
-    row_mask,
-    columns,
-    column_mask,
-    width,
-    SPLITS: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-):
-    """Return acc + sum over a row's chosen e, w_e * c_e @ BT_e: the bridge's columns weighed, unchosen ones not read.
-
-    A rank's rows are read where at least one row of the block chose its expert.
-    """
-    dtype: tl.constexpr = arena_ptr.dtype.element_ty
-    choice = tl.load(entry + _CHOICE)
-    temperature = (choice & 0xFFFFFFFF).to(tl.int32).to(tl.float32, bitcast=True)
-    logit_rows = c_rows + segment(rank)
-    last_logit, last_expert, largest, total = _choose(
-        logit_rows, row_mask, num_experts, (choice >> 32).to(tl.int32), temperature, plane_stride, SPLITS, BLOCK_ROWS
-    )
-    list_ptr = ints_ptr + tl.load(entry + _EXPERT_OF_RANK)
-    for begin in range(0, rank, BLOCK_R):
-        ranks = begin + tl.arange(0, BLOCK_R)
-        is_rank = ranks < rank
-        experts = tl.load(list_ptr + ranks, mask=is_rank, other=0)[None, :]
-        is_real = row_mask[:, None] & is_rank[None, :]
-        g = _sum_planes(logit_rows + experts, is_real, plane_stride, SPLITS)
-        comes_after = (g < last_logit[:, None]) | ((g == last_logit[:, None]) & (experts > last_expert[:, None]))
-        is_chosen = is_real & (comes_after == 0)
-        weight = tl.exp((g - largest[:, None]) / temperature) / total[:, None]
-        c = _sum_planes(c_rows + ranks[None, :], is_chosen, plane_stride, SPLITS)
-        c = tl.where(is_chosen, c * weight, 0.0).to(dtype)
-        is_read = tl.max(is_chosen.to(tl.int32), axis=0) > 0
-        offsets = bt_offset + ranks[:, None].to(tl.int64) * width + columns[None, :]
-        rank_rows = tl.load(arena_ptr + offsets, mask=is_read[:, None] & column_mask[None, :], other=0.0)
-        acc = _weigh(acc, c, rank_rows, BLOCK_ROWS)
-    return acc
-
-
-@triton.jit
-def _weigh(acc, c, rank_rows, BLOCK_ROWS: tl.constexpr):
-    """Return acc + c @ rank rows, for c [BLOCK_ROWS, BLOCK_R] also where BLOCK_ROWS is 1."""
-    if BLOCK_ROWS == 1:
-        return weigh_rank_tile(acc, tl.sum(c, axis=0), rank_rows, BLOCK_ROWS)
-    else:
-        return weigh_rank_tile(acc, c, rank_rows, BLOCK_ROWS)
 
 
 @triton.jit
@@ -164,7 +53,7 @@ def _add_cols(
         c = tl.load(x_rows + idx[None, :], mask=row_mask[:, None] & is_real[None, :], other=0.0)
         offsets = d_offset + lanes[:, None].to(tl.int64) * width + columns[None, :]
         d = tl.load(arena_ptr + offsets, mask=is_real[:, None] & column_mask[None, :], other=0.0)
-        acc = _weigh(acc, c, d, BLOCK_ROWS)
+        acc = weigh_tile(acc, c, d, BLOCK_ROWS)
     return acc
 
 
@@ -178,9 +67,9 @@ def _add_rows(acc, value_rows, plane_stride, ints_ptr, entry, count, row_mask, c
         half = size // 2
         place = tl.where(tl.load(idx_ptr + place + half - 1) < columns, place + half, place)
         size -= half
-    is_named = (tl.load(idx_ptr + place) == columns)[None, :]
-    value = _sum_planes(value_rows + place[None, :], row_mask[:, None] & is_named, plane_stride, SPLITS)
-    return tl.where(is_named, acc + value, acc)
+    is_named = tl.load(idx_ptr + place) == columns
+    # nothing is loaded, and zero added, where the column is not named
+    return acc + sum_planes(value_rows + place[None, :], row_mask[:, None] & is_named[None, :], plane_stride, SPLITS)
 
 
 @triton.jit
@@ -245,18 +134,16 @@ def add_families(
         acc = scale_output(acc, base_bias_ptr, base_begin, floats_ptr, scale_offset, columns, column_mask)
     rank = tl.load(entry + _RANK).to(tl.int32)
     num_experts = tl.load(entry + _NUM_EXPERTS).to(tl.int32)
-    bt_offset = tl.multiple_of(tl.load(entry + _BT), 32)
     plane_stride = tl.cast(plane_stride, tl.int64)
     c_rows = bridge_ptr + rows[:, None] * row_stride
     if num_experts > 0:
-        acc = _add_mixture(
+        acc = add_mixture(
             acc,
             c_rows,
             plane_stride,
             arena_ptr,
             ints_ptr,
             entry,
-            bt_offset,
             rank,
             num_experts,
             row_mask,
@@ -268,6 +155,7 @@ def add_families(
             BLOCK_R,
         )
     else:
+        bt_offset = tl.multiple_of(tl.load(entry + _BT), 32)
         for begin in range(0, rank, BLOCK_R):
             c, rank_rows = load_rank_tile(
                 bridge_ptr,

@@ -24,6 +24,15 @@ _SERVED = {"layer", "site", "ranks", "a_offset", "bt_offset", "bias_offset", "ga
     "out_scale_offset",
     "in_scale_offset",
 }
+# what others are called; a gate's experts of a whole MLP are among the options
+_WORDS = {
+    "gate_options": "a gate with options beyond top-k and softmax",
+    "gate_bias_offset": "a gate with a bias",
+    "csr": "a sparse matrix (csr)",
+    "dense_offset": "a dense change of the weight",
+    "blockdiag": "turned inputs (in_blockdiag)",
+    "rot2_group": "turned outputs (out_rot2)",
+}
 _NOT_COMPUTED = "this server's device path does not compute; serve with --device cpu"
 _DAMAGED = "the canonical file is damaged, upload the adapter again"
 
@@ -143,7 +152,8 @@ def _check_served(rows: tuple[SiteRows, ...]) -> None:
             raise ImageError(f"the adapter acts on {row.site}, which {_NOT_COMPUTED}")
         for field in fields(row):
             if field.name not in _SERVED and getattr(row, field.name) != field.default:
-                raise ImageError(f"layer {row.layer}, {row.site}: the adapter has {field.name}, which {_NOT_COMPUTED}")
+                what = _WORDS.get(field.name, field.name)
+                raise ImageError(f"layer {row.layer}, {row.site}: the adapter has {what}, which {_NOT_COMPUTED}")
         if row.gate_offset is None and len(row.ranks) > 1:
             raise ImageError(f"layer {row.layer}, {row.site}: {len(row.ranks)} experts and no gate; {_DAMAGED}")
         if row.gate_offset is not None and not (1 <= row.top_k <= len(row.ranks) and row.temperature > 0):

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapter_kernels.gpu.families import segment
+from adapter_kernels.gpu.experts import segment
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.rank_rows import entry_pointer, load_block, load_entry
 from adapter_kernels.gpu.route import DeviceRoute
@@ -195,15 +195,15 @@ def shrink(
 
     bridge[s, t, m, j] = sum over the columns d of split s of A_m[j, d] x[t, d], accumulated in fp32, for j < rank of
     row t's adapter at member m. Nothing else is written: readers select what is below the rank, and sum the planes.
-    With families the same of a mixture's gate rows, from the next multiple of 16 on, and behind them of the rows D of
-    `rows`.
+    With families the same of a mixture's gate rows, from the next multiple of `SEGMENT` on, and behind them of the rows
+    D of `rows`.
 
     Args:
         x: [T, D] contiguous, the arena's dtype.
         first_site: table index of the fused site's first member; the others follow.
         bridge: [SPLITS, T, members, rank capacity] fp32, SPLITS = `num_planes(num_splits(D), ..)`, capacity >= ranks.
         has_families: some adapter of the step is more than low rank and bias.
-        config: block_k, block_r (>= 16; 16 with families), num_warps, num_stages are used.
+        config: block_k, block_r (>= 16; at most `SEGMENT` with families), num_warps, num_stages are used.
     """
     num_rows, in_dim = x.shape
     splits = bridge.shape[0]
@@ -234,8 +234,8 @@ def shrink(
         SPLITS=splits,
         BLOCK_ROWS=route.block_rows,
         BLOCK_K=config.block_k,
-        # a tile wider than any rank would only be masked; segments of a bridge begin at multiples of 16
-        BLOCK_R=SEGMENT if has_families else min(config.block_r, capacity),
+        # a tile wider than any rank would only be masked; none reaches from one segment into the next
+        BLOCK_R=min(config.block_r, SEGMENT if has_families else capacity),
         COLUMN_CHUNK=_COLUMN_CHUNK,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -6,11 +6,13 @@ bits of a launch without adapters, in which no adapter code is compiled.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.activations import ACTIVATIONS, activate
 from adapter_kernels.gpu.families import add_families
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.rank_rows import (
@@ -25,7 +27,6 @@ from adapter_kernels.gpu.route import UNUSED, block_rows_for
 from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.step import SiteAdapters
 
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
 # by the route's rows per block; block_r * block_o is 16 bytes for each of 256 threads (4 warps of an MI300)
 DEFAULT_SWIGLU_SINK: Mapping[int, LaunchConfig] = {
     1: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
@@ -33,25 +34,7 @@ DEFAULT_SWIGLU_SINK: Mapping[int, LaunchConfig] = {
     # one stage: a second one costs 80 KiB of shared memory and hides nothing that other blocks do not
     64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=1),
 }
-
-
-@triton.jit
-def _sigmoid(x):
-    # never exp of a positive number, which overflows
-    small = tl.exp(-tl.abs(x))
-    return tl.where(x >= 0, 1.0, small) / (1.0 + small)
-
-
-@triton.jit
-def _activate(x, ACTIVATION: tl.constexpr):
-    """Return the activation of fp32 values."""
-    if ACTIVATION == "silu":
-        return x * _sigmoid(x)
-    elif ACTIVATION == "gelu_tanh":
-        # 0.5 * (1 + tanh(z)) is sigmoid(2 z), and 2 * sqrt(2 / pi) is 1.5957691216057308
-        return x * _sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
-    else:
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+_LARGE_BLOCK = 64
 
 
 @triton.jit
@@ -175,7 +158,6 @@ def _swiglu_sink_kernel(
     mask = row_mask[:, None] & column_mask[None, :]
     cells = rows[:, None] * (2 * width) + columns[None, :]
     gate = tl.load(gate_up_ptr + cells, mask=mask, other=0.0).to(tl.float32)
-    up = tl.load(gate_up_ptr + width + cells, mask=mask, other=0.0).to(tl.float32)
     if HAS_FAMILIES:
         if slot >= 0:
             gate = add_families(
@@ -201,6 +183,10 @@ def _swiglu_sink_kernel(
                 BLOCK_ROWS,
                 BLOCK_R,
             )
+        # finished before the other is loaded: registers do not suffice for both in fp32
+        gated = gate.to(dtype)
+        up = tl.load(gate_up_ptr + width + cells, mask=mask, other=0.0).to(tl.float32)
+        if slot >= 0:
             up = add_families(
                 up,
                 x_ptr,
@@ -224,32 +210,34 @@ def _swiglu_sink_kernel(
                 BLOCK_ROWS,
                 BLOCK_R,
             )
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
-    elif HAS_ADAPTERS:
-        gate, up = _add_deltas(
-            gate,
-            up,
-            bridge_ptr,
-            plane_stride,
-            row_stride,
-            rank_capacity,
-            arena_ptr,
-            table_ptr,
-            num_slots,
-            first_site,
-            slot,
-            rows,
-            row_mask,
-            columns,
-            column_mask,
-            width,
-            SPLITS,
-            BLOCK_ROWS,
-            BLOCK_R,
-        )
-        gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
+        gate, up = gated.to(tl.float32), up.to(dtype).to(tl.float32)
+    else:
+        up = tl.load(gate_up_ptr + width + cells, mask=mask, other=0.0).to(tl.float32)
+        if HAS_ADAPTERS:
+            gate, up = _add_deltas(
+                gate,
+                up,
+                bridge_ptr,
+                plane_stride,
+                row_stride,
+                rank_capacity,
+                arena_ptr,
+                table_ptr,
+                num_slots,
+                first_site,
+                slot,
+                rows,
+                row_mask,
+                columns,
+                column_mask,
+                width,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+            gate, up = gate.to(dtype).to(tl.float32), up.to(dtype).to(tl.float32)
     # the activation is rounded before the product, as the CPU path does
-    gated = _activate(gate, ACTIVATION).to(dtype).to(tl.float32)
+    gated = activate(gate, ACTIVATION).to(dtype).to(tl.float32)
     tl.store(out_ptr + rows[:, None] * width + columns[None, :], (gated * up).to(dtype), mask=mask)
 
 
@@ -280,6 +268,10 @@ def swiglu_sink(
     block_rows = block_rows_for(num_rows) if route is None else route.block_rows
     num_blocks = triton.cdiv(num_rows, block_rows) if route is None else route.num_blocks
     config = config or DEFAULT_SWIGLU_SINK[block_rows]
+    has_families = adapters is not None and adapters.families is not None
+    if has_families and block_rows == _LARGE_BLOCK:
+        # registers do not suffice for more
+        config = replace(config, block_o=64, block_r=32)
     _swiglu_sink_kernel[(triton.cdiv(width, config.block_o), num_blocks)](
         gate_up,
         out,
@@ -293,7 +285,7 @@ def swiglu_sink(
         UNUSED_BLOCK=UNUSED,
         ACTIVATION=activation,
         HAS_ADAPTERS=adapters is not None,
-        HAS_FAMILIES=adapters is not None and adapters.families is not None,
+        HAS_FAMILIES=has_families,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )

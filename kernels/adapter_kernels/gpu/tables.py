@@ -29,7 +29,7 @@ NONE = -1
 LACKING = tuple(NONE if column in (BIAS, OUT_SCALE, IN_SCALE) else 0 for column in range(COLUMNS))
 ALIGNMENT_BYTES = 128
 # segments of a bridge's row (ranks, gate's logits, outputs that `rows` changes) begin at multiples of this
-SEGMENT = 16
+SEGMENT = 32
 # base-neutral sites of a layer, in table order
 SITES = tuple(site for members in FUSED_SITES.values() for site in members)
 

@@ -4,9 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.activations import ACTIVATIONS
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.step import SiteAdapters
-from adapter_kernels.gpu.swiglu_sink import ACTIVATIONS, swiglu_sink
+from adapter_kernels.gpu.swiglu_sink import swiglu_sink
 from adapter_kernels.gpu.tables import first_site
 from adapter_kernels.reference_sinks import swiglu_sink as reference_swiglu_sink
 from serve.model.layers import make_activation
