@@ -15,6 +15,7 @@ from adapter_kernels.gpu import route
 from adapter_kernels.gpu.launch_config import LaunchConfigs
 from adapter_kernels.gpu.streams import CudaSide, InlineSide, SideStream
 from adapter_kernels.gpu.tables import SITES
+from scripts.gpu_check_families import REAL_CELLS, TINY_CELLS, family_cells
 from scripts.gpu_check_model import (
     H200_BYTES_PER_S,
     H200_FLOP_PER_S,
@@ -168,6 +169,7 @@ def units(place: Place) -> list[Unit]:
         decodes = [Unit(f"{name}/decode/r{rank}", partial(_decode_cells, model, extent, rank)) for rank in extent.ranks]
         # what has a target comes first, should the time run out
         found.append(decodes[0])
+        found.append(Unit(f"{name}/families", partial(_family_cells, model)))
         found.append(Unit(f"{name}/untouched", partial(_untouched_cells, model, extent)))
         found.append(Unit(f"{name}/prefill", partial(_prefill_cells, model, extent)))
         found += decodes[1:]
@@ -258,6 +260,12 @@ def _untouched_cells(model: Model, extent: Extent) -> list[Measure]:
         Measure(f"{model.name} no adapter in the batch adds", _percent(second, first), "%", 0.0, target, cause=spread),
         Measure(f"{model.name} o_proj-only adapter on one row adds", _percent(one_row, second), "%"),
     ]
+
+
+def _family_cells(model: Model) -> list[Measure]:
+    is_tiny = model.place.is_tiny
+    cells, context = (TINY_CELLS, 32) if is_tiny else (REAL_CELLS, SHORT_CONTEXT)
+    return family_cells(model, cells, context, RATES, model.place.device)
 
 
 def _percent(timing: Timing, base: Timing) -> float:

@@ -43,12 +43,14 @@ class RandomStep:
 
 @dataclass(frozen=True, slots=True)
 class RandomAdapters:
-    """N random adapters of one rank, and what their kernels work in."""
+    """N random adapters of one size, and what their kernels work in."""
 
     tables: DeviceTables
     workspace: Workspace
     num_layers: int
     sites: tuple[str, ...]
+    # more than low rank
+    has_families: bool = False
 
     @classmethod
     def build(
@@ -72,16 +74,7 @@ class RandomAdapters:
             shifted = entries.clone()
             shifted[shifted[:, RANK] > 0, :2] += slot * size
             tables.write(slot, shifted)
-        workspace = Workspace.build(
-            max_rows=max_rows,
-            # variants may split finer than `num_splits` says
-            max_splits=max(_MAX_SPLITS, num_splits(dims.intermediate_size)),
-            max_members=3,
-            rank_capacity=max(16, 1 << (rank - 1).bit_length()),
-            hidden_size=dims.hidden_size,
-            dtype=dtype,
-            device=device,
-        )
+        workspace = random_workspace(spec, max(16, 1 << (rank - 1).bit_length()), dtype, device, max_rows=max_rows)
         return cls(tables, workspace, dims.num_hidden_layers, sites)
 
     def route(self, slots: Sequence[int]) -> RoutedAdapters:
@@ -97,8 +90,25 @@ class RandomAdapters:
 
         fused = [name for name, members in FUSED_SITES.items() if set(members) & set(self.sites)]
         acting = frozenset((layer, name) for layer in range(self.num_layers) for name in fused)
+        sites = ActingSites(acting, self.has_families)
         route = build_route(local, slot_of, buffers, len(slots))
-        return RoutedAdapters(StepAdapters(self.tables, route, ActingSites(acting), self.workspace), rebuild)
+        return RoutedAdapters(StepAdapters(self.tables, route, sites, self.workspace), rebuild)
+
+
+def random_workspace(
+    spec: ModelSpec, bridge_columns: int, dtype: torch.dtype, device: torch.device, *, max_rows: int
+) -> Workspace:
+    """Make the workspace of steps of up to `max_rows` rows."""
+    return Workspace.build(
+        max_rows=max_rows,
+        # variants may split finer than `num_splits` says
+        max_splits=max(_MAX_SPLITS, num_splits(spec.dims.intermediate_size)),
+        max_members=3,
+        rank_capacity=bridge_columns,
+        hidden_size=spec.dims.hidden_size,
+        dtype=dtype,
+        device=device,
+    )
 
 
 def random_kv(spec: ModelSpec, num_tokens: int, dtype: torch.dtype, device: torch.device) -> KvCache:

@@ -152,7 +152,7 @@ def test_each_rank_of_a_mixture_knows_its_expert() -> None:
     entries = adapter.entries_under_way(4096, 1024, max(layout.expert_lists.values()))
     assert entries[SITES.index("o_proj"), EXPERT_OF_RANK] * 4 == layout.expert_lists[2, 2] + 4096
     assert entries[SITES.index("q_proj"), EXPERT_OF_RANK] * 4 == layout.expert_lists[1, 3, 2] + 1024
-    assert entries[SITES.index("q_proj"), GATE] * 4 == layout.rows[0].gate_offset + 1024
+    assert entries[SITES.index("q_proj"), GATE] * 4 == (layout.rows[0].gate_offset or 0) + 1024
 
 
 def test_what_the_kernels_do_not_compute_is_refused_by_name() -> None:
