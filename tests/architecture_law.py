@@ -63,6 +63,7 @@ TORCH_ENGINE = {
     "device_timing",
     "executor",
     "model_parts",
+    "model_rows",
     "random_steps",
     "runner",
     "sampler",
