@@ -144,6 +144,12 @@ class NonFiniteValues(AdapterRefused):
     default_code = "non_finite"
 
 
+class ValueOverflow(NonFiniteValues):
+    """400 `overflow`: finite values that leave the serving dtype's range, once their scaling is folded in."""
+
+    default_code = "overflow"
+
+
 class AdapterWithoutEffect(AdapterRefused):
     """400 `adapter_no_effect`: every op of it does nothing: serving it would be serving the base."""
 
@@ -243,6 +249,7 @@ REFUSALS: dict[str, type[AdapterRefused]] = {
         TrainedElsewhere,
         InvalidOption,
         NonFiniteValues,
+        ValueOverflow,
         AdapterWithoutEffect,
     )
 }

@@ -13,20 +13,35 @@ import numpy.typing as npt
 
 from adapters_store.base import BaseDims
 from adapters_store.canonical import WrittenFile, layout, write_canonical
-from adapters_store.errors import NonFiniteValues
+from adapters_store.errors import NonFiniteValues, ValueOverflow
 from adapters_store.file_system import FileSystem
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, Manifest
 from adapters_store.model_ops import NO_MODEL_OPS, ModelOps
 from adapters_store.ops import Module
 
+_LARGEST = {"float16": 65504.0, "bfloat16": 3.3895314e38, "float32": 3.4028235e38}
+
 
 def encode_values(values: Float32, dtype: str, what: str) -> bytes:
     """Round values to a serving dtype; raises NonFiniteValues when one is not finite then, naming `what`."""
     raw = encode(values, FILE_DTYPES[dtype])
     if not is_finite(raw, FILE_DTYPES[dtype]):
-        raise NonFiniteValues(f"{what} holds NaN or infinity, or overflows {dtype}, this server's dtype", param=what)
+        if not bool(np.all(np.isfinite(values))):
+            raise NonFiniteValues(f"{what} holds NaN or infinity; train or save the adapter again", param=what)
+        raise overflow(values, dtype, what, param=what)
     return raw
+
+
+def overflow(values: npt.NDArray[np.floating], dtype: str, what: str, *, param: str) -> ValueOverflow:
+    """Return the refusal of values that were finite in the file and are not in `dtype`."""
+    with np.errstate(invalid="ignore"):
+        largest = float(np.abs(values).max())
+    return ValueOverflow(
+        f"{what} reaches {largest:.6g} once its scaling is folded in, beyond {_LARGEST[dtype]:.6g}, the largest value "
+        f"of this server's dtype {dtype}; serve the base with --dtype bfloat16 or float32",
+        param=param,
+    )
 
 
 def encode_signs(negative: npt.NDArray[np.bool_]) -> bytes:

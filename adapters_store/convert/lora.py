@@ -24,6 +24,7 @@ from adapters_store.convert.lora_factors import (
     EmbeddingValues,
     LoraValues,
     read_blocks,
+    refuse_other_base,
     refuse_swapped,
 )
 from adapters_store.convert.lora_inits import KASA, OLORA, PISSA, ChangedBaseDelta
@@ -97,6 +98,7 @@ class LoraTuner:
         rank, scaling = self.rank_pattern.of(module.path, self.rank), self.scaling_of(module.path)
         num_out, num_in = module.dims(base)
         refuse_swapped(a, b, (rank, num_in), (num_out, rank))
+        refuse_other_base(a, b, (rank, num_in), (num_out, rank))
 
         def load(file: TensorFile) -> DoraDelta:
             values = file.floats(a), file.floats(b)
@@ -121,6 +123,7 @@ class LoraTuner:
         wanted_a = self.blocks.shape((rank, num_in)) if in_blocks == "A" else (rank, num_in)
         wanted_b = self.blocks.shape((num_out, rank)) if in_blocks == "B" else (num_out, rank)
         refuse_swapped(a, b, wanted_a, wanted_b)
+        refuse_other_base(a, b, wanted_a, wanted_b)
 
         def load(file: TensorFile) -> Delta:
             first, second = file.floats(a), file.floats(b)

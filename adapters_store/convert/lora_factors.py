@@ -12,7 +12,7 @@ from adapters_store.convert.config_values import Config, read_flag, read_whole
 from adapters_store.convert.model_factors import Ids
 from adapters_store.convert.peft_patterns import MAX_ENTRIES
 from adapters_store.convert.tuner import Array, Factors, Float64
-from adapters_store.errors import SwappedFactors, UnsupportedAdapter
+from adapters_store.errors import SwappedFactors, UnsupportedAdapter, WrongBase
 from adapters_store.float_bits import Float32
 from adapters_store.safetensors_header import TensorSlot
 from adapters_store.strict_json import Json
@@ -120,6 +120,17 @@ def folded(values: Float32, scaling: float) -> Float32:
     with np.errstate(over="ignore"):
         scaled: Float32 = values * np.float32(scaling)
     return scaled
+
+
+def refuse_other_base(a: TensorSlot, b: TensorSlot, wanted_a: tuple[int, int], wanted_b: tuple[int, int]) -> None:
+    """Raise WrongBase when A or B is as wide as no layer of this base at this place."""
+    for slot, axis, wanted in ((a, 1, wanted_a), (b, 0, wanted_b)):
+        if len(slot.shape) == 2 and slot.shape[axis] != wanted[axis]:
+            raise WrongBase(
+                f"{slot.name} has shape {list(slot.shape)}; the config and this base need {list(wanted)}: the adapter "
+                "was trained for another base, upload it to a server of that one",
+                param=slot.name,
+            )
 
 
 def refuse_swapped(a: TensorSlot, b: TensorSlot, wanted_a: tuple[int, int], wanted_b: tuple[int, int]) -> None:

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapters_store.base import SITES, BaseDims
-from adapters_store.convert.adapter_writer import encode_indices
+from adapters_store.convert.adapter_writer import encode_indices, overflow
 from adapters_store.convert.model_factors import ModelFactors
 from adapters_store.convert.peft_tensors import TensorFile
 from adapters_store.convert.tuner import Array, Delta, Factors, PlannedModule, SparseValues
-from adapters_store.errors import NonFiniteValues
 from adapters_store.float_bits import FILE_DTYPES, Float32, encode, is_finite
 from adapters_store.image_check import is_neutral
 from adapters_store.manifest import Module
@@ -54,7 +53,7 @@ class PeftImage:
         return self.parts[module].planned.load(self._file)
 
     def encoded(self, name: str, dtype: str) -> bytes:
-        """Return one tensor's bytes in an image of `dtype`; raises NonFiniteValues."""
+        """Return one tensor's bytes in an image of `dtype`; raises ValueOverflow."""
         if name in self._model_values:
             value = self._model_values[name]
             return value if isinstance(value, bytes) else _encode(value, name, dtype, is_scale=name in self._norms)
@@ -173,7 +172,7 @@ def _encode(values: Array, what: str, dtype: str, *, is_scale: bool, kind: str =
     raw = encode(_rounded(values), file_dtype)
     if not is_finite(raw, file_dtype):
         shown = f"{kind} of {what}" if kind else what
-        raise NonFiniteValues(f"{shown} overflows {dtype} once its scaling is folded in", param=what)
+        raise overflow(values, "float32" if is_scale else dtype, shown, param=what)
     return raw
 
 

@@ -229,7 +229,7 @@ def test_a_scaling_that_overflows_the_serving_dtype_is_refused(tmp_path: Path) -
     weights = meteora_checkpoint(base, mixture(TINY, (2, 2)))
     with pytest.raises(AdapterRefused, match="float16") as refusal:
         publish(tmp_path, base, weights, OPTIONS | {"alpha": 1e6}, image_dtype="float16")
-    assert refusal.value.code == "non_finite"
+    assert refusal.value.code == "overflow"
 
 
 def test_a_base_of_other_weights_is_found_out(tmp_path: Path) -> None:

@@ -184,8 +184,8 @@ TENSORS: dict[str, Bad] = {
     "A is missing": Bad(CORRUPT, STEM.removeprefix("base_model.model."), change=drop(A_NAME)),
     "B is missing": Bad(CORRUPT, STEM.removeprefix("base_model.model."), change=drop(B_NAME)),
     "A and B have different ranks": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((3, 16)))),
-    "A is for another base": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((2, 32)))),
-    "B is for another base": Bad(UNSUPPORTED, B_NAME, change=put(B_NAME, np.ones((16, 2)))),
+    "A is for another base": Bad("wrong_base", A_NAME, change=put(A_NAME, np.ones((2, 32)))),
+    "B is for another base": Bad("wrong_base", B_NAME, change=put(B_NAME, np.ones((16, 2)))),
     "A is transposed": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((16, 2)))),
     "A has three dimensions": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((1, 2, 16)))),
     "A has none": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.float32(1))),
@@ -210,7 +210,7 @@ TENSORS: dict[str, Bad] = {
     "infinity in B": Bad("non_finite", B_NAME, change=poison(B_NAME, np.inf)),
     "minus infinity in B": Bad("non_finite", B_NAME, change=poison(B_NAME, -np.inf)),
     "B overflows once it is scaled": Bad(
-        "non_finite", STEM.removeprefix("base_model.model."), {"lora_alpha": 1000}, poison(B_NAME, 3e38)
+        "overflow", STEM.removeprefix("base_model.model."), {"lora_alpha": 1000}, poison(B_NAME, 3e38)
     ),
     "every B is zero": Bad("adapter_no_effect", None, change=zero("lora_B")),
     "every A is zero": Bad("adapter_no_effect", None, change=zero("lora_A")),
