@@ -56,7 +56,12 @@ class CpuModelDelta:
         """
         runs = [_model_run(run, token_ids, slot_mapping) for run in route.runs if has_model_ops(run)]
         found = [run for run in runs if run is not None]
-        return cls(found) if found else None
+        if not found:
+            return None
+        num_placed = sum(run.virtual.rows.shape[0] for run in found if run.virtual is not None)
+        num_virtual = int((token_ids < -1).sum())
+        assert num_virtual == num_placed, f"{num_virtual - num_placed} virtual tokens belong to no adapter of the step"
+        return cls(found)
 
     def look_up(self, token_ids: Tensor, table: Tensor) -> Tensor:
         """Embed tokens; see `ModelDelta.look_up`."""

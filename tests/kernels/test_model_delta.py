@@ -264,3 +264,55 @@ def test_each_adapter_alone_gives_the_bits_of_the_mixed_step() -> None:
         for name in ("x", "norm", "keys"):
             assert torch.equal(alone[name], mixed[name][own]), name
         assert (alone["logits"] - mixed["logits"][own]).abs().max() <= 1e-5
+
+
+def test_virtual_tokens_of_nobody_are_our_own_mistake() -> None:
+    with pytest.raises(AssertionError, match="1 virtual tokens belong to no adapter"):
+        delta_of(adapters(torch.float32), [2, 0], [1, 1], torch.tensor([-2, 4]))
+
+
+def check_random_step(seed: int) -> None:
+    """Random adapters, owners, counts and tokens: every row by its definition."""
+    random = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=random)
+
+    kinds = draw(0, 3, 4).tolist()
+    models = [
+        Maker(seed + i).everything(prompt=3 if kind == 1 else 0, prefix=3 if kind == 2 else 0)
+        for i, kind in enumerate(kinds)
+    ]
+    found = draw(-1, 4, int(draw(1, 9, 1))).sort().values.tolist()
+    owners: list[int | None] = [None if owner < 0 else owner for owner in found]
+    counts = draw(1, 24, len(owners)).tolist()
+    rows = [owner for owner, count in zip(owners, counts, strict=True) for _ in range(count)]
+    if all(owner is None for owner in rows):
+        return
+    token_ids = torch.tensor(
+        [int(draw(-4 if owner is not None and kinds[owner] else 0, VOCAB, 1).clamp(max=VOCAB - 1)) for owner in rows]
+    )
+    token_ids[token_ids == -1] = 0
+    table = Maker(seed + 9).normal(VOCAB, HIDDEN)
+    delta = delta_of(models, owners, counts, token_ids)
+    x = delta.look_up(token_ids, table)
+    delta.place_prompts(x, 1.0)
+    asked = draw(0, 2, len(rows)).nonzero()[:, 0].tolist()
+    logits = delta.head(x[asked], asked, Head(table))
+    for row, owner in enumerate(rows):
+        model = ModelTensors() if owner is None else models[owner]
+        wanted = reference_model.embedding(int(token_ids[row]), table, model, embedding_scale=1.0, prompt_scale=1.0)
+        close(x[row], wanted, torch.float32)
+        if row in asked:
+            close(logits[asked.index(row)], reference_model.logits(x[row], table, model), torch.float32)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_random_steps_agree_with_the_definitions(seed: int) -> None:
+    check_random_step(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3, 120))
+def test_many_random_steps_agree_with_the_definitions(seed: int) -> None:
+    check_random_step(seed)
