@@ -1,13 +1,16 @@
-"""Composed requests over HTTP: the tokens of a merged model that is never built in the server, alone and together."""
+"""Over HTTP: compositions against a merged model, adapters with invocation tokens against PEFT, prompts by hand."""
 
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import StartServer
@@ -26,6 +29,10 @@ COMPOSITIONS = [
     (("voice-0", 0.0), ("voice-1", 0.0)),
 ]
 Composition = tuple[tuple[str, float], ...]
+
+
+INVOCATION = list(b"go!")
+NUM_VIRTUAL = 5
 
 
 class Merged:
@@ -47,11 +54,16 @@ class Merged:
                 path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
                 with torch.no_grad():
                     model.get_submodule(path).weight += weight * config["lora_alpha"] / config["r"] * (b @ a)
-        ids = list(prompt)
-        with torch.inference_mode():
-            for _ in range(NUM_NEW_TOKENS):
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        return ids[len(prompt) :]
+        return continued(lambda ids: model(input_ids=torch.tensor([ids])).logits, prompt)
+
+
+def continued(logits: Callable[[list[int]], Tensor], prompt: list[int]) -> list[int]:
+    """Take the most likely token after the whole sequence, again and again."""
+    ids = list(prompt)
+    with torch.inference_mode():
+        for _ in range(NUM_NEW_TOKENS):
+            ids.append(int(logits(ids)[0, -1].argmax()))
+    return ids[len(prompt) :]
 
 
 @pytest.fixture(scope="module")
@@ -137,3 +149,90 @@ def test_a_deleted_adapter_is_no_part_of_a_new_composition(server: LiveServer, a
         composed = client.post("/v1/completions", json={"model": "tiny", "prompt": "a", "adapters": both})
     assert (answer.status_code, composed.status_code) == (404, 404)
     assert composed.json()["error"]["param"] == "adapters.1.name"
+
+
+@pytest.fixture(scope="module")
+def late(server: LiveServer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Upload an adapter that waits for its invocation tokens."""
+    folder = write_tiny_adapter(tmp_path_factory.mktemp("late"), "late", 4, seed=50).folder
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "alora_invocation_tokens": INVOCATION}))
+    response = server.upload("late", folder)
+    assert response.status_code == 201, response.text
+    return folder
+
+
+def test_an_adapter_with_invocation_tokens_answers_as_under_peft(
+    server: LiveServer, late: Path, model_dir: Path
+) -> None:
+    base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    model: Any = PeftModel.from_pretrained(base, late).eval()
+    before = list(b"a long beginning that only the base has ever read, and then: ")
+    prompts = {
+        "once": [*before, *INVOCATION, *b" now"],
+        "twice": [*b"go! ", *before, *INVOCATION],
+        "at once": [*INVOCATION, *before],
+        "never": before,
+    }
+    base_answers = {
+        name: server.complete("tiny", prompt=own, **fields(()))["token_ids"] for name, own in prompts.items()
+    }
+    for name, prompt in prompts.items():
+        answer = server.complete("late", prompt=prompt, **fields(()))["token_ids"]
+        assert answer == continued(lambda ids: model(input_ids=torch.tensor([ids])).logits, prompt), name
+        assert (answer == base_answers[name]) is (name == "never"), name
+
+
+def test_blocks_before_the_invocation_are_shared_with_the_base(server: LiveServer, late: Path) -> None:
+    def cached(model: str, prompt: list[int]) -> int:
+        with server.client() as client:
+            body = {"model": model, "prompt": prompt, **fields(())}
+            return int(
+                client.post("/v1/completions", json=body).json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+            )
+
+    first, second = list(range(40, 90)), list(range(60, 110))
+    # 16 positions a block: three blocks of 50 positions end before the invocation
+    assert (cached("tiny", first), cached("late", [*first, *INVOCATION, 7])) == (0, 48)
+    assert (cached("late", [*second, *INVOCATION, 7]), cached("tiny", [*second, 8])) == (0, 48)
+    assert cached("late", [*second, *INVOCATION, 7, *range(20)]) == 48
+
+
+def test_an_adapters_own_prompt_comes_first_and_is_billed_to_nobody(
+    server: LiveServer, model_dir: Path, tmp_path: Path
+) -> None:
+    embeddings = torch.randn(NUM_VIRTUAL, 64, generator=torch.Generator().manual_seed(3))
+    save_file({"prompt_embeddings": embeddings}, tmp_path / "adapter_model.safetensors")
+    config = {
+        "peft_type": "PROMPT_TUNING",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "inference_mode": True,
+        "num_virtual_tokens": NUM_VIRTUAL,
+        "token_dim": 64,
+        "num_transformer_submodules": 1,
+        "num_attention_heads": 4,
+        "num_layers": 3,
+        "prompt_tuning_init": "RANDOM",
+    }
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    response = server.upload("prompted", tmp_path)
+    assert response.status_code == 201, response.text
+    base: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+
+    def logits(ids: list[int]) -> Tensor:
+        own = base.get_input_embeddings()(torch.tensor([ids]))
+        found: Tensor = base(inputs_embeds=torch.cat((embeddings[None], own), dim=1)).logits
+        return found
+
+    with server.client() as client:
+        body = {"model": "prompted", "prompt": PROMPT, **fields(())}
+        answers = [client.post("/v1/completions", json=body).json() for _ in range(2)]
+        composed = client.post(
+            "/v1/completions", json={**body, "model": "tiny", "adapters": [{"name": "prompted"}, {"name": "voice-0"}]}
+        )
+    assert [answer["choices"][0]["token_ids"] for answer in answers] == [continued(logits, PROMPT)] * 2
+    assert [answer["usage"]["prompt_tokens"] for answer in answers] == [len(PROMPT)] * 2
+    shared = (NUM_VIRTUAL + len(PROMPT) - 1) // 16 * 16 - NUM_VIRTUAL
+    assert [answer["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers] == [0, shared]
+    assert composed.status_code == 400 and "5 virtual tokens" in composed.json()["error"]["message"]
