@@ -12,8 +12,9 @@ import numpy as np
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
 from adapters_store.convert.adapter_writer import encode_values, write_image, write_manifest
+from adapters_store.convert.expert_loras import expert_names
 from adapters_store.convert.frozen_tensors import compare_config, compare_frozen, compare_tensor
-from adapters_store.convert.meteora_options import MeteoraOptions, read_options
+from adapters_store.convert.meteora_options import MeteoraOptions, fill_from_experts, read_options
 from adapters_store.convert.model_files import ModelFiles, file_hashes, open_model
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.site_effect import Float64, SourceEffect, measure_effect
@@ -21,6 +22,7 @@ from adapters_store.errors import CorruptUpload, UnsupportedAdapter, WrongBase
 from adapters_store.float_bits import Float32
 from adapters_store.gates import Experts, check_experts
 from adapters_store.manifest import IMAGE_NAME, Manifest, Module, Source, check_expert_names
+from adapters_store.parts import WEIGHTS_PART
 from adapters_store.safetensors_header import CANONICAL_LIMITS, EXTERNAL_LIMITS
 
 _GATE, _A, _B = "moe_gate.weight", "lora_A.weight", "lora_B.weight"
@@ -67,9 +69,12 @@ def convert_meteora(source: Path, target: Path, options: ConvertOptions) -> None
     """
     with open_model(source, EXTERNAL_LIMITS, is_trusted=False) as files:
         sites = _sites(files, options.base)
-        foreign = _Foreign(files, read_options(options.declared.options, _num_experts(files, sites)))
+        declared = fill_from_experts(options.declared.options, source, options.base.model_type)
+        foreign = _Foreign(files, read_options(declared, _num_experts(files, sites)))
         modules = _modules(foreign, sites, options)
         ignored = _compare_base(source, files, modules, options)
+        # the mixture was trained on from the LoRAs: their own tensors are older than the checkpoint's
+        ignored += tuple(f"experts/{name}/{WEIGHTS_PART}" for name in expert_names(source))
         by_name = {module.tensor(kind): (module, kind) for module in modules for kind in ("G", "A", "BT")}
         written = write_image(
             target, modules, options.base, options.dtype, lambda name: foreign.encoded(*by_name[name], options.dtype)

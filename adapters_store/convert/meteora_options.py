@@ -5,8 +5,10 @@ Owns types, ranges and the naming of what is missing. Invariant: nothing that sh
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
-from adapters_store.errors import InvalidOption
+from adapters_store.convert.expert_loras import expert_config, expert_names
+from adapters_store.errors import InvalidOption, UnsupportedAdapter
 from adapters_store.strict_json import Json
 
 _KNOWN = frozenset({"top_k", "temperature", "rank", "alpha", "use_rslora", "experts"})
@@ -14,7 +16,7 @@ _MAX_ALPHA = 1e6
 _WHERE = {
     "top_k": "how many experts act on a token: 2 in the official code, 1 for the folder top_1",
     "temperature": "what the chosen logits are divided by: 1.0 unless the model was evaluated with another T",
-    "rank": "r of the LoRAs in the checkpoint: one number, or one per expert",
+    "rank": "r of the LoRAs in the checkpoint: one number, or one per expert; or send the LoRAs as experts/NAME/FILE",
     "alpha": "lora_alpha of the LoRAs in the checkpoint: one number, or one per expert",
 }
 
@@ -63,6 +65,47 @@ def read_options(options: dict[str, Json], num_experts: int) -> MeteoraOptions:
         experts=_names(options.get("experts"), num_experts),
         recorded={key: value for key, value in options.items() if key != "experts"},
     )
+
+
+def fill_from_experts(options: dict[str, Json], source: Path, model_type: str) -> dict[str, Json]:
+    """Return the options with rank, alpha and use_rslora out of the LoRAs of the upload, where it holds them.
+
+    Their names, sorted or as the option `experts` orders them, are the gates' rows.
+
+    Raises:
+        InvalidOption: an option and the LoRAs' configs disagree, or their order matters and was not said.
+        UnsupportedAdapter: a config is not a plain LoRA's, or has patterns, which one number per expert cannot say.
+    """
+    names = expert_names(source)
+    if not names:
+        return options
+    order = options.get("experts", [*names])
+    if not isinstance(order, list) or sorted(map(str, order)) != sorted(names):
+        raise _wrong("experts", f"must name the {len(names)} LoRAs of the upload, in the order of the gates' rows")
+    tuners = [expert_config(source, str(name), model_type)[1] for name in order]
+    if any(tuner.rank_pattern.entries or tuner.alpha_pattern.entries for tuner in tuners):
+        raise UnsupportedAdapter("the LoRAs have patterns of ranks or alphas; MeteoRA's have one rank each", param="r")
+    facts = [(tuner.rank, tuner.alpha, tuner.use_rslora) for tuner in tuners]
+    if len(set(facts)) > 1 and "experts" not in options:
+        raise InvalidOption(
+            "the LoRAs differ in rank or alpha, so their order matters: name them with the option experts, in the "
+            "order of the gates' rows",
+            param="options.experts",
+        )
+    if len({fact[2] for fact in facts}) > 1:
+        raise _wrong("use_rslora", "is true for some of the LoRAs and false for others, which is not read")
+    found: dict[str, Json] = {
+        "rank": [fact[0] for fact in facts],
+        "alpha": [fact[1] for fact in facts],
+        "use_rslora": facts[0][2],
+        "experts": [*order],
+    }
+    for name in ("rank", "alpha", "use_rslora"):
+        own, wanted = options.get(name), found[name]
+        as_list = own if isinstance(own, list) or not isinstance(wanted, list) else [own for _ in wanted]
+        if own is not None and as_list != wanted:
+            raise _wrong(name, f"is {ascii(own)[:40]}; the LoRAs of the upload say {ascii(wanted)[:80]}")
+    return {**found, **options}
 
 
 def _needed(options: dict[str, Json], name: str) -> Json:

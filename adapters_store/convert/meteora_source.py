@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from adapters_store.base import SITE_PATHS
-from adapters_store.convert.meteora_options import MeteoraOptions, read_options
+from adapters_store.convert.meteora_options import MeteoraOptions, fill_from_experts, read_options
 from adapters_store.convert.model_files import ModelFiles, open_model
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.source_model import Floats, SourceModel
@@ -62,4 +62,5 @@ def open_meteora(folder: Path, options: ConvertOptions) -> Iterator[MeteoraSourc
         if not gates:
             raise CorruptUpload("the checkpoint holds no moe_gate of a linear layer that is served", param="files")
         num_experts = files.shape(gates[0])[0]
-        yield MeteoraSource(files, read_options(options.declared.options, num_experts))
+        declared = fill_from_experts(options.declared.options, folder, options.base.model_type)
+        yield MeteoraSource(files, read_options(declared, num_experts))

@@ -12,7 +12,8 @@ from python_multipart.multipart import MultipartParser, parse_options_header
 
 from serve.errors import InvalidRequest, UnsupportedMediaType
 
-MAX_PARTS = 16
+# the fields, and config and tensors of each of 128 LoRAs with a few files of the mixture around them
+MAX_PARTS = 288
 MAX_PART_HEAD_BYTES = 8 << 10
 # RFC 2046 section 5.1.1
 _BOUNDARY = re.compile(rb"[0-9A-Za-z'()+_,./:=? -]{0,69}[0-9A-Za-z'()+_,./:=?-]\Z")

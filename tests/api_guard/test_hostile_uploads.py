@@ -73,7 +73,7 @@ FORMS: dict[str, tuple[bytes, int]] = {
     "unknown field": (form(part(b"/etc", 'name="lora_path"'), *GOOD), 400),
     "token field": (form(part(b"hf_x", 'name="api_token"'), *GOOD), 400),
     "file as field": (form(part(b"x", f'name="weights"; filename="{WEIGHTS}"'), *GOOD), 400),
-    "17 parts": (form(*GOOD, *(part(b"", 'name="name"') for _ in range(17))), 400),
+    "300 parts": (form(*GOOD, *(file_part(f"experts/e{i}/{WEIGHTS}", b"") for i in range(300))), 400),
     "no disposition": (b"--b0undary\r\nContent-Type: text/plain\r\n\r\nx\r\n--b0undary--\r\n", 400),
     "two dispositions": (form(part(b"poet", 'name="name"', "Content-Disposition: form-data; name=x"), *GOOD[1:]), 400),
     "100,000 part headers": (form(part(b"poet", 'name="name"', *["A: b"] * 100_000), *GOOD[1:]), 400),

@@ -294,7 +294,7 @@ def test_a_checkpoint_declared_as_something_else_is_refused(declared: Declared, 
     assert refusal.value.code == code
 
 
-def test_a_pickled_checkpoint_is_never_opened_and_the_way_out_is_named(tmp_path: Path) -> None:
+def test_a_pickled_checkpoint_is_never_opened_in_this_process(tmp_path: Path) -> None:
     base = TinyBase.write(tmp_path / "base", MHA)
     (tmp_path / "ft").mkdir()
     (tmp_path / "ft" / "pytorch_model.bin").write_bytes(b"PK\x03\x04")
