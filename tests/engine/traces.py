@@ -7,7 +7,7 @@ finding is replayed by `run_trace(seed)`.
 import random
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from serve.engine.engine import Engine
 from serve.engine.limits import EngineLimits
@@ -171,7 +171,10 @@ class Trace:
         acts = self._acts(prompt)
         priority, cold_start = rng.choice((0, 0, 0, 1)), rng.choice(("wait", "wait", "wait", "fail"))
         wants_prompt_logprobs = rng.random() < 0.15
-        for _ in range(num_siblings):
+        for sibling in range(num_siblings):
+            if sibling and acts.active_from is not None and rng.random() < 0.5:
+                # the same tokens, one block's K/V of which is another
+                acts = replace(acts, active_from=max(0, acts.active_from - 1))
             params = SamplingParams(
                 max_tokens=rng.choice((0, 1, 4, 9, 20)) if wants_prompt_logprobs else rng.choice((1, 4, 9, 20)),
                 seed=rng.randrange(100),
