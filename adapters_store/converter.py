@@ -45,7 +45,7 @@ def convert_in_child(source: Path, target: Path, options: ConvertOptions) -> Non
     translate_pickles(source, run_child)
     source_bytes = sum(entry.stat().st_size for entry in os.scandir(source) if entry.is_file(follow_symlinks=False))
     # shared projections, Kronecker and Hadamard products of a few bytes make images of any size that the ranks allow
-    unfolded_bytes = min(options.max_image_bytes(), _MAX_UNFOLDED_BYTES)
+    unfolded_bytes = min(options.max_image_bytes(), _MAX_UNFOLDED_BYTES + options.dense_budget_bytes)
     timeout_s = _START_SECONDS + max(source_bytes, unfolded_bytes) // _MIN_BYTES_PER_SECOND
     timeout_s += _base_bytes(options.base_dir) // _MIN_BASE_BYTES_PER_SECOND
     # a 16-bit source doubles in a float32 image; fused projections repeat A

@@ -77,15 +77,18 @@ def sparse_product(x: Tensor, matrix: Sparse2d) -> Tensor:
 
     Each output is a weighted bag of inputs: 13x faster than scattering products, 8 % of 3584 x 896, 64 rows (2026-11).
     """
+    inputs = x.float().T
+    # a bag of single numbers takes another path, 3x slower and with other sums: 5 % of 4864 x 896, 3.1 ms for 0.9
+    inputs = inputs.expand(-1, 2) if x.shape[0] == 1 else inputs
     product = torch.nn.functional.embedding_bag(
         matrix.col,
-        x.float().T.contiguous(),
+        inputs.contiguous(),
         matrix.indptr,
         mode="sum",
         per_sample_weights=matrix.val,
         include_last_offset=True,
     )
-    return product.T
+    return product[:, : x.shape[0]].T
 
 
 def _enter(x: Tensor, frame: Frame) -> Tensor:

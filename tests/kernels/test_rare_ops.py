@@ -151,6 +151,16 @@ def test_the_definition_equals_plain_matrices() -> None:
     assert torch.allclose(turned_outputs(u, Rotation(4, c0, c1)), u @ matrix_of_pairs.T, atol=1e-6)
 
 
+def test_a_sparse_products_bits_do_not_depend_on_the_rows_beside_it() -> None:
+    image = random_adapter({(0, "down_proj"): Ops(csr=200)}, torch.Generator().manual_seed(1))
+    rare = read_rare(image, image.rows[0], torch.float32)
+    assert rare is not None and rare.csr is not None
+    x = torch.randn(33, 40, generator=torch.Generator().manual_seed(2))
+    together = sparse_product(x, rare.csr)
+    for first, last in ((0, 1), (5, 7), (9, 17), (32, 33)):
+        assert torch.equal(sparse_product(x[first:last], rare.csr), together[first:last])
+
+
 def test_signs_are_read_lowest_bit_first() -> None:
     image = random_adapter({(0, "q_proj"): Ops(csr=11, is_ternary=True)}, torch.Generator().manual_seed(1))
     rows = image.rows[0].csr

@@ -13,6 +13,7 @@ from adapters_store.base import SITES
 from adapters_store.blobs import open_image
 from adapters_store.canonical import layout
 from adapters_store.convert.adapter_writer import encode_signs
+from adapters_store.convert.options import ConvertOptions
 from adapters_store.entries import CsrEntry
 from adapters_store.errors import AdapterRefused, CorruptUpload
 from adapters_store.gates import IN_NORMS, LOGITS, MIXES, WEIGHTS, Experts, GateOptions
@@ -355,6 +356,13 @@ def test_dense_changes_need_the_operators_budget(tmp_path: Path) -> None:
         with pytest.raises(AdapterRefused, match=f"3072 bytes.*accepts {budget} .--dense-budget-bytes") as refusal:
             check(tmp_path / str(number), made, dense_budget_bytes=budget)
         assert refusal.value.code == "limit_exceeded"
+
+
+def test_a_conversion_may_grow_by_the_budget_for_dense_changes() -> None:
+    options = ConvertOptions(TINY, "float32", 16)
+    with_budget = replace(options, dense_budget_bytes=1 << 20)
+    assert with_budget.max_image_bytes() - options.max_image_bytes() == 1 << 20
+    assert ConvertOptions.from_json(with_budget.to_json()) == with_budget
 
 
 def test_the_store_passes_its_budget_on(tmp_path: Path) -> None:
