@@ -84,7 +84,6 @@ def _expand_kernel(
         tile -= tiles_0
     columns = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     column_mask = columns < width
-    out = out_ptr + rows[:, None] * out_stride + out_begin + columns[None, :]
     mask = row_mask[:, None] & column_mask[None, :]
     if HAS_FAMILIES:
         entry = entry_pointer(table_ptr, num_slots, first_site + member, slot)
@@ -92,7 +91,8 @@ def _expand_kernel(
             return
         result = tl.zeros([BLOCK_ROWS, BLOCK_O], dtype=tl.float32)
         if ACCUMULATE:
-            result += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+            base = out_ptr + rows[:, None] * out_stride + out_begin + columns[None, :]
+            result += tl.load(base, mask=mask, other=0.0).to(tl.float32)
         result = add_families(
             result,
             x_ptr,
@@ -138,8 +138,10 @@ def _expand_kernel(
             BLOCK_ROWS,
             BLOCK_R,
         )
-        if ACCUMULATE:
-            result += tl.load(out, mask=mask, other=0.0).to(tl.float32)
+    # after the sums, so that no registers hold them meanwhile
+    out = out_ptr + rows[:, None] * out_stride + out_begin + columns[None, :]
+    if ACCUMULATE and not HAS_FAMILIES:
+        result += tl.load(out, mask=mask, other=0.0).to(tl.float32)
     tl.store(out, result.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -258,6 +258,7 @@ def _cases() -> dict[str, Case]:
 CASES = _cases()
 # every kernel in every form that differs in what it needs of a device, at the 8B widths in bf16
 _VARIANTS = ("/norm/", "/gelu_tanh/", "/gelu/", "/soft_cap/", "/fp32/", "expand/qkv/", "/plain/1/llama")
+_VARIANTS += ("families/qkv/1/", "families/o/", "families/gate_up/")
 DEFAULT_CASES = [
     name
     for name in CASES
