@@ -68,7 +68,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> Path:
     }
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"bos_token_id": 256, "eos_token_id": [257, 259]}))
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
     rng = np.random.default_rng(seed)
     tensors = {"model.embed_tokens.weight": _matrix(rng, VOCAB_SIZE, HIDDEN, 1.0)}
     tensors["model.norm.weight"] = np.ones(HIDDEN, np.float32)
@@ -118,7 +118,8 @@ def _matrix(rng: np.random.Generator, num_rows: int, num_columns: int, scale: fl
     return (rng.standard_normal((num_rows, num_columns)) * scale).astype(np.float32)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Write a byte tokenizer of `VOCAB_SIZE` tokens into a model's folder."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)

@@ -134,16 +134,17 @@ def refuse_other_base(a: TensorSlot, b: TensorSlot, wanted_a: tuple[int, int], w
 
 
 def refuse_swapped(a: TensorSlot, b: TensorSlot, wanted_a: tuple[int, int], wanted_b: tuple[int, int]) -> None:
-    """Raise SwappedFactors when A has B's shape and B A's, or each is transposed."""
-    found = a.shape, b.shape
-    is_swapped = found == (wanted_b, wanted_a)
-    is_transposed = found == (wanted_a[::-1], wanted_b[::-1])
-    if found != (wanted_a, wanted_b) and (is_swapped or is_transposed):
-        problem = "the other's shape" if is_swapped else "its shape turned round"
+    """Raise SwappedFactors when A has B's shape and B A's, or one of them is transposed."""
+    if (a.shape, b.shape) == (wanted_a, wanted_b):
+        return
+    turned = [slot for slot, wanted in ((a, wanted_a), (b, wanted_b)) if slot.shape == wanted[::-1] != wanted]
+    is_swapped = (a.shape, b.shape) == (wanted_b, wanted_a)
+    if is_swapped or turned:
+        problem = "each has the other's shape" if is_swapped else f"{turned[0].name} is transposed"
         raise SwappedFactors(
-            f"{a.name} has shape {list(a.shape)} and {b.name} {list(b.shape)}: each has {problem}; A must be "
-            f"{list(wanted_a)} and B {list(wanted_b)}",
-            param=a.name,
+            f"{a.name} has shape {list(a.shape)} and {b.name} {list(b.shape)}: {problem}; A must be {list(wanted_a)} "
+            f"and B {list(wanted_b)}",
+            param=a.name if is_swapped else turned[0].name,
         )
 
 

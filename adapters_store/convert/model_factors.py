@@ -93,7 +93,7 @@ class TaskTuner(Tuner, Protocol):
 
     @property
     def num_tasks(self) -> int:
-        """How many there are."""
+        """How many there are; 0: this file has none."""
         ...
 
     def choose(self, task_id: int) -> Tuner:

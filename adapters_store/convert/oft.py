@@ -10,7 +10,7 @@ import numpy as np
 
 from adapters_store.base import BaseDims
 from adapters_store.convert.config_values import Config, read_flag, read_scale, read_whole
-from adapters_store.convert.peft_keys import common_rules, training_only, used
+from adapters_store.convert.peft_keys import common_rules, refused, training_only, used
 from adapters_store.convert.peft_tensors import PeftModule, PeftTensors, TensorFile
 from adapters_store.convert.rotated_inputs import cayley, neumann, turn_cayley, turn_neumann
 from adapters_store.convert.tuner import Factors, Float64, PlannedModule, Served
@@ -157,6 +157,8 @@ OFT = Served(
         used(_SERIES, "blocks by a series instead of an inverse"),
         used("num_cayley_neumann_terms", "length of that series"),
         training_only("module_dropout", 0.0),
+        refused("rank_pattern", "OFT of PEFT before 0.15 was another one: train it again"),
+        refused("alpha_pattern", "OFT of PEFT before 0.15 was another one: train it again"),
     ),
     parts=frozenset({_TRIANGLES}),
     read=_read,

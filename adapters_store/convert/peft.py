@@ -80,7 +80,7 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
         if not image.acts:
             raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
         max_abs_error = _measure(target / IMAGE_NAME, image, ops, plan.model, options)
-        ignored = config.ignored + config.unused(list(opened.tensors.modules)) + _unchanged(config, plan.model)
+        ignored = config.ignored + config.unused(list(plan.paths)) + _unchanged(config, plan.model)
         was_asked = opened.tensors.weights.was_asked
     manifest = Manifest(
         family=_family(modules, ops),

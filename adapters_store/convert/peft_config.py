@@ -77,9 +77,9 @@ def _kind(value: Json) -> tuple[str, Served]:
         raise UnsupportedAdapter(
             f"peft_type is {value}, {kind.title}, which is refused: {kind.reason}; {kind.way_out}", param="peft_type"
         )
-    served = ", ".join(name for name, known in PEFT_TYPES.items() if isinstance(known, Served))
     raise UnsupportedAdapter(
-        f"peft_type is {ascii(value)[:60]}, which this server does not know; it reads {served}", param="peft_type"
+        f"peft_type is {ascii(value)[:60]}, which this server does not know; docs/adapters.md lists those it reads",
+        param="peft_type",
     )
 
 
@@ -93,7 +93,7 @@ def _targets(config: Config, kind: Served, model_type: str) -> Targets:
 def _chosen(tuner: Tuner, task_id: int | None) -> Tuner:
     if task_id is None:
         return tuner
-    if not isinstance(tuner, TaskTuner):
+    if not isinstance(tuner, TaskTuner) or tuner.num_tasks == 0:
         raise InvalidOption("task_id is set, but this kind of adapter has no tasks: leave it out", param="task_id")
     if not 0 <= task_id < tuner.num_tasks:
         raise InvalidOption(

@@ -37,7 +37,7 @@ Rules = tuple[KeyRule, ...]
 _NEVER_REPORTED = frozenset(
     {"base_model_name_or_path", "revision"}
     # PEFT writes these into every prompt's config
-    | {"token_dim", "num_attention_heads", "num_layers"}
+    | {"token_dim", "num_attention_heads", "num_layers", "encoder_hidden_size"}
 )
 
 

@@ -16,7 +16,7 @@ from adapters_store.convert.peft_tensors import MODEL_NAME, PeftTensors, TensorF
 from adapters_store.convert.saved_biases import with_biases
 from adapters_store.convert.saved_modules import read_saved_modules
 from adapters_store.convert.tuner import PlannedModule
-from adapters_store.errors import CorruptUpload, MissingLayers, NoTarget, UnsupportedAdapter
+from adapters_store.errors import MissingLayers, NoTarget, UnsupportedAdapter
 from adapters_store.model_ops import HEAD_NORMS
 from adapters_store.ops import HEAD_LAYER
 
@@ -26,10 +26,14 @@ _FUSED_TYPES = frozenset({"phi3"})
 
 @dataclass(frozen=True, slots=True)
 class AdapterPlan:
-    """Linear layers by path, the head among them, and the rest of the model."""
+    """Linear layers by path, the head among them, and the rest of the model.
+
+    `paths` are those of everything that the kind itself acts on, as the trained model names them.
+    """
 
     modules: dict[str, PlannedModule]
     model: ModelFactors
+    paths: tuple[str, ...]
 
 
 def plan_adapter(config: PeftConfig, tensors: PeftTensors, file: TensorFile, base: BaseDims) -> AdapterPlan:
@@ -46,7 +50,7 @@ def plan_adapter(config: PeftConfig, tensors: PeftTensors, file: TensorFile, bas
     saved = read_saved_modules(config.saved, tensors, file, base)
     planned = with_biases(planned, tensors, base, config.bias)
     tensors.outer.refuse_rest()
-    return AdapterPlan(planned, _joined(model, saved))
+    return AdapterPlan(planned, _joined(model, saved), tuple(sorted(_found(tensors, model))))
 
 
 def _joined(model: ModelFactors, saved: ModelFactors) -> ModelFactors:
@@ -71,6 +75,13 @@ def _check_layers(config: PeftConfig, tensors: PeftTensors, base: BaseDims) -> N
                 f"layers_to_transform names layer {number}; this base has {base.num_hidden_layers} layers",
                 param="layers_to_transform",
             )
+    places = [(path, None if module.layer == HEAD_LAYER else module.layer) for path, module in tensors.modules.items()]
+    if places and not any(targets.is_target(path, layer) for path, layer in places):
+        shown = "all-linear" if targets.names is None else ", ".join(targets.names)[:80]
+        raise NoTarget(
+            f"target_modules names nothing that the file holds: {shown}; it holds {places[0][0]}",
+            param="target_modules",
+        )
     for path, module in tensors.modules.items():
         is_head = module.layer == HEAD_LAYER
         if not is_head and module.layer >= base.num_hidden_layers:
@@ -135,9 +146,3 @@ def _spelling(tensors: PeftTensors, model_type: str) -> list[str]:
         is_fused = fused in present or (model_type in _FUSED_TYPES and not present & set(split))
         names += [fused] if is_fused else split
     return names
-
-
-def refuse_empty(plan: AdapterPlan) -> None:
-    """Raise CorruptUpload when the file holds nothing at all."""
-    if not plan.modules and plan.model.is_empty:
-        raise CorruptUpload("no tensor names a module that is served", param=MODEL_NAME)

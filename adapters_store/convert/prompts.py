@@ -47,11 +47,11 @@ class _Delta:
 
 @dataclass(frozen=True, slots=True)
 class _Tuner:
-    """rank 0: no tasks; `task` None: none was chosen of several."""
+    """num_tasks 0: a kind without tasks; `task` None: none was chosen of several."""
 
     count: int
     rank: int = 0
-    num_tasks: int = 1
+    num_tasks: int = 0
     task: int | None = None
 
     def choose(self, task_id: int) -> "_Tuner":

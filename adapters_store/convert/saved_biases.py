@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from adapters_store.base import BaseDims
+from adapters_store.base import SITE_PATHS, BaseDims
 from adapters_store.convert.peft_tensors import SITES_OF, PeftModule, PeftTensors, TensorFile, check_shape
 from adapters_store.convert.tuner import Array, Delta, Factors, Float64, PlannedModule, ScaledDelta, TurningDelta
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter
@@ -73,12 +73,25 @@ def with_biases(
         assert slot is not None, "it was just listed"
         if (part == _WRAPPED) != (path in planned) or (bias != "all" and part == _PLAIN):
             raise UnsupportedAdapter(f"the file holds {slot.name}, which bias '{bias}' does not train", param=slot.name)
-        _, layer, module = place.split(".", 2)
-        source = planned[path].source if path in planned else PeftModule(path, int(layer), module, {})
+        _, number, module = place.split(".", 2)
+        source = planned[path].source if path in planned else PeftModule(path, int(number), module, {})
         made[path] = _with_bias(planned.get(path), source, slot, tensors, base)
-    for path, plan in planned.items():
-        has_own = tensors.weights.bias(plan.source.layer, plan.source.sites) is not None
-        if has_own and made[path] is plan:
+    trained = {
+        (plan.source.layer, site)
+        for plan in made.values()
+        if plan is not planned.get(plan.source.path)
+        for site in plan.source.sites
+    }
+    sources = [plan.source for plan in planned.values()]
+    wanted = {(source.layer, site): source.path for source in sources for site in source.sites}
+    if bias == "all":
+        wanted |= {
+            (layer, site): f"{tensors.prefix}layers.{layer}.{path}"
+            for layer in range(base.num_hidden_layers)
+            for site, path in SITE_PATHS.items()
+        }
+    for (layer, site), path in wanted.items():
+        if (layer, site) not in trained and tensors.weights.bias(layer, (site,)) is not None:
             raise CorruptUpload(f"bias is '{bias}', but the file has no bias of {path}", param=path)
     return made
 

@@ -86,8 +86,9 @@ def measure_error(
 def _module_error(stored: _Canonical, source: SourceModule, dtype: str, x: Float64) -> float:
     delta = source.delta()
     _check_scales(stored, source, delta)
-    _check_turns(stored, source, delta, x)
-    wanted = delta.apply(x)[:, source.begin : source.end]
+    whole = delta.apply(x)
+    _check_turns(stored, source, delta, x, num_out=whole.shape[1])
+    wanted = whole[:, source.begin : source.end]
     found = (x @ stored.a.T) @ stored.bt + stored.bias
     a, bt, bias, size = np.abs(stored.a), np.abs(stored.bt), np.abs(stored.bias), np.abs(x)
     tiny = UNDERFLOW[dtype]
@@ -118,8 +119,11 @@ def _check_scales(stored: _Canonical, source: SourceModule, delta: Delta) -> Non
             raise _failed(source)
 
 
-def _check_turns(stored: _Canonical, source: SourceModule, delta: Delta, x: Float64) -> None:
-    """Compare what the rotations make of random rows: they act on the base's own product. Raises ConversionFailed."""
+def _check_turns(stored: _Canonical, source: SourceModule, delta: Delta, x: Float64, *, num_out: int) -> None:
+    """Compare what the rotations make of random rows: they act on the base's own product. Raises ConversionFailed.
+
+    num_out: of the source's whole module, of which this one may be a part.
+    """
     is_turned = stored.blocks is not None or stored.c0 is not None
     if not isinstance(delta, TurningDelta):
         if is_turned:
@@ -131,7 +135,7 @@ def _check_turns(stored: _Canonical, source: SourceModule, delta: Delta, x: Floa
         turned = np.einsum("tnb,nbc->tnc", pieces, stored.blocks).reshape(x.shape)
         size = np.einsum("tnb,nbc->tnc", np.abs(pieces), np.abs(stored.blocks)).reshape(x.shape)
     _check_close(turned, delta.turned_inputs(x), size, source)
-    u = np.random.default_rng(_SEED + 1).standard_normal((_NUM_ROWS, len(delta.turned_outputs(x[:0]).T)))
+    u = np.random.default_rng(_SEED + 1).standard_normal((len(x), num_out))
     wanted, own = delta.turned_outputs(u)[:, source.begin : source.end], u[:, source.begin : source.end]
     direct, crossed = own, np.zeros_like(own)
     if stored.c0 is not None and stored.c1 is not None:

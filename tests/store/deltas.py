@@ -3,9 +3,11 @@
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from adapters_store.base import SITE_PATHS, BaseDims
+from adapters_store.entries import SiteEntry
 from adapters_store.float_bits import FILE_DTYPES, Float32, decode
 from adapters_store.store import OpenAdapter
 
@@ -32,13 +34,49 @@ def stored_deltas(image: OpenAdapter, base: BaseDims, weights: Weights | None = 
         bias = None if entry.bias_offset is None else read(entry.bias_offset, num_out)
         path = f"layers.{entry.layer}.{SITE_PATHS[entry.site]}"
         delta = bt.astype(np.float64).T @ a.astype(np.float64)
-        if entry.out_scale_offset is not None or entry.in_scale_offset is not None:
-            assert weights is not None, "scales act on the base's weights"
+        if entry.csr is not None:
+            begins, cols = (
+                np.frombuffer(image.data, "<i4", count=count, offset=offset)
+                for count, offset in ((num_out + 1, entry.csr.indptr_offset), (entry.csr.nnz, entry.csr.col_offset))
+            )
+            values = read(entry.csr.val_offset, entry.csr.nnz)
+            for row in range(num_out):
+                part = slice(begins[row], begins[row + 1])
+                delta[row, cols[part]] += values[part]
+        if _is_framed(entry):
+            assert weights is not None, "scales and rotations act on the base's weights"
             weight = weights[path].astype(np.float64)
-            scale = scale_at(image, entry.out_scale_offset, num_out)[:, None]
-            delta += scale * weight * scale_at(image, entry.in_scale_offset, num_in) - weight
+            delta += _framed(image, entry, weight) - weight
         deltas[path] = (delta.astype(np.float32), bias)
     return deltas
+
+
+def _is_framed(entry: SiteEntry) -> bool:
+    places = (entry.out_scale_offset, entry.in_scale_offset, entry.blockdiag_offset, entry.c0_offset)
+    return any(place is not None for place in places)
+
+
+def _framed(image: OpenAdapter, entry: SiteEntry, weight: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return what the scales and rotations make of the base's weight."""
+    num_out, num_in = weight.shape
+    framed = weight.copy()
+    if entry.blockdiag_offset is not None:
+        size = entry.blockdiag
+        flat = np.frombuffer(image.data, "<f4", count=num_in * size, offset=entry.blockdiag_offset)
+        for at, block in enumerate(flat.reshape(-1, size, size)):
+            part = slice(at * size, (at + 1) * size)
+            framed[:, part] = weight[:, part] @ block.T
+    framed *= scale_at(image, entry.in_scale_offset, num_in)
+    framed *= scale_at(image, entry.out_scale_offset, num_out)[:, None]
+    if entry.c0_offset is None:
+        return framed
+    half = entry.rot2_group // 2
+    c0, c1 = scale_at(image, entry.c0_offset, num_out), scale_at(image, entry.c1_offset, num_out)
+    turned = np.empty_like(framed)
+    for row in range(num_out):
+        is_first = row % entry.rot2_group < half
+        turned[row] = c0[row] * framed[row] + c1[row] * (-framed[row + half] if is_first else framed[row - half])
+    return turned
 
 
 def scale_at(image: OpenAdapter, offset: int | None, width: int) -> Float32:

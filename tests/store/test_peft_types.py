@@ -22,11 +22,18 @@ from serve.messages import SamplingParams
 from tests.model.tiny_models import BY_NAME, TINY_MODELS, VOCAB, TinyModel, reference_logits, save
 from tests.store.deltas import assert_equal_deltas, fused_deltas, split_weights, stored_deltas
 from tests.store.folders import open_store
-from tests.store.peft_cases import CASES, Answer, ask_peft, rename_to_bone, save_case, tiny_llama
+from tests.store.peft_cases import CASES, MODEL_CASES, Answer, ask_peft, rename_to_bone, save_case, tiny_llama
 
 # PEFT's own words about its own kinds
 pytestmark = pytest.mark.filterwarnings("ignore")
 
+IGNORED = {
+    "adalora": ("total_step",),
+    "adalora-pruned": ("total_step",),
+    "qalora": ("qalora_group_size", "use_qalora"),
+    "supertuning": ("sparsity",),
+    "supra": ("sparsity",),
+}
 DELTA_TOLERANCE = 1e-5
 LOGIT_TOLERANCE = 1e-4
 PROMPT = torch.randint(3, VOCAB, (17,), generator=torch.Generator().manual_seed(5)).tolist()
@@ -60,14 +67,14 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Converted]:
 
 def test_every_served_kind_has_a_case() -> None:
     served = {name for name, kind in PEFT_TYPES.items() if isinstance(kind, Served)}
-    assert served == {case.peft_type for case in CASES.values()} | {"BONE"}
+    assert served == {case.peft_type for case in (CASES | MODEL_CASES).values()} | {"BONE"}
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_store_acts_as_peft_acts(name: str, converted: Converted) -> None:
     image = converted.store.open_image(converted.versions[name].digest)
     stored, wanted = stored_deltas(image, converted.base, converted.weights), converted.answers[name].deltas
-    assert converted.versions[name].report.ignored == (("total_step",) if name.startswith("adalora") else ())
+    assert converted.versions[name].report.ignored == IGNORED.get(name, ())
     assert all(np.abs(delta).max() > 0.001 for delta, bias in wanted.values() if delta.any())
     # a module without any rank left is not stored at all
     silent = {path for path, (delta, bias) in wanted.items() if not delta.any() and bias is None}

@@ -3,28 +3,19 @@
 Each upload must end in a named refusal, never in a guess; and the self-test must convict a wrong reduction of any kind.
 """
 
-import json
 import random
-import shutil
-import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import torch
 
-from adapters_store.base import BaseDims, read_base_dims
-from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.convert.peft_types import PEFT_TYPES
-from adapters_store.convert.tuner import Factors, Served
+from adapters_store.convert.tuner import Served
 from adapters_store.errors import AdapterRefused, AdapterWithoutEffect, ConversionFailed, NonFiniteValues
-from tests.model.tiny_models import save
-from tests.store.folders import Tensors, float32, read_tensors, safetensors_bytes, write_folder
-from tests.store.peft_cases import CASES, rename_to_bone, save_case, tiny_llama
+from tests.store.folders import Tensors, float32, safetensors_bytes
+from tests.store.peft_folders import INTEGERS, SWEPT, Folders, one_of_each
 from tests.store.test_fuzz import damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -33,69 +24,8 @@ ODD_VALUES: list[object] = [
     None, True, False, 0, 1, 2, 3, 64, -1, 1 << 20, 2**70, 0.5, 1e308, "", "x", "q_proj", "all-linear", "\ud800",
     [], ["q_proj"], [0], [[0, 1]], ["(a+)+$"], {}, {"q_proj": 1}, {"q_proj": [True]}, {"(a|b)": 2}, {"x": {"y": []}},
 ]  # fmt: skip
-INTEGERS = {"U8": "<u1", "I16": "<i2", "I64": "<i8"}
-
-
-@dataclass(frozen=True)
-class Saved:
-    """One folder of PEFT's in memory."""
-
-    config: dict[str, object]
-    tensors: Tensors
-
-
-class Folders:
-    """All cases, and a way to convert changed copies of them."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-        self.saved: dict[str, Saved] = {}
-        with torch.random.fork_rng():
-            model = tiny_llama()
-            self.base_dir = save(model, root / "base")
-            self.base: BaseDims = read_base_dims(self.base_dir)
-            for seed, (name, case) in enumerate(CASES.items()):
-                save_case(model, case, root / name, seed)
-        rename_to_bone(root / "bone")
-        for name in CASES:
-            config = json.loads((root / name / "adapter_config.json").read_text())
-            self.saved[name] = Saved(config, read_tensors(root / name / "adapter_model.safetensors"))
-
-    def convert(
-        self, config: dict[str, object], tensors: Tensors | bytes, dtype: str = "float32", rank: int = 96
-    ) -> None:
-        source, target = self.root / "source", self.root / "target"
-        shutil.rmtree(target, ignore_errors=True)
-        target.mkdir()
-        options = ConvertOptions(self.base, dtype, rank, base_dir=str(self.base_dir))
-        convert_peft(write_folder(source, config, tensors), target, options)
-        check_adapter(target, self.base, dtype, rank)
-
-    def untrained(self, saved: Saved) -> Tensors:
-        """Return a DoRA with magnitudes as PEFT starts them, or an IA3 of ones."""
-        weights = read_tensors(self.base_dir / "model.safetensors")
-        tensors: Tensors = {}
-        for name, (_, shape, raw) in saved.tensors.items():
-            stem, _, part = name.removeprefix("base_model.model.").rpartition(".")
-            values = np.frombuffer(raw, "<f4").reshape(shape)
-            if part == "lora_magnitude_vector":
-                _, base_shape, base_raw = weights[f"{stem}.weight"]
-                values = np.linalg.norm(np.frombuffer(base_raw, "<f4").reshape(base_shape), axis=1)
-            elif "lora_B" in name:
-                values = np.zeros(shape)
-            elif part == "ia3_l":
-                values = np.ones(shape)
-            tensors[name] = float32(values)
-        return tensors
-
-    def refusal(self, config: dict[str, object], tensors: Tensors) -> AdapterRefused:
-        """Convert, which must be refused in words that name no path."""
-        with pytest.raises(AdapterRefused) as refusal:
-            self.convert(config, tensors)
-        error = refusal.value
-        assert error.http_status == 400 and len(error.message) < 400 and error.message.isprintable()
-        assert str(self.root) not in error.message
-        return error
+# no value of theirs leaves the base as it is, as far as can be told without running it
+ALWAYS_ACT = {"pissa", "olora", "kasa", "hra", "hra-orthogonal", "deft-para"}
 
 
 @pytest.fixture(scope="module")
@@ -103,17 +33,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Folders]:
     yield Folders(tmp_path_factory.mktemp("refused"))
 
 
-def one_of_each(tensors: Tensors) -> list[str]:
-    """Return one non-empty tensor of every name that the kind gives to tensors: a module's, then the model's."""
-    kinds = {
-        name.rpartition("_proj.")[2].rstrip("0123456789"): name
-        for name, (_, shape, _) in tensors.items()
-        if 0 not in shape
-    }
-    return list(kinds.values())
-
-
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_tensor_that_lacks_is_named(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     for tensor in one_of_each(saved.tensors):
@@ -121,11 +41,11 @@ def test_a_tensor_that_lacks_is_named(name: str, folders: Folders) -> None:
             # PEFT writes these once for the model and once more for every module
             continue
         error = folders.refusal(saved.config, {key: value for key, value in saved.tensors.items() if key != tensor})
-        assert error.code in ("corrupt_adapter", "unsupported_adapter"), tensor
+        assert error.code in ("corrupt_adapter", "missing_layers", "unsupported_adapter"), tensor
         assert error.param is not None and (error.param in tensor or error.param == "lora_bias"), tensor
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_another_shape_is_refused(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     for tensor in one_of_each(saved.tensors):
@@ -133,12 +53,12 @@ def test_another_shape_is_refused(name: str, folders: Folders) -> None:
         for axis in range(len(shape)):
             doubled = tuple(2 * size if at == axis else size for at, size in enumerate(shape))
             error = folders.refusal(saved.config, saved.tensors | {tensor: (dtype, doubled, 2 * raw)})
-            assert error.code == "unsupported_adapter", tensor
+            assert error.code in ("unsupported_adapter", "wrong_base"), tensor
         flat = (int(np.prod(shape)),) if len(shape) > 1 else (1, *shape)
         folders.refusal(saved.config, saved.tensors | {tensor: (dtype, flat, raw)})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_nan_anywhere_is_named(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     for tensor in one_of_each(saved.tensors):
@@ -151,7 +71,7 @@ def test_nan_anywhere_is_named(name: str, folders: Folders) -> None:
         assert isinstance(error, NonFiniteValues) and error.param == tensor
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_a_tensor_too_many_is_refused(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     ours = PEFT_TYPES[str(saved.config["peft_type"])]
@@ -172,29 +92,34 @@ def test_a_tensor_too_many_is_refused(name: str, folders: Folders) -> None:
         folders.refusal(saved.config, saved.tensors | {stranger: float32(np.ones((2, 2)))})
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_an_unknown_key_and_an_undeclared_module_are_refused(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     assert folders.refusal(saved.config | {"unheard_of": 1}, saved.tensors).param == "unheard_of"
     for key in ("modules_to_save", "bias"):
         assert folders.refusal(saved.config | {key: ["all"]}, saved.tensors).param == key
-    targets = [target for target in saved.config["target_modules"] if target != "v_proj"]  # type: ignore[attr-defined]
+    targets = sorted(saved.config["target_modules"])[1:]  # type: ignore[call-overload]
     assert folders.refusal(saved.config | {"target_modules": targets}, saved.tensors).param == "target_modules"
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_an_adapter_of_zeros_is_refused(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
-    zeros = {key: (dtype, shape, bytes(len(raw))) for key, (dtype, shape, raw) in saved.tensors.items()}
-    if "ia3" in name or "dora" in name:
-        # scales of zero act; those of an untrained adapter are one
+    zeros = {
+        key: (dtype, shape, bytes(len(raw)) if dtype == "F32" else raw)
+        for key, (dtype, shape, raw) in saved.tensors.items()
+    }
+    if name.startswith(("ia3", "dora", "road", "boft", "bias")):
+        # scales and biases of zero act; those of an untrained adapter are one, or the base's
         zeros = folders.untrained(saved)
+    if name in ALWAYS_ACT:
+        return
     error = folders.refusal(saved.config, zeros)
     # of VB-LoRA's vectors any would be chosen: all logits are equal, or one index is there twice
     assert isinstance(error, AdapterWithoutEffect) or name.startswith("vblora")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_damaged_values_and_bytes_are_refused_or_give_a_valid_adapter(name: str, folders: Folders) -> None:
     saved = folders.saved[name]
     dtypes = ("float32", "bfloat16", "float16")
@@ -210,7 +135,7 @@ def test_damaged_values_and_bytes_are_refused_or_give_a_valid_adapter(name: str,
             pytest.fail("the self-test must not depend on the values of an upload")
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", SWEPT)
 def test_odd_values_of_any_key_are_read_or_refused(name: str, folders: Folders) -> None:
     saved, choose = folders.saved[name], random.Random(name)
     kind = PEFT_TYPES[str(saved.config["peft_type"])]
@@ -233,34 +158,6 @@ def scaled(tensors: Tensors, exponent: int) -> Tensors:
                 raw = np.ldexp(np.frombuffer(raw, "<f4"), exponent).astype("<f4").tobytes()
         changed[key] = (dtype, shape, raw)
     return changed
-
-
-PLANTED: dict[str, Callable[[Factors], Factors]] = {
-    "a scaling is off by a hundredth": lambda good: replace(
-        good, b=good.b * 1.01, bias=None if good.bias is None else good.bias * 1.01
-    ),
-    "rows of A are in another order": lambda good: replace(
-        good, a=np.roll(good.a, 1, axis=1), bias=None if good.bias is None else np.roll(good.bias, 1)
-    ),
-    "outputs are shifted by one": lambda good: replace(
-        good, b=np.roll(good.b, 1, axis=0), bias=None if good.bias is None else np.roll(good.bias, 1)
-    ),
-}
-
-
-@pytest.mark.parametrize("planted", PLANTED.values(), ids=PLANTED.keys())
-@pytest.mark.parametrize("name", CASES)
-def test_a_planted_bug_in_the_reduction_of_any_kind_is_found(
-    name: str, planted: Callable[[Factors], Factors], folders: Folders, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    saved = folders.saved[name]
-    kind = PEFT_TYPES[str(saved.config["peft_type"])]
-    assert isinstance(kind, Served)
-    delta_class = sys.modules[kind.read.__module__]._Delta
-    sound = delta_class.factors
-    monkeypatch.setattr(delta_class, "factors", lambda delta: planted(sound(delta)))
-    with pytest.raises(ConversionFailed):
-        folders.convert(saved.config, saved.tensors)
 
 
 CONFIGS: list[tuple[str, dict[str, object], str]] = [
@@ -317,6 +214,32 @@ CONFIGS: list[tuple[str, dict[str, object], str]] = [
     ("ia3", {"feedforward_modules": []}, "ia3_l"),
     ("ia3", {"feedforward_modules": "down_proj"}, "feedforward_modules"),
     ("ia3", {"feedforward_modules": ["down_proj", "v_proj"]}, "ia3_l"),
+    ("pissa", {"init_lora_weights": "pissa_niter_4"}, "init_lora_weights"),
+    ("pissa", {"use_dora": True}, "init_lora_weights"),
+    ("kasa", {"kasa_config": None}, "lora_diag"),
+    ("kasa", {"kasa_config": {"delta": 1}}, "kasa_config"),
+    ("bdlora", {"use_bdlora": None}, "lora_"),
+    ("bdlora", {"use_bdlora": {"nblocks": 3, "target_modules_bd_a": ["down_proj"]}}, "use_bdlora"),
+    ("bdlora", {"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["down_proj"]}}, "use_bdlora"),
+    ("bias-all", {"bias": "lora_only"}, ".bias"),
+    ("bias-only", {"bias": "none"}, "base_layer.bias"),
+    ("bias-only", {"bias": "all"}, "model.layers."),
+    ("hra", {"r": 4}, "hra_u"),
+    ("deft", {"para": True}, "deft_R"),
+    ("deft", {"decomposition_method": "qr"}, "decomposition_method"),
+    ("peanut", {"act_fn": "gelu"}, "act_fn"),
+    ("peanut", {"depth": 1}, "model.layers."),
+    ("road", {"group_size": 7}, "group_size"),
+    ("road", {"group_size": 24}, "group_size"),
+    ("road", {"variant": "road_2"}, "road_theta"),
+    ("oft", {"oft_block_size": 0, "r": 0}, "oft_block_size"),
+    ("oft", {"oft_block_size": 4}, "oft_R"),
+    ("oft", {"peft_version": None}, "use_cayley_neumann"),
+    ("boft", {"boft_block_size": 6}, "boft_block_size"),
+    ("boft", {"boft_block_num": 4}, "boft_block_size"),
+    ("shira", {"r": 2}, "shira_weight"),
+    ("supertuning", {"r": 2}, "model.layers."),
+    ("supertuning", {"save_precomputed_indices": False}, "save_precomputed_indices"),
     ("poly", {"n_tasks": 2}, "n_tasks"),
     ("poly", {"n_splits": 3}, "n_splits"),
     ("poly", {"n_skills": 2}, "poly_lora_A"),

@@ -113,6 +113,7 @@ CODES = {
     ("bias", "all"): "wrong_base",
     ("bias", "lora_only"): "wrong_base",
     ("target_modules", "[]"): "no_target",
+    ("target_modules", "['embed_tokens']"): "no_target",
     ("layers_to_transform", "[2]"): "no_target",
     ("modules_to_save", ""): CORRUPT,
     ("trainable_token_indices", "[1, 2]"): CORRUPT,
@@ -206,14 +207,14 @@ TENSORS: dict[str, Bad] = {
     "A and B have different ranks": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((3, 16)))),
     "A is for another base": Bad("wrong_base", A_NAME, change=put(A_NAME, np.ones((2, 32)))),
     "B is for another base": Bad("wrong_base", B_NAME, change=put(B_NAME, np.ones((16, 2)))),
-    "A is transposed": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((16, 2)))),
+    "A is transposed": Bad("swapped_factors", A_NAME, change=put(A_NAME, np.ones((16, 2)))),
     "A has three dimensions": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.ones((1, 2, 16)))),
     "A has none": Bad(UNSUPPORTED, A_NAME, change=put(A_NAME, np.float32(1))),
     "a layer too many": Bad(UNSUPPORTED, EXTRA_LAYER.format(2), change=put_extra_layer),
     "layer 10^9": Bad(UNSUPPORTED, None, change=put(EXTRA_LAYER.format(10**9), np.ones((2, 16)))),
     "layer 00": Bad(UNSUPPORTED, None, change=put(EXTRA_LAYER.format("00"), np.ones((2, 16)))),
     "an unknown tensor": Bad(UNSUPPORTED, "optimizer.state", change=put("optimizer.state", [1])),
-    "an embedding": Bad(UNSUPPORTED, None, change=put("base_model.model.model.embed_tokens.lora_embedding_A", [1])),
+    "an embedding": Bad(CORRUPT, None, change=put("base_model.model.model.embed_tokens.lora_embedding_A", [1])),
     "a DoRA magnitude": Bad(UNSUPPORTED, None, change=put(f"{STEM}.lora_magnitude_vector", np.ones(24))),
     "a bias that the config does not announce": Bad(
         UNSUPPORTED, "lora_bias", change=put(f"{STEM}.lora_B.bias", np.ones(24))
@@ -224,7 +225,7 @@ TENSORS: dict[str, Bad] = {
         CORRUPT, None, change=put(A_NAME.replace("_A.", "_A.default."), np.ones((2, 16)))
     ),
     "modules of two models": Bad(UNSUPPORTED, None, change=rename(A_NAME, A_NAME.replace("model.model.", "model."))),
-    "fused beside split": Bad(UNSUPPORTED, None, {"target_modules": [*SITE_PATHS, "qkv_proj"]}, fuse),
+    "fused beside split": Bad("wrong_base", None, {"target_modules": [*SITE_PATHS, "qkv_proj"]}, fuse),
     "integers": Bad(UNSUPPORTED, A_NAME, change=retype(A_NAME, "U8", 32)),
     "NaN in A": Bad("non_finite", A_NAME, change=poison(A_NAME, np.nan)),
     "infinity in B": Bad("non_finite", B_NAME, change=poison(B_NAME, np.inf)),

@@ -209,7 +209,7 @@ def test_a_quotient_beyond_float32_is_refused(tmp_path: Path) -> None:
     tensors[f"{stem}.lora_B.weight"] = float32(np.zeros((24, 2)))
     tensors[f"{stem}.lora_magnitude_vector"] = float32(np.full(24, 2.0**60))
     error = room.refusal(DORA_CONFIG, tensors)
-    assert error.code == "non_finite" and error.param == "model.layers.0.self_attn.q_proj"
+    assert error.code == "overflow" and error.param == "model.layers.0.self_attn.q_proj"
 
 
 def test_a_base_without_the_layer_is_another_base(tmp_path: Path) -> None:
