@@ -201,6 +201,7 @@ def test_experts_of_an_mlps_gate_are_read_beside_the_slab_and_left_to_it() -> No
     delta = CpuDelta(build_route([placed], [3])).apply(0, "gate_up", x, base)
     expected = fused_output(x, base.weight, base.bias, 0, "gate_up", [replace(alone, rows=tuple(bare))] * 3)
     assert torch.allclose(delta, expected, atol=1e-4)
+    assert torch.equal(fused_output(x, base.weight, base.bias, 0, "gate_up", [image] * 3), expected)
 
 
 @pytest.mark.parametrize(
