@@ -64,6 +64,7 @@ TORCH_ENGINE = {
     "executor",
     "model_parts",
     "model_rows",
+    "random_families",
     "random_steps",
     "runner",
     "sampler",
