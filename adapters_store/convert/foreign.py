@@ -22,6 +22,7 @@ from adapters_store.convert.adapter_writer import (
 from adapters_store.convert.model_files import file_hashes
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.site_effect import Apply, Float64, SourceEffect, measure_effect
+from adapters_store.convert.tensor_files import skipped_keys
 from adapters_store.errors import AdapterWithoutEffect, UnsupportedAdapter
 from adapters_store.manifest import IMAGE_NAME, Manifest, Source, check_expert_names
 from adapters_store.model_ops import NO_MODEL_OPS, ModelOps, check_model_ops
@@ -84,6 +85,8 @@ def write_foreign(source: Path, target: Path, foreign: Foreign, options: Convert
     )
     effects = [SourceEffect(m, site.apply, site.logits) for m, site in sites.items() if site.apply is not None]
     error = measure_effect(target / IMAGE_NAME, effects, options.base, options.dtype) if effects else 0.0
+    # an optimiser's state and the like, which no format reads
+    ignored = (*foreign.ignored, *skipped_keys(source))
     write_manifest(
         target,
         Manifest(
@@ -93,7 +96,7 @@ def write_foreign(source: Path, target: Path, foreign: Foreign, options: Convert
             file_bytes=written.num_bytes,
             file_sha256=written.sha256,
             modules=modules,
-            source=Source(foreign.source_format, file_hashes(source), foreign.recorded, foreign.ignored, error),
+            source=Source(foreign.source_format, file_hashes(source), foreign.recorded, ignored, error),
             base_dependent=foreign.is_base_dependent,
             experts=foreign.experts,
             model_ops=foreign.model_ops,

@@ -3,6 +3,7 @@
 Owns the rendering only; a test compares it with the page, so the page cannot grow stale.
 """
 
+from adapters_store.convert.format_notes import render_formats
 from adapters_store.convert.peft_keys import Rules, Use
 from adapters_store.convert.peft_types import PEFT_TYPES
 from adapters_store.convert.tuner import Served
@@ -21,6 +22,10 @@ def render() -> str:
     served = {name: kind for name, kind in PEFT_TYPES.items() if isinstance(kind, Served)}
     others = {name: kind.rules for name, kind in served.items() if name != "LORA"}
     parts = [
+        "## Every other format",
+        "By `format`. Exact as below: but for one rounding of each value to float32 and one to the serving dtype. A "
+        "format that is not listed is refused.",
+        render_formats(),
         HEADING,
         "By `peft_type`. Exact means: the product that is stored acts as PEFT's own forward, but for one rounding of "
         "each value to float32 and one to the serving dtype. A type that is not listed is refused.",

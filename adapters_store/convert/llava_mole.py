@@ -29,7 +29,7 @@ from adapters_store.convert.lora_source import LoraSource
 from adapters_store.convert.option_values import OptionValues
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.source_model import SourceModel
-from adapters_store.convert.tensor_files import TensorFiles, open_tensors, skipped_keys, tensor_paths
+from adapters_store.convert.tensor_files import TensorFiles, open_tensors, tensor_paths
 from adapters_store.errors import CorruptUpload, MissingLayers
 from adapters_store.gates import GateOptions
 from adapters_store.strict_json import Json
@@ -90,7 +90,7 @@ def _open(source: Path, options: ConvertOptions) -> Iterator[_Opened]:
         loras = reader.loras()
         refuse_unread(files, reader.used | blind)
         parts = sorted({name.removeprefix("state_dict.").partition(".")[0] for name in blind})
-        yield _Opened(loras, (*(f"{part}.*" for part in parts), *skipped_keys(source)), values.recorded)
+        yield _Opened(loras, tuple(f"{part}.*" for part in parts), values.recorded)
 
 
 class _Reader:

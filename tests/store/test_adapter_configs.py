@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_IA3_TARGET_MODULES_MAPPING
 
+from adapters_store.convert.format_notes import FORMAT_NOTES
 from adapters_store.convert.key_docs import render
 from adapters_store.convert.lora import LORA, LoraTuner
 from adapters_store.convert.peft_config import read_config
@@ -19,7 +20,7 @@ from adapters_store.convert.peft_patterns import parse_pattern_key
 from adapters_store.convert.peft_types import PEFT_TYPES
 from adapters_store.convert.tuner import Served
 from adapters_store.errors import UnsupportedAdapter
-from adapters_store.formats import FORMATS
+from adapters_store.formats import AUTO, FORMATS
 from tests.live_server import REPO_ROOT
 from tests.store.folders import lora_config
 
@@ -207,6 +208,10 @@ def test_the_page_about_adapters_lists_the_table_as_it_is() -> None:
     assert page.endswith(render()), "run: python -m adapters_store.convert.key_docs, and paste it into docs/adapters.md"
 
 
+def test_every_format_has_its_row_in_the_generated_table() -> None:
+    assert {AUTO, "peft", *FORMAT_NOTES} == set(FORMATS)
+
+
 def test_each_family_of_the_literature_has_its_row() -> None:
     page = (REPO_ROOT / "docs" / "adapters.md").read_text(encoding="utf-8")
     table = page.partition("## Families of the literature")[2].partition("\n## ")[0]
@@ -218,6 +223,6 @@ def test_each_family_of_the_literature_has_its_row() -> None:
         if text.split("`")[1:2] in [[name] for name in FORMATS]:
             # a checkpoint format of its own, not a kind of PEFT's
             continue
-        named = re.findall(r"`([A-Z]+)`", text)
+        named = re.findall(r"`([A-Z_]+)`", text)
         assert named or standing in ("not yet:", "not served:"), number
         assert set(named) <= SERVED.keys(), number
