@@ -14,10 +14,9 @@ from adapters_store.convert.outer_tensors import EMBED, FINAL_NORM_PLACE, LN_PAR
 from adapters_store.convert.peft_config import PeftConfig
 from adapters_store.convert.peft_tensors import MODEL_NAME, PeftTensors, TensorFile
 from adapters_store.convert.saved_biases import with_biases
-from adapters_store.convert.saved_modules import read_saved_modules
+from adapters_store.convert.saved_modules import norm_path, read_saved_modules
 from adapters_store.convert.tuner import PlannedModule
 from adapters_store.errors import MissingLayers, NoTarget, UnsupportedAdapter
-from adapters_store.model_ops import HEAD_NORMS
 from adapters_store.ops import HEAD_LAYER
 
 _SPLIT_SITES = {fused: tuple(SITE_PATHS[site] for site in sites) for fused, sites in FUSED_SITES.items()}
@@ -99,20 +98,24 @@ def _check_complete(config: PeftConfig, tensors: PeftTensors, model: ModelFactor
     if kind.acts_on == "prompt":
         return
     found, wanted = _found(tensors, model), _wanted(config, tensors, base)
-    lacking = sorted(path for path in wanted if path not in found)
+    # rows of a tied embedding are the head's too
+    also = {HEAD} if "both" in model.token_rows else set()
+    lacking, extra = sorted(wanted - found - also), sorted(found - wanted)
     if not wanted:
         shown = "all-linear" if targets.names is None else ", ".join(targets.names)[:80]
         raise NoTarget(f"target_modules names nothing that is served of this base: {shown}", param="target_modules")
     if lacking:
         raise MissingLayers(f"the config targets {lacking[0]}, but the file has no tensors for it", param=lacking[0])
+    if extra:
+        raise UnsupportedAdapter(f"the file holds {extra[0]}, which the config does not target", param="target_modules")
 
 
 def _found(tensors: PeftTensors, model: ModelFactors) -> set[str]:
     """Return the paths of everything that the kind itself acts on."""
-    places = [FINAL_NORM_PLACE if layer < 0 else f"layers.{layer}.{_norm_path(norm)}" for layer, norm in model.norms]
+    places = [FINAL_NORM_PLACE if layer < 0 else f"layers.{layer}.{norm_path(norm)}" for layer, norm in model.norms]
     if model.embedding is not None or model.token_rows.keys() & {"embed", "both"}:
         places.append(EMBED)
-    heads = {HEAD} if model.token_rows.keys() & {"lm_head", "both"} else set()
+    heads = {HEAD} if "lm_head" in model.token_rows else set()
     return heads | tensors.modules.keys() | {f"{tensors.prefix}{place}" for place in places}
 
 
@@ -130,10 +133,6 @@ def _wanted(config: PeftConfig, tensors: PeftTensors, base: BaseDims) -> set[str
     inside = {(layer, f"{tensors.prefix}layers.{layer}.{name}") for layer in layers for name in names}
     wanted = {path for layer, path in inside if targets.is_target(path, layer)}
     return wanted | {path for path in outside if targets.is_target(path, None)}
-
-
-def _norm_path(norm: str) -> str:
-    return f"self_attn.{norm}" if norm in HEAD_NORMS else norm
 
 
 def _spelling(tensors: PeftTensors, model_type: str) -> list[str]:

@@ -107,6 +107,11 @@ def norm_place(place: str) -> tuple[int, str]:
     return int(layer), names[-1]
 
 
+def norm_path(norm: str) -> str:
+    """Return a norm's path in its layer."""
+    return f"self_attn.{norm}" if norm in HEAD_NORMS else norm
+
+
 def read_norm(place: str, slot: TensorSlot, tensors: PeftTensors, file: TensorFile, base: BaseDims) -> Array:
     """Read the weight of one norm that the base has; raises UnsupportedAdapter for any other."""
     layer, norm = norm_place(place)
@@ -187,18 +192,17 @@ def _drop_copies(place: str, tensors: PeftTensors, file: TensorFile, base: BaseD
 def _check_all_declared(
     saved: Saved, norms: dict[tuple[int, str], Array], tensors: PeftTensors, base: BaseDims
 ) -> None:
-    """Refuse a name of modules_to_save that trained nothing, and a norm that lacks in some layer."""
+    """Refuse a name of modules_to_save that trained nothing, and a norm that it names and the file lacks."""
+    # which others there are differs between bases: one that the file holds anywhere must be in every layer
+    kinds = {norm for _, norm in norms} | _EVERYWHERE - {FINAL_NORM_PLACE}
+    places = {f"layers.{layer}.{norm_path(norm)}" for layer in range(base.num_hidden_layers) for norm in kinds}
+    places = {place for place in places if not place.endswith(f".{FINAL_NORM_PLACE}")} | {FINAL_NORM_PLACE}
+    for place in sorted(places):
+        if saved.declares(place, tensors.prefix) and norm_place(place) not in norms:
+            raise CorruptUpload(f"modules_to_save names {place}, but the file does not hold it", param=place)
     for name in saved.modules:
-        if any(f"{tensors.prefix}{place}".endswith(name) or place == name for place in _TARGETS):
-            continue
-        last = name.rpartition(".")[2]
-        layers = {layer for layer, norm in norms if norm.endswith(last)}
-        if not layers:
+        one = Saved((name,), {}, is_tying=False)
+        if not any(one.declares(place, tensors.prefix) for place in (*places, *_TARGETS)):
             raise UnsupportedAdapter(
-                f"modules_to_save names '{name}', for which the file holds nothing that is served: norms, embed_tokens "
-                "and lm_head are",
-                param="modules_to_save",
+                f"modules_to_save names '{name}'; norms, embed_tokens and lm_head are served", param="modules_to_save"
             )
-        lacking = set(range(base.num_hidden_layers)) - layers
-        if layers != {-1} and "." not in name and lacking:
-            raise CorruptUpload(f"modules_to_save names '{name}', but layer {min(lacking)} has none", param=name)
