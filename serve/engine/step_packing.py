@@ -118,6 +118,8 @@ def pack_step(
         previous: by request id, the row of the previous step's logits.
     """
     rows = order_rows(rows)
+    # refused at the door: here it would be answered by the base
+    assert not any(row.composed for row in rows), "a composition reached a device, which does not compose yet"
     lengths = [len(row.token_ids) for row in rows]
     num_decodes = lengths.count(1)
     num_chunks = len(rows) - num_decodes

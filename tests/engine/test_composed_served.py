@@ -52,6 +52,7 @@ RARE = {
     (2, "v_proj"): Ops(rot2_group=4, out_scale=True),
     (2, "down_proj"): Ops(dense=True),
 }
+LLAVA_MOLES = ("llava-mole", "llava-mole too")
 COMPOSITIONS: dict[str, Composition] = {
     "one": (("lora", -1.5),),
     "two": (("lora", 0.75), ("s2ft", 1.25)),
@@ -60,6 +61,7 @@ COMPOSITIONS: dict[str, Composition] = {
     "rare": (("rare", 0.5), ("lora", 0.5)),
     "outside": (("outside", 0.5), ("outside too", -0.25), ("lora", 0.5)),
     "gated": (("mixlora", 0.5), ("llava-mole", -0.75), ("lora", 0.5), ("outside", 0.25)),
+    "gated twice": (("llava-mole", 0.5), ("llava-mole too", 1.0)),
     "slices": (("s2ft", 1.0), ("s2ft-down", 1.0)),
 }
 
@@ -103,7 +105,8 @@ class Served:
         self.digests = {name: name.ljust(64, "0") for name in self.images}
         self.digests |= {name: store_adapter(root, AdapterExtras({}, own), base) for name, own in self.outside.items()}
         self.gated: dict[str, tuple[Forward, list[Experts]]] = {}
-        for name, row, forward in (("mixlora", MIXLORA, mixlora), ("llava-mole", LLAVA_MOLE, llava_mole)):
+        gated = (("mixlora", MIXLORA, mixlora), *((name, LLAVA_MOLE, llava_mole) for name in LLAVA_MOLES))
+        for name, row, forward in gated:
             experts = make_experts(self.parts.spec, len(self.gated))
             self.gated[name] = (forward, experts)
             self.digests[name] = store_adapter(root, extras_of(experts, row, has_bias=row is LLAVA_MOLE), base)
