@@ -70,7 +70,8 @@ def proof_lines(row: AdapterRow) -> list[str]:
         f"proof: run on the base in {proof['dtype']} on {proof['device']}, {proof['num_compared']} log-probabilities "
         "compared with the source's own formula in float32",
         f"  largest error {proof['max_error']} (allowed {allowed['max_error']}), root mean square {proof['rms_error']} "
-        f"(allowed {allowed['rms_error']}), KL {proof['kl']}",
+        f"(allowed {allowed['rms_error']}), typical {proof['typical_error']} (allowed {allowed['typical_error']}), "
+        f"KL {proof['kl']}",
         f"  effect: {proof['served_effect']} as served, {proof['source_effect']} by the source, gain {proof['gain']}",
         f"  first differing token: {differing}",
     ]

@@ -19,12 +19,16 @@ _MIN_SHARED = 16
 
 @dataclass(frozen=True, slots=True)
 class Reference:
-    """Log-probabilities [T, V] of each prompt by the reference; twins round every result, or are empty."""
+    """Log-probabilities [T, V] of each prompt by the reference.
+
+    `twins` are (base, adapter) once more, every result rounded; some may be missing. `is_faithful`: they round as the
+    serving dtype does, not only coarser than the reference.
+    """
 
     base: list[Float64]
     adapter: list[Float64]
-    base_twin: list[Float64]
-    adapter_twin: list[Float64]
+    twins: list[tuple[list[Float64], list[Float64]]]
+    is_faithful: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +47,10 @@ class Measured:
 
     Attributes:
         max_error, rms_error: served adapter against the source's own formula in fp32.
+        typical_error: the median over positions of a position's root mean square error.
         kl: the largest divergence of any position, of the served distribution from the source's.
-        noise_max, noise_rms: served base against the reference's base, times `amplification`.
+        noise_max, noise_rms, noise_typical: the same of the served base, times `amplification`; or what rounding to
+            the serving dtype does to the adapted reference, if that is more.
         amplification: how much more rounding does to the adapted reference than to the base's; at least 1.
         served_effect, source_effect: largest difference that the adapter makes to the base, as served and by formula.
         gain: the served effect along the source's, 1 if they agree; None where too little is shared to tell.
@@ -54,10 +60,12 @@ class Measured:
     num_compared: int
     max_error: float
     rms_error: float
+    typical_error: float
     kl: float
     first_differing_token: OtherToken | None
     noise_max: float
     noise_rms: float
+    noise_typical: float
     amplification: float
     served_effect: float
     source_effect: float
@@ -65,12 +73,29 @@ class Measured:
     gain_error: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """How far apart two sides lie: at most, in the mean, and at most positions."""
+
+    largest: float
+    rms: float
+    typical: float
+
+    def scaled(self, factor: float) -> "_Spread":
+        return _Spread(self.largest * factor, self.rms * factor, self.typical * factor)
+
+    def larger(self, other: "_Spread") -> "_Spread":
+        return _Spread(max(self.largest, other.largest), max(self.rms, other.rms), max(self.typical, other.typical))
+
+
 def measure(observed: Observed, reference: Reference) -> Measured:
     """Compare; every number of both sides is finite."""
-    errors = _errors(observed.adapter, reference.adapter)
-    noise = _errors(observed.base, reference.base)
+    found = _spread(_errors(observed.adapter, reference.adapter))
     amplification = _amplification(observed, reference)
-    noise_rms = amplification * _rms(noise)
+    noise = _spread(_errors(observed.base, reference.base)).scaled(amplification)
+    if reference.is_faithful:
+        for _, twin in reference.twins:
+            noise = noise.larger(_spread(_difference(observed.adapter, twin, reference.adapter)))
     served, source = _effects(observed, reference)
     gain = gain_error = None
     size = float(source @ source)
@@ -78,15 +103,17 @@ def measure(observed: Observed, reference: Reference) -> Measured:
         gain = float(served @ source) / size
         # the tokens of one position share most of their noise
         num_independent = sum(len(prompt) for prompt in observed.prompts)
-        gain_error = noise_rms / (_rms(source) * num_independent**0.5)
+        gain_error = noise.rms / (_rms(source) * num_independent**0.5)
     return Measured(
-        num_compared=len(errors),
-        max_error=_largest(errors),
-        rms_error=_rms(errors),
+        num_compared=sum(len(position.token_ids) for prompt in observed.adapter for position in prompt),
+        max_error=found.largest,
+        rms_error=found.rms,
+        typical_error=found.typical,
         kl=max(_divergences(observed.adapter, reference.adapter)),
         first_differing_token=_first_other(observed.adapter, reference.adapter),
-        noise_max=amplification * _largest(noise),
-        noise_rms=noise_rms,
+        noise_max=noise.largest,
+        noise_rms=noise.rms,
+        noise_typical=noise.typical,
         amplification=amplification,
         served_effect=_largest(served),
         source_effect=_largest(source),
@@ -97,10 +124,8 @@ def measure(observed: Observed, reference: Reference) -> Measured:
 
 def _amplification(observed: Observed, reference: Reference) -> float:
     """Return how much further rounding moves the adapted reference than the base's."""
-    if not (reference.base_twin and reference.adapter_twin):
-        return 1.0
-    base = _rms(_difference(observed.base, reference.base_twin, reference.base))
-    adapter = _rms(_difference(observed.adapter, reference.adapter_twin, reference.adapter))
+    base = sum(_spread(_difference(observed.base, twin, reference.base)).rms for twin, _ in reference.twins)
+    adapter = sum(_spread(_difference(observed.adapter, twin, reference.adapter)).rms for _, twin in reference.twins)
     return max(1.0, adapter / base) if base > 0 else 1.0
 
 
@@ -111,13 +136,19 @@ def _positions(answers: Answers, logprobs: list[Float64]) -> Iterator[tuple[Floa
             yield np.array(position.logprobs), np.take(row, position.token_ids)
 
 
-def _errors(answers: Answers, logprobs: list[Float64]) -> Float64:
-    return np.concatenate([served - wanted for served, wanted in _positions(answers, logprobs)])
+def _errors(answers: Answers, logprobs: list[Float64]) -> list[Float64]:
+    """Return the differences of each position."""
+    return [served - wanted for served, wanted in _positions(answers, logprobs)]
 
 
-def _difference(answers: Answers, first: list[Float64], second: list[Float64]) -> Float64:
+def _difference(answers: Answers, first: list[Float64], second: list[Float64]) -> list[Float64]:
     pairs = zip(_positions(answers, first), _positions(answers, second), strict=True)
-    return np.concatenate([a - b for (_, a), (_, b) in pairs])
+    return [a - b for (_, a), (_, b) in pairs]
+
+
+def _spread(errors: list[Float64]) -> "_Spread":
+    together = np.concatenate(errors)
+    return _Spread(_largest(together), _rms(together), float(np.median([_rms(error) for error in errors])))
 
 
 def _effects(observed: Observed, reference: Reference) -> tuple[Float64, Float64]:

@@ -7,7 +7,7 @@ base's folder, prints one line of JSON, and leaves with status 0 only after a co
 
 import json
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,16 +17,17 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.sandbox import Limits, confine
 from adapters_store.convert.source_model import Floats, SourceModel
 from adapters_store.errors import StoreError
-from adapters_store.float_bits import FILE_DTYPES, Float32, decode, encode
+from adapters_store.float_bits import FILE_DTYPES, ROUNDOFF, Float32, decode, encode
 from serve.errors import StartError
 from serve.model.spec import ModelSpec, read_spec
-from serve.probe.decoder import Float64, Lane, ReferenceDecoder, Rounding
+from serve.probe.decoder import Lane, ReferenceDecoder, Rounding
 from serve.probe.measure import Measured, Reference, measure
 from serve.probe.observed import OBSERVED_NAME, Observed
 from serve.probe.weights import ProbeWeights
 
 _MAX_FILE_BYTES = 1 << 20
 _TWIN_STEPS = 1 << 20
+_NUM_TWINS = 3
 
 
 def main(arguments: list[str]) -> int:
@@ -57,23 +58,24 @@ def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions
 
 def run_reference(spec: ModelSpec, weights: ProbeWeights, source: SourceModel, observed: Observed) -> Reference:
     """Run base and source over the prompts, and once more as rounded twins; raises StoreError."""
-    rounding = _coarse if observed.dtype == "float32" else _rounding(FILE_DTYPES[observed.dtype])
-    pairs = [(exact, own) for exact in (_exact, rounding) for own in (SourceModel(), source)]
-    lanes = [lane for exact, own in pairs for lane in _lanes(own, observed, exact)]
+    is_faithful = observed.dtype != "float32"
+    dtype = FILE_DTYPES[observed.dtype]
+    roundings = [_exact, *(_rounding(dtype, seed) if is_faithful else _coarse(seed) for seed in range(_NUM_TWINS))]
+    lanes = [
+        lane for rounding in roundings for own in (SourceModel(), source) for lane in _lanes(own, observed, rounding)
+    ]
     decoder = ReferenceDecoder(spec, weights, lanes, max_model_len=observed.max_model_len)
     found = decoder.logprobs()
     count = len(observed.prompts)
-    base, adapter, base_twin, adapter_twin = (found[count * i : count * (i + 1)] for i in range(4))
-    return Reference(base, adapter, base_twin, adapter_twin)
+    parts = [found[begin : begin + count] for begin in range(0, len(found), count)]
+    (base, adapter), *twins = zip(parts[::2], parts[1::2], strict=True)
+    return Reference(base, adapter, twins, is_faithful=is_faithful)
 
 
 def _measure(observed: Observed, reference: Reference) -> Measured:
-    def finite(rows: list[Float64]) -> list[Float64]:
-        # a twin that overflows says nothing about noise
-        return rows if all(np.isfinite(row).all() for row in rows) else []
-
-    own = Reference(reference.base, reference.adapter, finite(reference.base_twin), finite(reference.adapter_twin))
-    return measure(observed, own)
+    # a twin that overflows says nothing about noise
+    finite = [twin for twin in reference.twins if all(np.isfinite(rows).all() for side in twin for rows in side)]
+    return measure(observed, replace(reference, twins=finite))
 
 
 def _lanes(source: SourceModel, observed: Observed, rounding: Rounding) -> list[Lane]:
@@ -84,15 +86,25 @@ def _exact(values: Floats) -> Float32:
     return values.astype(np.float32, copy=False)
 
 
-def _coarse(values: Floats) -> Float32:
+def _coarse(seed: int) -> Rounding:
     """Round coarser than float32 does: as much as its sums of many terms lose."""
-    mantissa, exponent = np.frexp(_exact(values))
-    return np.asarray(np.ldexp(np.rint(mantissa * _TWIN_STEPS) / _TWIN_STEPS, exponent), dtype=np.float32)
+    random = np.random.default_rng(seed)
 
-
-def _rounding(dtype: str) -> Rounding:
     def rounded(values: Floats) -> Float32:
-        return decode(encode(_exact(values), dtype), dtype).reshape(values.shape)
+        mantissa, exponent = np.frexp(_exact(values))
+        steps = np.floor(mantissa * _TWIN_STEPS + random.random(values.shape))
+        return np.asarray(np.ldexp(steps / _TWIN_STEPS, exponent), dtype=np.float32)
+
+    return rounded
+
+
+def _rounding(dtype: str, seed: int) -> Rounding:
+    """Round as the dtype does, after a shift within half a step that no two twins share."""
+    random = np.random.default_rng(seed)
+
+    def rounded(values: Floats) -> Float32:
+        shift = ROUNDOFF[dtype] * (random.random(values.shape) - 0.5) if seed else 0.0
+        return decode(encode(_exact(values * (1 + shift)), dtype), dtype).reshape(values.shape)
 
     return rounded
 

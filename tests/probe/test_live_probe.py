@@ -116,7 +116,8 @@ def test_an_honest_conversion_carries_its_proof_everywhere(live: Live, rslora: P
     proof = card["proof"]
     assert (proof["dtype"], proof["device"], card["not_probed"]) == ("float32", "cpu", None)
     assert [len(prompt) for prompt in proof["prompts"]] == [16, 16] and proof["num_compared"] >= 2 * 16 * 20
-    assert proof["max_error"] <= proof["tolerance"]["max_error"] < 1e-3 < proof["served_effect"]
+    assert proof["max_error"] <= proof["tolerance"]["max_error"] < 1e-2 < proof["served_effect"]
+    assert proof["typical_error"] <= proof["tolerance"]["typical_error"] < 3e-4
     assert proof["gain"] == 1.0 and proof["first_differing_token"] is None and proof["kl"] < 1e-4
     assert card["report"]["refused"] == [] and len(card["report"]["applied"]) == 7 * NUM_LAYERS
     with live.server.client() as client:
@@ -193,7 +194,7 @@ def check_proof(card: dict[str, object]) -> None:
     proof = card["proof"]
     assert isinstance(proof, dict)
     # gates this sharp make of float32's rounding what is told apart from it still
-    assert proof["max_error"] <= proof["tolerance"]["max_error"] < 2e-2 < proof["served_effect"]
+    assert proof["max_error"] <= proof["tolerance"]["max_error"] < 1e-1 < proof["served_effect"]
     assert abs(proof["gain"] - 1) < 1e-3
 
 
