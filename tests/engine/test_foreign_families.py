@@ -86,6 +86,21 @@ def log_probabilities(model: torch.nn.Module) -> Tensor:
     return logits.float().log_softmax(-1)
 
 
+def run_alone(base_dir: Path, folder: Path, root: Path) -> list[float]:
+    """Serve one fine-tuned model as an adapter of its base and return the log-probabilities of the prompt's tokens."""
+    store = open_store(root / "store", read_base_dims(base_dir), base_dir=base_dir, convert=convert, max_rank=8)
+    config = EngineConfig(model_dir=base_dir, store_dir=root / "store", dtype="float32", num_kv_blocks=8)
+    executor = TorchExecutor(load_parts(config), store.open_image)
+    digest = store.put_dir("tuned", folder, declared=Declared("hf_model")).digest
+    load(executor, digest, 0)
+    sample = SampleSpec(SamplingParams(max_tokens=1, seed=0, temperature=0.0), PROMPT, [])
+    row = Row("0", PROMPT, 0, [0, 1], 0, sample, num_prompt_logprobs=1, prompt_targets=PROMPT[1:])
+    result = executor.execute(StepPlan([row], {0: digest}))[0]
+    executor.close()
+    store.close()
+    return [token.logprob for token in result.prompt_logprobs or []]
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     made = Served(tmp_path_factory.mktemp("foreign"))
@@ -120,3 +135,25 @@ def test_opened_as_its_own_forward_each_source_is_its_own_code(served: Served) -
         for slot, found in enumerate(decoder.logprobs()):
             expected = served.expected[slot].numpy()
             np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE, err_msg=[*MAKERS][slot])
+
+
+@pytest.mark.parametrize("name", ["qwen2-tied", "phi3"])
+def test_a_fine_tuned_model_with_a_tied_head_or_fused_layers_is_an_adapter_of_its_base(
+    name: str, tmp_path: Path
+) -> None:
+    model = BY_NAME[name].build()
+    save(model, tmp_path / "base")
+    with torch.no_grad():
+        before = log_probabilities(model)
+        parameters = dict(model.named_parameters())
+        parameters["model.embed_tokens.weight"][[PROMPT[2], 7]] += 0.5
+        first = next(path for path in parameters if "layers.0" in path and "q" in path and path.endswith("weight"))
+        second = next(path for path in parameters if "layers.1" in path and "up_proj.weight" in path)
+        # of a fused layer, a row of q and one of k
+        parameters[first][[3, -58]] += 0.3
+        parameters[second] += torch.randn(len(parameters[second]), 1) @ torch.randn(1, 64) * 0.1
+        save(model, tmp_path / "tuned")
+        expected = log_probabilities(model)
+    assert (expected - before).abs().max() > 100 * TOLERANCE
+    wanted = [float(expected[position, token]) for position, token in enumerate(PROMPT[1:])]
+    assert run_alone(tmp_path / "base", tmp_path / "tuned", tmp_path) == pytest.approx(wanted, abs=TOLERANCE)
