@@ -115,7 +115,23 @@ def test_all_kinds_in_one_step_agree_with_peft(converted: Converted) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["loha", "lokr", "miss", "gralora", "tinylora", "tinylora-tied", "poly", "dora", "ia3"]
+    "name",
+    [
+        "loha",
+        "lokr",
+        "miss",
+        "gralora",
+        "tinylora",
+        "tinylora-tied",
+        "poly",
+        "dora",
+        "ia3",
+        "pissa",
+        "hra",
+        "road",
+        "oft",
+        "shira",
+    ],
 )
 def test_fused_projections_of_phi3_are_split(name: str, tmp_path: Path) -> None:
     with torch.random.fork_rng():
