@@ -19,7 +19,7 @@ from tests.tiny_model import TinyAdapter, write_tiny_adapter, write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
-NUM_NEW_TOKENS = 8
+NUM_NEW_TOKENS = 5
 PROMPT = list(b"What do they say together, and what does each of them say?")
 COMPOSITIONS = [
     (("voice-0", 0.75),),

@@ -104,7 +104,7 @@ def test_any_families_composed_are_the_weighted_sum_of_their_changes(num_compose
     rng = random.Random(num_composed)
     composed = [
         Share(count, None, tuple((i, rng.uniform(-2, 2)) for i in rng.sample(range(len(images)), num_composed)))
-        for count in (1, 1, 3, 17)
+        for count in ((1, 17) if num_composed == 4 else (1, 1, 3))
     ]
     plain = [Share(2), Share(1, 0), Share(1, 6), Share(1, 9), Share(1, 10)]
     check(images, plain, composed, dtype)
