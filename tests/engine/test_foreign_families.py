@@ -151,7 +151,7 @@ def test_a_fine_tuned_model_with_a_tied_head_or_fused_layers_is_an_adapter_of_it
         second = next(path for path in parameters if "layers.1" in path and "up_proj.weight" in path)
         # of a fused layer, a row of q and one of k
         parameters[first][[3, -58]] += 0.3
-        parameters[second] += torch.randn(len(parameters[second]), 1) @ torch.randn(1, 64) * 0.1
+        parameters[second].add_(torch.randn(len(parameters[second]), 1) @ torch.randn(1, 64) * 0.1)
         save(model, tmp_path / "tuned")
         expected = log_probabilities(model)
     assert (expected - before).abs().max() > 100 * TOLERANCE

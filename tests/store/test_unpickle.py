@@ -13,12 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+from adapters_store.convert.dispatch import convert
 from adapters_store.convert.tensor_files import open_tensors, plain_values, skipped_keys
 from adapters_store.convert.unpickle import translate
 from adapters_store.converter import run_child
 from adapters_store.errors import CorruptUpload, UnsafePickle, UnsupportedFormat
 from adapters_store.parts import TRANSLATED_PART
 from adapters_store.unpickled import translate_pickles
+from tests.store.folders import lora_config, lora_tensors, open_store, write_folder
 
 NAME = "adapter_model.bin"
 
@@ -237,3 +239,16 @@ def test_only_the_process_of_its_own_opens_a_pickle(tmp_path: Path) -> None:
     source = source_of(tmp_path, {"a": torch.ones(1)}, "x.ckpt")
     with pytest.raises(UnsupportedFormat), open_tensors([source / "x.ckpt"]):
         raise AssertionError("opened")
+
+
+@pytest.mark.parametrize("name", ["a.pkl", "a.PICKLE", "x.joblib", "adapter_model.dill"])
+def test_a_pickle_that_nothing_restricts_is_refused_before_a_byte_is_stored(name: str, tmp_path: Path) -> None:
+    with open_store(tmp_path / "store").stage() as upload, pytest.raises(UnsupportedFormat):
+        upload.open_part(name)
+
+
+def test_the_converters_never_open_a_pickle_themselves(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "folder", lora_config(), lora_tensors())
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+    with pytest.raises(UnsupportedFormat, match="safe_serialization=True"):
+        open_store(tmp_path / "store", convert=convert).put_dir("a", folder)
