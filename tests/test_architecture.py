@@ -53,6 +53,8 @@ PLANTED: list[tuple[str, dict[str, str]]] = [
     ("torch_stays_behind_the_engine", {"adapters_store/a.py": "from safetensors.torch import load_file"}),
     ("torch_stays_behind_the_engine", {"serve/cli/a.py": "import transformers"}),
     ("torch_stays_behind_the_engine", {"serve/probe/a.py": "import torch"}),
+    ("torch_stays_behind_the_engine", {"serve/tenants/a.py": "import torch"}),
+    ("imports_go_down", {"serve/tenants/a.py": "import serve.api.b", "serve/api/b.py": ""}),
     ("imports_go_down", {"serve/probe/a.py": "import serve.engine.b", "serve/engine/b.py": ""}),
     ("triton_stays_in_its_room", {"serve/engine/runner.py": "import triton"}),
     ("triton_stays_in_its_room", {"kernels/adapter_kernels/a.py": "import triton.language as tl"}),

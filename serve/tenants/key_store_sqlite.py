@@ -1,0 +1,177 @@
+"""The embedded key store: one SQLite file beside the registry, write-ahead log, synchronous=FULL.
+
+Owns the two tables and their transactions. Invariant: every change is one transaction, durable before the call returns,
+that also raises the version; a file made with another pepper is refused when it is opened, not key by key.
+"""
+
+import hashlib
+import hmac
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from serve.errors import StartError, Unavailable
+from serve.tenants.key_store import KeyNotFound, KeySnapshot, ends_by
+from serve.tenants.keys import KeyRecord
+from serve.tenants.principal import Scope
+
+KEYS_FILE = "keys.sqlite"
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS keys (
+    key_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, scopes TEXT NOT NULL, mac BLOB NOT NULL,
+    created INTEGER NOT NULL, expires INTEGER, revoked INTEGER
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+INSERT OR IGNORE INTO facts VALUES ('version', 0);
+"""
+_BUSY_TIMEOUT_S = 5.0
+_PEPPER_PURPOSE = b"chorale key store"
+
+
+class SqliteKeyStore:
+    """A `KeyStore` in one file. Reads and writes have a connection each, so no request waits for a writer's sync."""
+
+    def __init__(self, path: Path, pepper: bytes) -> None:
+        """Open or create the file.
+
+        Raises:
+            StartError: its keys were made with another pepper. Unavailable: the file cannot be used.
+        """
+        self._writing, self._reading = threading.Lock(), threading.Lock()
+        with _storage_errors():
+            _create_private(path)
+            self._writer = _connect(path)
+        try:
+            with _storage_errors():
+                self._writer.executescript(_SCHEMA)
+            self._check_pepper(pepper)
+            with _storage_errors():
+                self._reader = _connect(path)
+        except BaseException:
+            self._writer.close()
+            raise
+
+    def version(self) -> int:
+        """Return a number that every change raises."""
+        with self._reading, _storage_errors():
+            return _version(self._reader)
+
+    def snapshot(self) -> KeySnapshot:
+        """Return all keys and the version they are of, read at once."""
+        with self._reading, _storage_errors():
+            self._reader.execute("BEGIN")
+            try:
+                rows = self._reader.execute("SELECT * FROM keys ORDER BY created, key_id").fetchall()
+                return KeySnapshot(_version(self._reader), tuple(map(_record, rows)))
+            finally:
+                self._reader.execute("COMMIT")
+
+    def add(self, record: KeyRecord) -> None:
+        """Keep a new key."""
+        with self._change() as db:
+            _insert(db, record)
+
+    def revoke(self, key_id: str, *, now: int) -> KeyRecord:
+        """Make a key invalid for ever; revoking twice keeps the first time. Raises KeyNotFound."""
+        with self._change() as db:
+            record = _find(db, key_id)
+            if record.revoked is None:
+                record = replace(record, revoked=now)
+                db.execute("UPDATE keys SET revoked = ? WHERE key_id = ?", (now, key_id))
+            return record
+
+    def rotate(self, key_id: str, successor: KeyRecord, *, until: int) -> KeyRecord:
+        """Keep `successor` and let the old key end at `until` at the latest, both or neither. Raises KeyNotFound."""
+        with self._change() as db:
+            record = ends_by(_find(db, key_id), until)
+            db.execute("UPDATE keys SET expires = ? WHERE key_id = ?", (record.expires, key_id))
+            _insert(db, successor)
+            return record
+
+    def close(self) -> None:
+        """Give back the connections."""
+        with self._writing, self._reading:
+            self._reader.close()
+            self._writer.close()
+
+    def _check_pepper(self, pepper: bytes) -> None:
+        mark = hmac.digest(pepper, _PEPPER_PURPOSE, hashlib.sha256)
+        with self._transaction() as db:
+            db.execute("INSERT OR IGNORE INTO facts VALUES ('pepper', ?)", (mark,))
+            (kept,) = db.execute("SELECT value FROM facts WHERE name = 'pepper'").fetchone()
+        if not hmac.compare_digest(mark, kept):
+            raise StartError(
+                "the keys of this store were made with another pepper; name the file that they were made with "
+                "(--pepper-file)"
+            )
+
+    @contextmanager
+    def _change(self) -> Iterator[sqlite3.Connection]:
+        with self._transaction() as db:
+            yield db
+            db.execute("UPDATE facts SET value = value + 1 WHERE name = 'version'")
+
+    @contextmanager
+    def _transaction(self) -> Iterator[sqlite3.Connection]:
+        with self._writing, _storage_errors():
+            self._writer.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._writer
+                self._writer.execute("COMMIT")
+            except BaseException:
+                # a failed COMMIT may have ended the transaction by itself
+                if self._writer.in_transaction:
+                    self._writer.execute("ROLLBACK")
+                raise
+
+
+def _create_private(path: Path) -> None:
+    """Make the file before SQLite does, so that nobody else can ever read it."""
+    os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
+    try:
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.execute("PRAGMA synchronous=FULL")
+    except sqlite3.Error:
+        connection.close()
+        raise
+    return connection
+
+
+def _version(db: sqlite3.Connection) -> int:
+    return int(db.execute("SELECT value FROM facts WHERE name = 'version'").fetchone()[0])
+
+
+def _insert(db: sqlite3.Connection, record: KeyRecord) -> None:
+    scopes = " ".join(sorted(record.scopes))
+    values = (record.key_id, record.tenant, scopes, record.mac, record.created, record.expires, record.revoked)
+    db.execute("INSERT INTO keys VALUES (?, ?, ?, ?, ?, ?, ?)", values)
+
+
+def _find(db: sqlite3.Connection, key_id: str) -> KeyRecord:
+    row = db.execute("SELECT * FROM keys WHERE key_id = ?", (key_id,)).fetchone()
+    if row is None:
+        raise KeyNotFound(f"there is no key with the id {ascii(key_id)[:80]}; `chorale keys list` shows all")
+    return _record(row)
+
+
+def _record(row: tuple[str, str, str, bytes, int, int | None, int | None]) -> KeyRecord:
+    key_id, tenant, scopes, mac, created, expires, revoked = row
+    return KeyRecord(key_id, tenant, frozenset(map(Scope, scopes.split())), mac, created, expires, revoked)
+
+
+@contextmanager
+def _storage_errors() -> Iterator[None]:
+    try:
+        yield
+    except (sqlite3.Error, OSError, ValueError, TypeError) as error:
+        raise Unavailable(
+            "the store of API keys cannot be read or written; try again later", code="key_store_unavailable"
+        ) from error
