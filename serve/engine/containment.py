@@ -24,13 +24,13 @@ class ContainedExecutor:
         self._was_lost = False
 
     def execute(self, plan: StepPlan) -> list[RowResult | None]:
-        """Run a plan; on failure once more, then each adapter's rows alone.
+        """Run a plan; on failure once more, then each adapter's and each composition's rows alone.
 
         Returns:
             Results in the order of `plan.rows`; None for the rows of an adapter that cannot be run.
         Raises:
-            Exception: what the executor raised, when every part of the plan failed. One adapter failing alone in its
-                step proves nothing against the engine, so the first such step only fails its rows; the second raises.
+            Exception: what the executor raised, when every part of the plan failed. One adapter that all parts name
+                proves nothing against the engine, so the first such step only fails its rows; the second raises.
         """
         for attempt in ("first", "second"):
             try:
@@ -60,7 +60,9 @@ class ContainedExecutor:
                 for index, result in zip(indices, part_results, strict=True):
                     results[index] = result
         is_lost = len(failures) == len(groups)
-        if is_lost and (self._was_lost or len(groups) > 1 or () in groups):
+        # one adapter that all parts name, alone or composed, may be to blame for all of them
+        suspects = frozenset.intersection(*map(frozenset, groups))
+        if is_lost and (self._was_lost or not suspects):
             raise failures[-1]
         self._was_lost = is_lost
         return results

@@ -57,6 +57,38 @@ def test_an_adapter_alone_in_its_step_does_not_end_the_engine_at_its_first_failu
     assert isinstance(bench.end("a2"), Failed)
 
 
+def test_an_adapter_alone_and_in_a_composition_does_not_end_the_engine_either(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.CRITICAL)
+    bench = EngineBench()
+    bench.submit("warm", [1], adapters=((A, 1.0), (B, 0.5)), max_tokens=1)
+    bench.drain()
+    bench.executor.broken_digest = A
+    bench.submit("a", [1, 2], A)
+    bench.submit("both", [1, 2], adapters=((A, 1.0), (B, 0.5)))
+    bench.drain()
+    assert isinstance(bench.end("a"), Failed)
+    end = bench.end("both")
+    assert isinstance(end, Failed) and "the composition of aaaaaaaaaaaa + bbbbbbbbbbbb" in end.message
+    sound = bench.submit("b", [1, 2], B)
+    bench.drain()
+    assert bench.tokens("b") == run_alone(sound, bench.limits).token_ids
+
+
+def test_adapters_that_have_nothing_in_common_and_all_fail_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    bench = EngineBench()
+    for digest in (A, B):
+        bench.submit(f"warm {digest[0]}", [1], digest, max_tokens=1)
+    bench.drain()
+    bench.executor.num_lost_steps = 99
+    bench.submit("a", [1, 2], A)
+    bench.submit("b", [1, 2], B)
+    with pytest.raises(StepLost):
+        bench.drain()
+
+
 def test_two_lost_steps_in_a_row_end_the_engine(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.CRITICAL)
     bench = EngineBench()
