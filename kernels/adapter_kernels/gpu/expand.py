@@ -29,6 +29,27 @@ _MAX_MEMBERS = 3
 _LARGE_BLOCK = 64
 
 
+@triton.jit
+def _member_of(tile, width_0, width_1, width_2, BLOCK_O: tl.constexpr):
+    """Return (member, tile inside it, its width, its first column): tiles lie member after member."""
+    tiles_0 = tl.cdiv(width_0, BLOCK_O)
+    tiles_1 = tl.cdiv(width_1, BLOCK_O)
+    member = 0
+    width = width_0
+    out_begin = 0
+    if tile >= tiles_0 + tiles_1:
+        member = 2
+        width = width_2
+        out_begin = width_0 + width_1
+        tile -= tiles_0 + tiles_1
+    elif tile >= tiles_0:
+        member = 1
+        width = width_1
+        out_begin = width_0
+        tile -= tiles_0
+    return member, tile, width, out_begin
+
+
 @triton.jit(do_not_specialize=["first_site", "num_slots"])
 def _expand_kernel(
     bridge_ptr,
@@ -65,23 +86,7 @@ def _expand_kernel(
     )
     if slot < 0:
         return
-    # column tiles lie member after member: tiles_0 of the first, then tiles_1, ...
-    tile = tl.program_id(0)
-    tiles_0 = tl.cdiv(width_0, BLOCK_O)
-    tiles_1 = tl.cdiv(width_1, BLOCK_O)
-    member = 0
-    width = width_0
-    out_begin = 0
-    if tile >= tiles_0 + tiles_1:
-        member = 2
-        width = width_2
-        out_begin = width_0 + width_1
-        tile -= tiles_0 + tiles_1
-    elif tile >= tiles_0:
-        member = 1
-        width = width_1
-        out_begin = width_0
-        tile -= tiles_0
+    member, tile, width, out_begin = _member_of(tl.program_id(0), width_0, width_1, width_2, BLOCK_O)
     columns = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     column_mask = columns < width
     mask = row_mask[:, None] & column_mask[None, :]
@@ -95,22 +100,11 @@ def _expand_kernel(
             result += tl.load(base, mask=mask, other=0.0).to(tl.float32)
         result = add_families(
             result,
-            x_ptr,
-            in_dim,
-            base_bias_ptr,
-            out_begin,
-            bridge_ptr + member * rank_capacity,
-            plane_stride,
-            row_stride,
-            arena_ptr,
-            ints_ptr,
-            floats_ptr,
+            (x_ptr, in_dim, base_bias_ptr, out_begin),
+            (bridge_ptr + member * rank_capacity, plane_stride, row_stride),
+            (arena_ptr, ints_ptr, floats_ptr),
             entry,
-            rows,
-            row_mask,
-            columns,
-            column_mask,
-            width,
+            (rows, row_mask, columns, column_mask, width),
             ACCUMULATE,
             SPLITS,
             BLOCK_ROWS,

@@ -30,7 +30,8 @@ def segment(count):
 def sum_planes(pointers, mask, plane_stride, SPLITS: tl.constexpr):
     """Return fp32 values of the bridge at any columns: split-K planes summed in order; 0 where masked."""
     total = tl.load(pointers, mask=mask, other=0.0)
-    for split in tl.static_range(1, SPLITS):
+    # left rolled: unrolled here, addresses spill on sm_80 and gfx942
+    for split in tl.range(1, SPLITS, num_stages=1):
         total += tl.load(pointers + split * plane_stride, mask=mask, other=0.0)
     return total
 

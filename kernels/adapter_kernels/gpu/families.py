@@ -13,7 +13,7 @@ import triton.language as tl
 
 from adapter_kernels.gpu import tables
 from adapter_kernels.gpu.experts import add_mixture, segment, sum_planes, weigh_tile
-from adapter_kernels.gpu.rank_rows import add_bias, load_rank_tile, weigh_rank_tile
+from adapter_kernels.gpu.rank_rows import add_bias, add_member_delta, entry_pointer, load_rank_tile, weigh_rank_tile
 
 # columns of a table entry
 _BT = tl.constexpr(tables.BT)
@@ -101,22 +101,11 @@ def adds_anything(entry, HAS_BASE: tl.constexpr):
 @triton.jit
 def add_families(
     acc,
-    x_ptr,
-    in_dim,
-    base_bias_ptr,
-    base_begin,
-    bridge_ptr,
-    plane_stride,
-    row_stride,
-    arena_ptr,
-    ints_ptr,
-    floats_ptr,
+    layer,
+    bridge,
+    arena,
     entry,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    width,
+    tile,
     HAS_BASE: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -125,10 +114,16 @@ def add_families(
     """Return a tile of one member's output with all that the block's adapter does there, [BLOCK_ROWS, columns] fp32.
 
     `acc` is the base's output where HAS_BASE, and then out_scale is applied; else it is zeros that a delta is summed
-    in. `entry` points at the adapter's entry at the site, `bridge_ptr` at the member's first coefficient of row 0; the
-    member's part of the base's bias begins at `base_begin`. x [T, in_dim] is the site's input before any scale. Columns
-    count inside the member.
+    in. `entry` points at the adapter's entry at the site. The others are bundles:
+
+    layer: x [T, in_dim] before any scale, in_dim, the base's bias or None, where the member's part of it begins.
+    bridge: the member's first coefficient of row 0, strides of planes and rows. arena: as its dtype, int32, fp32.
+    tile: rows and their mask, columns inside the member and their mask, the member's width.
     """
+    x_ptr, in_dim, base_bias_ptr, base_begin = layer
+    bridge_ptr, plane_stride, row_stride = bridge
+    arena_ptr, ints_ptr, floats_ptr = arena
+    rows, row_mask, columns, column_mask, width = tile
     if HAS_BASE:
         scale_offset = tl.load(entry + _OUT_SCALE)
         acc = scale_output(acc, base_bias_ptr, base_begin, floats_ptr, scale_offset, columns, column_mask)
@@ -182,3 +177,66 @@ def add_families(
         value_rows = c_rows + segment(rank) + segment(num_experts)
         acc = _add_rows(acc, value_rows, plane_stride, ints_ptr, entry, num_rows, row_mask, columns, SPLITS)
     return add_bias(acc, arena_ptr, tl.load(entry + _BIAS), columns, column_mask)
+
+
+@triton.jit
+def add_member(
+    acc,
+    layer,
+    bridge,
+    arena,
+    table,
+    member,
+    slot,
+    tile,
+    HAS_FAMILIES: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """Return a tile of one member's output with what the block's adapter, if any, does there: what a sink calls.
+
+    Without families it is `add_member_delta`. Bundles as `add_families` takes them, but `bridge` begins at the first
+    member and ends with the members' stride; table: its pointer, slots, the fused site's first site.
+    """
+    bridge_ptr, plane_stride, row_stride, rank_capacity = bridge
+    arena_ptr, _, _ = arena
+    table_ptr, num_slots, first_site = table
+    rows, row_mask, columns, column_mask, width = tile
+    if HAS_FAMILIES:
+        if slot >= 0:
+            acc = add_families(
+                acc,
+                layer,
+                (bridge_ptr + member * rank_capacity, plane_stride, row_stride),
+                arena,
+                entry_pointer(table_ptr, num_slots, first_site + member, slot),
+                tile,
+                True,
+                SPLITS,
+                BLOCK_ROWS,
+                BLOCK_R,
+            )
+    else:
+        acc = add_member_delta(
+            acc,
+            bridge_ptr,
+            plane_stride,
+            row_stride,
+            rank_capacity,
+            arena_ptr,
+            table_ptr,
+            num_slots,
+            first_site,
+            member,
+            slot,
+            rows,
+            row_mask,
+            columns,
+            column_mask,
+            width,
+            SPLITS,
+            BLOCK_ROWS,
+            BLOCK_R,
+        )
+    return acc

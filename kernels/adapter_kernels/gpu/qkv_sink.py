@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from adapter_kernels.gpu.families import add_families
+from adapter_kernels.gpu.families import add_member
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.norm import scale_normed
-from adapter_kernels.gpu.rank_rows import add_member_delta, entry_pointer, load_block
+from adapter_kernels.gpu.rank_rows import load_block
 from adapter_kernels.gpu.route import UNUSED, block_rows_for
 from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
@@ -151,50 +151,17 @@ def _qkv_sink_kernel(
     dim_mask = lanes % BLOCK_HALF < half
     cells = rows[:, None] * ((num_heads + 2 * num_kv_heads) * HEAD_DIM) + (head * HEAD_DIM + dims)[None, :]
     tile = tl.load(qkv_ptr + cells, mask=row_mask[:, None] & dim_mask[None, :], other=0.0).to(tl.float32)
-    if HAS_FAMILIES:
-        if slot >= 0:
-            tile = add_families(
-                tile,
-                x_ptr,
-                in_dim,
-                base_bias_ptr,
-                (head - member_head) * HEAD_DIM,
-                bridge_ptr + member * rank_capacity,
-                plane_stride,
-                row_stride,
-                arena_ptr,
-                ints_ptr,
-                floats_ptr,
-                entry_pointer(table_ptr, num_slots, first_site + member, slot),
-                rows,
-                row_mask,
-                member_head * HEAD_DIM + dims,
-                dim_mask,
-                member_heads * HEAD_DIM,
-                True,
-                SPLITS,
-                BLOCK_ROWS,
-                BLOCK_R,
-            )
-        tile = tile.to(dtype).to(tl.float32)
-    elif HAS_ADAPTERS:
-        tile = add_member_delta(
+    if HAS_ADAPTERS:
+        tile = add_member(
             tile,
-            bridge_ptr,
-            plane_stride,
-            row_stride,
-            rank_capacity,
-            arena_ptr,
-            table_ptr,
-            num_slots,
-            first_site,
+            (x_ptr, in_dim, base_bias_ptr, (head - member_head) * HEAD_DIM),
+            (bridge_ptr, plane_stride, row_stride, rank_capacity),
+            (arena_ptr, ints_ptr, floats_ptr),
+            (table_ptr, num_slots, first_site),
             member,
             slot,
-            rows,
-            row_mask,
-            member_head * HEAD_DIM + dims,
-            dim_mask,
-            member_heads * HEAD_DIM,
+            (rows, row_mask, member_head * HEAD_DIM + dims, dim_mask, member_heads * HEAD_DIM),
+            HAS_FAMILIES,
             SPLITS,
             BLOCK_ROWS,
             BLOCK_R,

@@ -41,20 +41,11 @@ _LARGE_BLOCK = 64
 def _add_deltas(
     gate,
     up,
-    bridge_ptr,
-    plane_stride,
-    row_stride,
-    rank_capacity,
+    bridge,
     arena_ptr,
-    table_ptr,
-    num_slots,
-    first_site,
+    table,
     slot,
-    rows,
-    row_mask,
-    columns,
-    column_mask,
-    width,
+    tile,
     SPLITS: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -63,7 +54,12 @@ def _add_deltas(
 
     Both members' tiles are loaded before either is weighed, one wait on memory and not two; with 64 rows, where the
     registers do not suffice for that and more blocks than one wait at a time, one after the other.
+    bridge: its pointer, strides of planes, rows and members. table: its pointer, slots, the site of gate. tile: rows
+    and their mask, columns and their mask, width.
     """
+    bridge_ptr, plane_stride, row_stride, rank_capacity = bridge
+    table_ptr, num_slots, first_site = table
+    rows, row_mask, columns, column_mask, width = tile
     if slot >= 0:
         _, gate_bt, gate_bias, gate_rank = load_entry(table_ptr, num_slots, first_site, slot)
         _, up_bt, up_bias, up_rank = load_entry(table_ptr, num_slots, first_site + 1, slot)
@@ -162,22 +158,11 @@ def _swiglu_sink_kernel(
         if slot >= 0:
             gate = add_families(
                 gate,
-                x_ptr,
-                in_dim,
-                base_bias_ptr,
-                0,
-                bridge_ptr,
-                plane_stride,
-                row_stride,
-                arena_ptr,
-                ints_ptr,
-                floats_ptr,
+                (x_ptr, in_dim, base_bias_ptr, 0),
+                (bridge_ptr, plane_stride, row_stride),
+                (arena_ptr, ints_ptr, floats_ptr),
                 entry_pointer(table_ptr, num_slots, first_site, slot),
-                rows,
-                row_mask,
-                columns,
-                column_mask,
-                width,
+                (rows, row_mask, columns, column_mask, width),
                 True,
                 SPLITS,
                 BLOCK_ROWS,
@@ -189,22 +174,11 @@ def _swiglu_sink_kernel(
         if slot >= 0:
             up = add_families(
                 up,
-                x_ptr,
-                in_dim,
-                base_bias_ptr,
-                width,
-                bridge_ptr + rank_capacity,
-                plane_stride,
-                row_stride,
-                arena_ptr,
-                ints_ptr,
-                floats_ptr,
+                (x_ptr, in_dim, base_bias_ptr, width),
+                (bridge_ptr + rank_capacity, plane_stride, row_stride),
+                (arena_ptr, ints_ptr, floats_ptr),
                 entry_pointer(table_ptr, num_slots, first_site + 1, slot),
-                rows,
-                row_mask,
-                columns,
-                column_mask,
-                width,
+                (rows, row_mask, columns, column_mask, width),
                 True,
                 SPLITS,
                 BLOCK_ROWS,
@@ -217,20 +191,11 @@ def _swiglu_sink_kernel(
             gate, up = _add_deltas(
                 gate,
                 up,
-                bridge_ptr,
-                plane_stride,
-                row_stride,
-                rank_capacity,
+                (bridge_ptr, plane_stride, row_stride, rank_capacity),
                 arena_ptr,
-                table_ptr,
-                num_slots,
-                first_site,
+                (table_ptr, num_slots, first_site),
                 slot,
-                rows,
-                row_mask,
-                columns,
-                column_mask,
-                width,
+                (rows, row_mask, columns, column_mask, width),
                 SPLITS,
                 BLOCK_ROWS,
                 BLOCK_R,
