@@ -107,7 +107,7 @@ FORMAT_NOTES: Mapping[str, FormatNote] = MappingProxyType(
             "exact: per matrix the smallest of `rows`, `cols` and `csr`, or `lowrank` where the difference is one to "
             "within fp32's rounding, or `dense` within the operator's budget; `norm_weight`, `token_rows`, `bias`",
             "`lossy`: true also takes a low rank that misses by no more than the rounding of the checkpoint's dtype; "
-            "the largest error is recorded",
+            "the largest error is recorded, and the probe judges it all the same",
             "a matrix that changed densely and has a rank above `--max-rank`, named with its density: extract a LoRA; "
             "more than a quarter of the vocabulary",
         ),

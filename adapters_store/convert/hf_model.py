@@ -29,6 +29,8 @@ from adapters_store.ops import Csr, Module
 from adapters_store.safetensors_header import CANONICAL_LIMITS, EXTERNAL_LIMITS
 from adapters_store.strict_json import Json
 
+_MAX_KEPT_BYTES = 512 << 20
+
 
 def convert_hf_model(source: Path, target: Path, options: ConvertOptions) -> None:
     """Convert the checkpoint in `source`; raises AdapterRefused."""
@@ -73,6 +75,9 @@ class _Pair:
         self._options = options
         self._is_lossy = is_lossy
         self._kept: tuple[tuple[int, str], Change] | None = None
+        # finding a low rank costs seconds per matrix, its factors a few hundred kilobytes
+        self._low_ranks: dict[tuple[int, str], Change] = {}
+        self._low_rank_bytes = 0
         self._errors: list[float] = []
         self._kinds: dict[str, int] = {}
 
@@ -129,6 +134,9 @@ class _Pair:
         return self._kept[1]
 
     def _change(self, layer: int, site: str) -> Change | None:
+        if (layer, site) in self._low_ranks:
+            self._kept = (layer, site), self._low_ranks[layer, site]
+            return self._low_ranks[layer, site]
         options = self._options
         found, base = (site_values(files, layer, site, options.base) for files in self._both())
         change = classify(found, base, self._dtype(layer, site), options.max_rank, is_lossy=self._is_lossy)
@@ -136,7 +144,14 @@ class _Pair:
             change = self._dense(layer, site, found - base, change)
         if change is not None:
             self._kept = (layer, site), change
+            self._keep_low_rank((layer, site), change)
         return change
+
+    def _keep_low_rank(self, place: tuple[int, str], change: Change) -> None:
+        num_bytes = 0 if change.a is None else change.a.nbytes + change.values.nbytes
+        if 0 < num_bytes <= _MAX_KEPT_BYTES - self._low_rank_bytes:
+            self._low_ranks[place] = change
+            self._low_rank_bytes += num_bytes
 
     def _dense(self, layer: int, site: str, delta: Float32, facts: Facts) -> Change:
         if self._options.dense_budget_bytes == 0 or delta.size * 2 > self._options.dense_budget_bytes:
