@@ -133,6 +133,15 @@ class TensorFile:
             raise NonFiniteValues(f"tensor {slot.name} holds NaN or infinity", param=slot.name)
         return decode(raw, slot.dtype).reshape(slot.shape)
 
+    def rows(self, slot: TensorSlot, begin: int, end: int) -> Float32:
+        """Read rows `begin..end` of one tensor as float32; raises NonFiniteValues as `floats`."""
+        row_bytes = (slot.end - slot.begin) // slot.shape[0]
+        first = slot.begin + begin * row_bytes
+        part = TensorSlot(
+            slot.name, slot.dtype, (end - begin, *slot.shape[1:]), first, first + (end - begin) * row_bytes
+        )
+        return self.floats(part)
+
     def shared(self, slot: TensorSlot) -> Float32:
         """Read a tensor that every module needs; it is kept, so only for the few of the whole model."""
         if slot.name not in self._kept:

@@ -168,14 +168,16 @@ def _token_rows(saved: Saved, tensors: PeftTensors, file: TensorFile, base: Base
 
 
 def _differing(place: str, slot: TensorSlot, tensors: PeftTensors, file: TensorFile, base: BaseDims) -> TokenValues:
-    """Return the rows of a whole table that are not the base's."""
+    """Return the rows of a whole table that are not the base's; a few MB of both are in memory at a time."""
     check_shape(slot, (base.vocab_size, base.hidden_size))
-    table = file.floats(slot)
-    ids: list[Ids] = [
-        rows.start + np.flatnonzero((table[rows] != own).any(axis=1)) for rows, own in tensors.weights.table(place)
-    ]
-    changed = np.concatenate(ids)
-    return TokenValues(changed, table[changed])
+    ids: list[Ids] = []
+    rows: list[Float32] = []
+    for part, own in tensors.weights.table(place):
+        found = file.rows(slot, part.start, part.stop)
+        changed = np.flatnonzero((found != own).any(axis=1))
+        ids.append(part.start + changed)
+        rows.append(found[changed])
+    return TokenValues(np.concatenate(ids), np.concatenate(rows))
 
 
 def _drop_copies(place: str, tensors: PeftTensors, file: TensorFile, base: BaseDims) -> None:

@@ -27,6 +27,10 @@ FORMS = {
     *("oft-shared", "supra"),
 }
 SWEPT = [pytest.param(name, marks=[pytest.mark.slow] if name in FORMS else []) for name in CASES]
+ODD_VALUES: list[object] = [
+    None, True, False, 0, 1, 2, 3, 64, -1, 1 << 20, 2**70, 0.5, 1e308, "", "x", "q_proj", "all-linear", "\ud800",
+    [], ["q_proj"], [0], [[0, 1]], ["(a+)+$"], {}, {"q_proj": 1}, {"q_proj": [True]}, {"(a|b)": 2}, {"x": {"y": []}},
+]  # fmt: skip
 INTEGERS = {"U8": "<u1", "I16": "<i2", "I64": "<i8"}
 
 
@@ -105,3 +109,14 @@ def one_of_each(tensors: Tensors) -> list[str]:
         if 0 not in shape
     }
     return list(kinds.values())
+
+
+def scaled(tensors: Tensors, exponent: int) -> Tensors:
+    """Multiply every value by a power of two; what overflows becomes infinity."""
+    changed: Tensors = {}
+    for key, (dtype, shape, raw) in tensors.items():
+        if dtype == "F32":
+            with np.errstate(over="ignore"):
+                raw = np.ldexp(np.frombuffer(raw, "<f4"), exponent).astype("<f4").tobytes()
+        changed[key] = (dtype, shape, raw)
+    return changed

@@ -5,6 +5,7 @@ over HTTP in `test_peft_types_http.py`.
 """
 
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,13 +18,16 @@ from adapters_store.canonical import check_adapter
 from adapters_store.convert import kv_prefixes, lora_factors, prompts
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
+from adapters_store.convert.peft_types import PEFT_TYPES
+from adapters_store.convert.tuner import Served
 from adapters_store.errors import AdapterRefused, ConversionFailed
 from adapters_store.formats import Declared
 from adapters_store.manifest import Manifest
 from tests.model.tiny_models import BY_NAME, save
-from tests.store.folders import Tensors, float32, read_tensors, write_folder
+from tests.store.folders import Tensors, float32, read_tensors, safetensors_bytes, write_folder
 from tests.store.peft_cases import MODEL_CASES, Case, save_case, tiny_llama
-from tests.store.peft_folders import Saved
+from tests.store.peft_folders import ODD_VALUES, Saved, scaled
+from tests.store.test_fuzz import damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
@@ -63,7 +67,7 @@ class Room:
         return self.saved[name]
 
     def convert(
-        self, config: dict[str, object], tensors: Tensors, dtype: str = "float32", task_id: int | None = None
+        self, config: dict[str, object], tensors: Tensors | bytes, dtype: str = "float32", task_id: int | None = None
     ) -> Manifest:
         target = self.root / f"target{len(list(self.root.iterdir()))}"
         target.mkdir()
@@ -137,6 +141,25 @@ def test_a_tensor_that_nothing_declares_is_refused(name: str, room: Room) -> Non
         ("prompt_embeddings_more", (2, 64)),
     ):
         room.refusal(saved.config, saved.tensors | {stranger: float32(np.ones(shape))}, task_of(name))
+
+
+@pytest.mark.parametrize("name", MODEL_CASES)
+def test_odd_values_and_damaged_bytes_are_refused_or_give_a_valid_adapter(name: str, room: Room) -> None:
+    saved, choose = room.case(name), random.Random(name)
+    kind = PEFT_TYPES[str(saved.config["peft_type"])]
+    assert isinstance(kind, Served)
+    keys = [rule.key for rule in kind.rules]
+    attempts: list[tuple[dict[str, object], Tensors | bytes]] = [
+        (saved.config | {choose.choice(keys): choose.choice(ODD_VALUES)}, saved.tensors) for _ in range(12)
+    ]
+    raw = safetensors_bytes(saved.tensors)
+    attempts += [(saved.config, damaged(raw, random.Random(seed))) for seed in range(4)]
+    attempts += [(saved.config, scaled(saved.tensors, exponent)) for exponent in (-140, 60, 110)]
+    for number, (config, tensors) in enumerate(attempts):
+        try:
+            room.convert(config, tensors, ("float32", "bfloat16", "float16")[number % 3], task_of(name))
+        except AdapterRefused as refusal:
+            assert len(refusal.message) < 400 and refusal.message.isprintable()
 
 
 PLANTED: list[tuple[str, type, Callable[[object], object]]] = [

@@ -15,15 +15,11 @@ from adapters_store.convert.peft_types import PEFT_TYPES
 from adapters_store.convert.tuner import Served
 from adapters_store.errors import AdapterRefused, AdapterWithoutEffect, ConversionFailed, NonFiniteValues
 from tests.store.folders import Tensors, float32, safetensors_bytes
-from tests.store.peft_folders import INTEGERS, SWEPT, Folders, one_of_each
+from tests.store.peft_folders import INTEGERS, ODD_VALUES, SWEPT, Folders, one_of_each, scaled
 from tests.store.test_fuzz import damaged
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
-ODD_VALUES: list[object] = [
-    None, True, False, 0, 1, 2, 3, 64, -1, 1 << 20, 2**70, 0.5, 1e308, "", "x", "q_proj", "all-linear", "\ud800",
-    [], ["q_proj"], [0], [[0, 1]], ["(a+)+$"], {}, {"q_proj": 1}, {"q_proj": [True]}, {"(a|b)": 2}, {"x": {"y": []}},
-]  # fmt: skip
 # no value of theirs leaves the base as it is, as far as can be told without running it
 ALWAYS_ACT = {"pissa", "olora", "kasa", "hra", "hra-orthogonal", "deft-para"}
 
@@ -147,17 +143,6 @@ def test_odd_values_of_any_key_are_read_or_refused(name: str, folders: Folders) 
             folders.convert(saved.config | changes, saved.tensors)
         except AdapterRefused as refusal:
             assert len(refusal.message) < 400 and refusal.message.isprintable()
-
-
-def scaled(tensors: Tensors, exponent: int) -> Tensors:
-    """Multiply every value by a power of two; what overflows becomes infinity."""
-    changed: Tensors = {}
-    for key, (dtype, shape, raw) in tensors.items():
-        if dtype == "F32":
-            with np.errstate(over="ignore"):
-                raw = np.ldexp(np.frombuffer(raw, "<f4"), exponent).astype("<f4").tobytes()
-        changed[key] = (dtype, shape, raw)
-    return changed
 
 
 CONFIGS: list[tuple[str, dict[str, object], str]] = [
