@@ -151,4 +151,5 @@ def check_options(gate: GateOptions, what: str) -> None:
         ("mix", gate.mix, MIXES),
     ):
         if value not in known:
-            raise InvalidGate(f"the gate of {what} has {key} '{value}'; known are {', '.join(known)}", param=what)
+            shown = ascii(value)[:60]
+            raise InvalidGate(f"the gate of {what} has {key} {shown}; known are {', '.join(known)}", param=what)

@@ -235,7 +235,8 @@ def _check_token_rows(token_rows: tuple[TokenRows, ...], base: BaseDims) -> None
     _refuse_twins([rows.target for rows in token_rows])
     for rows in token_rows:
         if rows.target not in TARGETS or rows.count < 1:
-            raise CorruptUpload(f"token_rows of '{rows.target}' replace {rows.count} rows", param="token_rows")
+            shown = ascii(rows.target)[:60]
+            raise CorruptUpload(f"token_rows of {shown} replace {rows.count} rows", param="token_rows")
         if rows.target == "both" and len(token_rows) > 1:
             raise CorruptUpload("token_rows of 'both' exclude all others", param="token_rows")
         check_selected(rows.count, base.vocab_size, f"token_rows of '{rows.target}'", param="token_rows")
