@@ -46,6 +46,9 @@ COMMANDS: list[Command] = [
     Submit("a", [1, 2, 3], SamplingParams(5, 7, logit_bias=((3, -1.5),), grammar=Grammar("regex", "é+")), "d" * 64),
     Abort("a"),
     Embed("b", list(range(1000))),
+    Submit("c", [1], SamplingParams(5, 7), adapters=(("d" * 64, 0.1), ("e" * 64, -2.0))),
+    Embed("d", [1, 2], "last", "d" * 64, num_virtual_tokens=20),
+    Embed("e", [1, 2], "mean", "d" * 64, active_from=1),
 ]
 
 
