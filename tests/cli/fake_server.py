@@ -11,7 +11,8 @@ from serve.config import ApiConfig, EngineConfig, ServeConfig, WatchdogConfig
 
 def main(model_dir: Path, store_dir: Path, grace_s: float) -> None:
     """Serve until a signal."""
-    api = ApiConfig(model_dir=model_dir, store_dir=store_dir, served_model_name="fake", port=0)
+    # its engine computes nothing that a probe could compare
+    api = ApiConfig(model_dir=model_dir, store_dir=store_dir, served_model_name="fake", port=0, probe_adapters=False)
     engine = EngineConfig(model_dir=model_dir, store_dir=store_dir)
     start_logging("warning")
     with one_line_errors(exit_status=2):

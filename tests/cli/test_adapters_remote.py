@@ -8,6 +8,7 @@ from typer.testing import CliRunner, Result
 
 from adapters_store.base import read_base_dims
 from adapters_store.errors import StoreError
+from adapters_store.proof import NO_ENGINE
 from adapters_store.store import AdapterStore
 from serve.cli.app import app
 from serve.cli.server import missing_adapters, publish
