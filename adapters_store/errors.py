@@ -227,6 +227,20 @@ class AdapterCorrupt(StoreError):
     default_code = "adapter_corrupt"
 
 
+class RegistryUnavailable(StoreError):
+    """503 `registry_unavailable`: names cannot change now, known adapters are served; carries Retry-After."""
+
+    http_status = 503
+    default_code = "registry_unavailable"
+
+    def __init__(self, message: str = "", *, retry_after_s: int = 2) -> None:
+        super().__init__(
+            message
+            or "the registry that all replicas share cannot be reached; known adapters are served, change names later"
+        )
+        self.retry_after_s = retry_after_s
+
+
 # what a converter process may answer with; anything else it says is a ConversionFailed
 REFUSALS: dict[str, type[AdapterRefused]] = {
     kind.default_code: kind

@@ -1,0 +1,273 @@
+"""The registry that replicas share: a journal in their shared folder, followed by each, announced through Redis.
+
+Owns the order of a change: decided against all changes before it, written to the journal, followed like anybody's,
+announced. Invariants: what was acknowledged is durable in the folder, whatever happens to Redis; the journal alone
+decides who gets a number, so two replicas can never publish one version twice, also when Redis fails over and forgets;
+reads come from memory and need neither Redis nor the folder; without Redis nothing changes, since nobody would hear.
+"""
+
+import hashlib
+import threading
+import uuid
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Protocol
+
+from adapters_store.errors import RegistryUnavailable, StorageFailed, storage_errors
+from adapters_store.journal import NOTHING_BEFORE, Journal, LinkingFileSystem
+from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.registry_changes import (
+    Aliased,
+    Change,
+    Deleted,
+    Entry,
+    Everything,
+    Founded,
+    Published,
+    read_entry,
+    write_entry,
+)
+from adapters_store.registry_state import RegistryState
+
+JOURNAL = "journal"
+
+
+class Head(Protocol):
+    """Where replicas tell each other the newest number: Redis, or nobody at all for one process alone."""
+
+    def top(self) -> int:
+        """Return the newest number told; -1: none. Raises RegistryUnavailable."""
+        ...
+
+    def announce(self, number: int) -> None:
+        """Tell it; raises RegistryUnavailable."""
+        ...
+
+    def close(self) -> None:
+        """Give back the connections."""
+        ...
+
+
+class SharedRegistry:
+    """A `Registry` over a journal. Thread-safe; any number of processes on any number of machines."""
+
+    def __init__(self, journal: Journal) -> None:
+        """Read the journal, founding it if it is new; changes are refused until `connect`.
+
+        Raises:
+            StorageFailed: the folder fails, or an entry is missing or damaged.
+        """
+        self._journal = journal
+        self._head: Head | None = None
+        self._is_away = False
+        # one at a time follows or changes; `_reading` is held for moments only, so no request waits for the disk
+        self._changing, self._reading = threading.RLock(), threading.Lock()
+        self._state = RegistryState()
+        self._number, self._last = -1, NOTHING_BEFORE
+        self._found()
+        self._catch_up_wholly()
+
+    @classmethod
+    def open(cls, store: Path) -> "SharedRegistry":
+        """Read the journal of the store in this folder."""
+        return cls(Journal(store / JOURNAL, LinkingFileSystem()))
+
+    @property
+    def store_id(self) -> str:
+        """Return the store's identity, which its key in Redis carries."""
+        return self._state.store_id
+
+    @property
+    def number(self) -> int:
+        """Return the number of the newest change that this process knows."""
+        return self._number
+
+    @property
+    def is_away(self) -> bool:
+        """Return whether Redis did not answer the last time."""
+        return self._is_away
+
+    def connect(self, head: Head) -> None:
+        """Take changes from now on, and tell them to `head`, which `close` closes."""
+        self._head = head
+
+    def mark(self, *, is_away: bool) -> None:
+        """Remember whether Redis answers; whoever asked it says so."""
+        self._is_away = is_away
+
+    def publish(self, new: NewVersion) -> AdapterVersion:
+        """Give the next number, make it the name's current version, return when durable."""
+
+        def decide(state: RegistryState) -> Change:
+            state.check_free(new.name)
+            return Published(AdapterVersion(**_fields(new), version=state.next_number(new.name)))  # type: ignore[arg-type]
+
+        change = self._change(decide)
+        assert isinstance(change, Published)
+        return change.version
+
+    def set_alias(self, name: str, alias: str, version: int) -> None:
+        """Point `name:alias` to an existing version."""
+
+        def decide(state: RegistryState) -> Change:
+            state.check_alias(name, alias, version)
+            return Aliased(name, alias, version)
+
+        self._change(decide)
+
+    def delete(self, name: str, *, now: int) -> None:
+        """Forget a name with its versions and aliases; their digests count as retired from `now` on."""
+        self._change(lambda state: Deleted(name, now) if state.current(name) is not None else None)
+
+    def fold(self, *, retired_since: int) -> int:
+        """Write all changes as one and forget those before; return how many files went."""
+        change = self._change(lambda state: state.everything(retired_since=retired_since))
+        assert isinstance(change, Everything)
+        with self._changing, self._journal.lock.held():
+            self.catch_up()
+            return self._journal.forget_before(self._number)
+
+    def check_free(self, name: str) -> None:
+        """Raise NameTaken as `Registry` says; RegistryUnavailable early, before somebody sends gigabytes in vain."""
+        if self._head is None or self._is_away:
+            raise RegistryUnavailable()
+        with self._reading:
+            self._state.check_free(name)
+
+    def current(self, name: str) -> AdapterVersion | None:
+        """Return the name's current version."""
+        with self._reading:
+            return self._state.current(name)
+
+    def version(self, name: str, version: int) -> AdapterVersion | None:
+        """Return one version by number."""
+        with self._reading:
+            return self._state.version(name, version)
+
+    def aliased(self, name: str, alias: str) -> AdapterVersion | None:
+        """Return the version that `name:alias` points to."""
+        with self._reading:
+            return self._state.aliased(name, alias)
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """Return all versions of a name, oldest first."""
+        with self._reading:
+            return self._state.versions(name)
+
+    def all_current(self) -> list[AdapterVersion]:
+        """Return the current version of every name, by name."""
+        with self._reading:
+            return self._state.all_current()
+
+    def digests(self, *, retired_since: int) -> set[str]:
+        """Return every digest that some version points to, or that was retired at or after that time.
+
+        Whoever asks removes the others, so this looks into the folder first.
+        Raises:
+            RegistryUnavailable: Redis knows of changes that the folder does not show here.
+        """
+        top = -1
+        if self._head is not None and not self._is_away:
+            with suppress(RegistryUnavailable):
+                top = self._head.top()
+        self.catch_up()
+        self._check_not_behind(top)
+        with self._reading:
+            return self._state.digests(retired_since=retired_since)
+
+    def everything(self) -> Everything:
+        """Return all that is known, as one change."""
+        with self._reading:
+            return self._state.everything()
+
+    def catch_up(self) -> None:
+        """Follow the journal to its end; raises StorageFailed."""
+        with self._changing:
+            while self._follow() or self._jump():
+                continue
+
+    def close(self) -> None:
+        """Give back the connections."""
+        if self._head is not None:
+            self._head.close()
+
+    def _change(self, decide: Callable[[RegistryState], Change | None]) -> Change | None:
+        """Let `decide` see everything, write down what it says, follow it, announce it."""
+        if self._head is None:
+            raise RegistryUnavailable()
+        # asked now, not remembered: a frozen Redis looks like one that has nothing to say
+        top = self._head.top()
+        with self._changing, self._journal.lock.held():
+            while True:
+                self._catch_up_wholly()
+                self._check_not_behind(top)
+                change = decide(self._state)
+                if change is None:
+                    return None
+                if self._journal.append(self._number + 1, write_entry(Entry(self._number + 1, self._last, change))):
+                    break
+            self.catch_up()
+            # durable, so it happened: if Redis went just now, the others hear of it when it is back
+            with suppress(RegistryUnavailable):
+                self._head.announce(self._number)
+        return change
+
+    def _found(self) -> None:
+        if self._journal.read(0) is None:
+            with self._journal.lock.held():
+                self._journal.append(0, write_entry(Entry(0, NOTHING_BEFORE, Founded(uuid.uuid4().hex))))
+
+    def _follow(self) -> bool:
+        payload = self._journal.read(self._number + 1)
+        if payload is None:
+            return False
+        entry = read_entry(payload, self._number + 1)
+        if entry.before != self._last:
+            raise StorageFailed(
+                f"change {entry.number} of the store's journal does not follow change {self._number}; "
+                "restore the journal folder from a backup, then restart"
+            )
+        self._take(entry, payload)
+        return True
+
+    def _jump(self) -> bool:
+        """Go on at a checkpoint, if the changes up to there are gone."""
+        number = self._journal.checkpoint()
+        if number <= self._number:
+            return False
+        payload = self._journal.read(number)
+        entry = None if payload is None else read_entry(payload, number)
+        if payload is None or entry is None or not isinstance(entry.change, Everything):
+            raise StorageFailed(f"change {number} of the store's journal, its checkpoint, is missing")
+        self._take(entry, payload)
+        return True
+
+    def _take(self, entry: Entry, payload: bytes) -> None:
+        with self._reading:
+            self._state.apply(entry.change)
+            self._number, self._last = entry.number, hashlib.sha256(payload).hexdigest()
+
+    def _catch_up_wholly(self) -> None:
+        # listed first: what others write meanwhile is no gap
+        with storage_errors():
+            newest = max(self._journal.numbers(), default=-1)
+        self.catch_up()
+        if newest > self._number:
+            raise StorageFailed(
+                f"change {self._number + 1} of the store's journal is missing, change {newest} is there; "
+                "restore the journal folder from a backup"
+            )
+
+    def _check_not_behind(self, top: int) -> None:
+        if top > self._number:
+            raise RegistryUnavailable(
+                f"Redis knows of change {top}, the shared folder shows {self._number} here; if the folder was restored "
+                "from a backup, run `chorale store rebuild`"
+            )
+
+
+def _fields(new: NewVersion) -> dict[str, object]:
+    # asdict would turn the report into a dict
+    return {key: getattr(new, key) for key in asdict(new)}

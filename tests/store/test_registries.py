@@ -1,0 +1,193 @@
+"""What every registry promises, the same suite for each: SQLite in a file, and a journal with a real Redis."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from adapters_store.errors import AdapterNotFound, NameTaken
+from adapters_store.manifest import Report
+from adapters_store.redis_head import RedisHead
+from adapters_store.registry import NewVersion, Registry, find_version
+from adapters_store.registry_redis import SharedRegistry
+from adapters_store.registry_sqlite import SqliteRegistry
+from tests.redis_server import RedisServer
+
+Open = Callable[[], Registry]
+
+NEW = NewVersion(
+    name="fr",
+    digest="a" * 64,
+    family="lora",
+    rank=4,
+    num_bytes=100,
+    created=1,
+    base={"model_type": "llama", "hidden_size": 16, "base_dependent": True},
+    report=Report(applied=("layers.0.mlp.up_proj",), ignored=("x",), missing=()),
+    dtype="float32",
+    num_virtual_tokens=8,
+    invocation_tokens=(5, 7),
+    proof={"agrees": True, "max_error": 1e-6, "prompts": [[1, 2], [3]]},
+)
+
+
+def new(name: str = "fr", digest: str = "a") -> NewVersion:
+    return replace(NEW, name=name, digest=digest * 64)
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    """Return a real Redis."""
+    server = RedisServer()
+    try:
+        yield server
+    finally:
+        server.close()
+
+
+@pytest.fixture(params=["sqlite", "redis"])
+def open_registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Open]:
+    """Hand out a function that opens the same registry once more, as another process would."""
+    with ExitStack() as opened:
+
+        def open_sqlite() -> Registry:
+            registry = SqliteRegistry(tmp_path / "registry.sqlite")
+            opened.callback(registry.close)
+            return registry
+
+        def open_redis() -> Registry:
+            registry = SharedRegistry.open(tmp_path)
+            registry.connect(RedisHead(server.url, registry.store_id))
+            opened.callback(registry.close)
+            return registry
+
+        if request.param == "sqlite":
+            yield open_sqlite
+        else:
+            server: RedisServer = request.getfixturevalue("redis_server")
+            yield open_redis
+
+
+@pytest.fixture
+def registry(open_registry: Open) -> Registry:
+    """Return an empty registry."""
+    return open_registry()
+
+
+def test_a_case_twin_is_refused_until_the_name_is_gone(registry: Registry) -> None:
+    registry.publish(new("Fr"))
+    for attempt in (lambda: registry.check_free("fR"), lambda: registry.publish(new("fr"))):
+        with pytest.raises(NameTaken, match="'Fr'"):
+            attempt()
+    assert [version.name for version in registry.all_current()] == ["Fr"]
+    registry.delete("Fr", now=5)
+    assert registry.publish(new("fr")).version == 2
+
+
+def test_a_name_that_is_an_alias_is_refused_and_the_other_way_round(registry: Registry) -> None:
+    registry.publish(new("fr"))
+    registry.set_alias("fr", "prod", 1)
+    with pytest.raises(NameTaken, match="alias 'prod'"):
+        registry.publish(new("fr:prod"))
+    registry.publish(new("fr:beta"))
+    with pytest.raises(NameTaken, match="'fr:beta'"):
+        registry.set_alias("fr", "beta", 1)
+    assert registry.aliased("fr", "beta") is None
+
+
+def test_an_alias_needs_a_version_that_is_there(registry: Registry) -> None:
+    with pytest.raises(AdapterNotFound, match="no version 1"):
+        registry.set_alias("fr", "prod", 1)
+    registry.publish(new())
+    with pytest.raises(AdapterNotFound, match="no version 2"):
+        registry.set_alias("fr", "prod", 2)
+    assert registry.aliased("fr", "prod") is None
+
+
+def test_what_is_not_there_is_none(registry: Registry) -> None:
+    registry.publish(new())
+    assert registry.current("FR") is None and registry.current("") is None
+    assert registry.version("fr", 2) is None and registry.version("fr", 0) is None
+    assert registry.aliased("fr", "prod") is None and registry.versions("xx") == []
+    registry.delete("xx", now=1)
+    assert [version.version for version in registry.versions("fr")] == [1]
+
+
+def test_a_number_is_never_given_again(registry: Registry, open_registry: Open) -> None:
+    assert [registry.publish(new(digest=digest)).version for digest in "abc"] == [1, 2, 3]
+    registry.delete("fr", now=5)
+    assert registry.current("fr") is None and registry.versions("fr") == []
+    assert open_registry().publish(new("FR")).version == 4
+
+
+def test_everything_comes_back_as_it_was_published(registry: Registry, open_registry: Open) -> None:
+    published = [registry.publish(new(digest=digest)) for digest in "ab"]
+    registry.publish(replace(new("de"), proof=None, not_probed="why", invocation_tokens=()))
+    for each in (registry, open_registry()):
+        assert each.versions("fr") == published
+        assert each.current("fr") == published[1] and each.version("fr", 1) == published[0]
+        assert [version.name for version in each.all_current()] == ["de", "fr"]
+    assert published[0].report == NEW.report and published[0].proof == NEW.proof
+    assert published[0].base == NEW.base and published[0].invocation_tokens == (5, 7)
+
+
+def test_an_alias_moves_and_goes_with_its_name(registry: Registry) -> None:
+    for digest in "ab":
+        registry.publish(new(digest=digest))
+    for number in (1, 2, 1):
+        registry.set_alias("fr", "prod", number)
+        assert registry.aliased("fr", "prod") == registry.version("fr", number)
+    registry.publish(new("fr2"))
+    registry.set_alias("fr2", "prod", 1)
+    registry.delete("fr", now=5)
+    registry.publish(new())
+    assert registry.aliased("fr", "prod") is None
+    assert registry.aliased("fr2", "prod") is not None
+
+
+def test_digests_are_kept_while_pointed_to_or_recently_retired(registry: Registry, open_registry: Open) -> None:
+    registry.publish(new("fr", "a"))
+    registry.publish(new("fr", "b"))
+    registry.publish(new("de", "b"))
+    registry.delete("fr", now=100)
+    assert registry.digests(retired_since=100) == {"a" * 64, "b" * 64}
+    assert open_registry().digests(retired_since=101) == {"b" * 64}
+
+
+def test_selectors_find_the_same_in_every_registry(registry: Registry) -> None:
+    for digest in "aba":
+        registry.publish(new(digest=digest))
+    registry.set_alias("fr", "prod", 2)
+    found = {
+        model: version.version if (version := find_version(registry, model)) else None
+        for model in (
+            "fr",
+            "fr@1",
+            "fr@9",
+            f"fr@sha256:{'a' * 64}",
+            f"fr@sha256:{'c' * 64}",
+            "fr:prod",
+            "fr:no",
+            ":prod",
+        )
+    }
+    assert [*found.values()] == [3, 1, None, 3, None, 2, None, None]
+
+
+def test_publications_from_many_sides_get_distinct_numbers(open_registry: Open) -> None:
+    sides = [open_registry() for _ in range(3)]
+    numbers: list[int] = []
+
+    def publish(side: Registry) -> None:
+        numbers.extend(side.publish(new()).version for _ in range(8))
+
+    threads = [threading.Thread(target=publish, args=(side,)) for side in sides for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(numbers) == list(range(1, 49))
+    assert [version.version for version in open_registry().versions("fr")] == list(range(1, 49))
