@@ -21,7 +21,7 @@ from adapters_store.convert.moe_config import read_config_file
 from adapters_store.convert.option_values import OptionValues
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.source_model import SourceModel
-from adapters_store.errors import AdapterWithoutEffect, InvalidOption, UnsupportedAdapter
+from adapters_store.errors import AdapterWithoutEffect, InvalidOption, NonFiniteValues, UnsupportedAdapter
 from adapters_store.float_bits import Float32
 from adapters_store.gates import GateOptions
 from adapters_store.parts import CONFIG_PART, WEIGHTS_PART
@@ -87,8 +87,11 @@ def top_direction(lora: Lora, what: str) -> Float32:
 
     Raises:
         AdapterWithoutEffect: the product is zero. UnsupportedAdapter: its direction is not defined.
+        NonFiniteValues: NaN or infinity in a factor.
     """
     a, b = lora.a().astype(np.float64), lora.b().astype(np.float64)
+    if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
+        raise NonFiniteValues(f"{what} holds NaN or infinity", param="experts")
     # of the orthogonal factors of A^T and B the small middle keeps all singular values
     q, r = np.linalg.qr(a.T)
     _, values, vh = np.linalg.svd(np.linalg.qr(b, mode="r") @ r.T)

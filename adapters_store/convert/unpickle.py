@@ -42,6 +42,7 @@ _MAX_TEXT = 4096
 _MAX_LIST = 16
 _MAX_INTEGERS = 1 << 26
 _MAX_ENTRIES = 200_000
+_ZIP_START = b"PK\x03\x04"
 # beside the weights, training leaves its own state, which no converter reads
 _WEIGHTS_KEY = "state_dict"
 
@@ -89,7 +90,9 @@ def translate(source: Path, target: Path) -> None:
 
 def read_pickle(path: Path) -> _Found:
     """Load one pickle with torch's restricted unpickler and collect what it holds; raises UnsafePickle."""
-    is_zip = zipfile.is_zipfile(path)
+    with path.open("rb") as file:
+        # torch decides by these bytes too, so nothing that it takes for an archive goes unchecked
+        is_zip = file.read(len(_ZIP_START)) == _ZIP_START
     if is_zip:
         _check_zip(path)
     try:

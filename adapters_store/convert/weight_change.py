@@ -17,6 +17,8 @@ from adapters_store.op_limits import MAX_DENSITY, MAX_SELECTED_SHARE
 # beyond the true rank, so that a matrix of that rank is met for certain
 _OVERSAMPLING = 8
 _SEED = 20260905
+# squared and summed over a row it stays in float32
+_MAX_VALUE = 1e12
 # the sum of a weight and a change, and the difference taken back, round once each
 _EXACT_SLACK = 4.0
 
@@ -105,6 +107,10 @@ def _low_rank(delta: Float32, allowed: float, max_rank: int) -> Change | None:
     """Return a low rank whose product misses no value by more than `allowed`; None if none does."""
     num_out, num_in = delta.shape
     width = min(max_rank + _OVERSAMPLING, num_out, num_in)
+    largest = float(np.max(np.abs(delta)))
+    if largest > _MAX_VALUE:
+        # its sketch would overflow float32
+        return None
     random = np.random.default_rng(_SEED)
     # two passes: the second turns the sketch towards the large directions
     sketch = delta @ random.standard_normal((num_in, width)).astype(np.float32)

@@ -141,6 +141,7 @@ SPOILED: list[tuple[str, Callable[[Path], object], str, str]] = [
     ("arrow", expert_key("use_dora", True), "unsupported_adapter", "plain LoRA"),
     ("arrow", expert_key("target_modules", ["q_proj"]), "unsupported_adapter", "does not target"),
     ("arrow", expert_tensors(fill("layers.1.self_attn.q_proj.lora_B", 0.0)), "adapter_no_effect", "no direction"),
+    ("arrow", expert_tensors(fill("layers.1.mlp.up_proj.lora_A", float("nan"))), "non_finite", "NaN"),
     ("arrow", expert_tensors(no_last_layer), "missing_layers", "layers.2"),
     ("spiel", config_key("modules_to_save", ["lm_head"]), "unsupported_adapter", "modules_to_save"),
     ("spiel", pickled(repeat_a_place), "invalid_index", "twice"),

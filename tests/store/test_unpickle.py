@@ -168,6 +168,14 @@ def text_for_a_pickle(path: Path, marker: Path) -> None:
     path.write_bytes(b"not a pickle at all")
 
 
+def an_archive_in_parts(path: Path, marker: Path) -> None:
+    torch.save({"a": torch.ones(2)}, path)
+    raw = bytearray(path.read_bytes())
+    # the locator at the end names a second disk
+    raw[raw.rindex(b"PK\x06\x07") + 16] = 2
+    path.write_bytes(bytes(raw))
+
+
 def cut_off(path: Path, marker: Path) -> None:
     torch.save({"a": torch.ones(999)}, path)
     path.write_bytes(path.read_bytes()[:-700])
@@ -189,6 +197,7 @@ def cut_off(path: Path, marker: Path) -> None:
         (a_sparse_tensor, "no plain tensor"),
         (keys_that_collide, "two of its keys"),
         (text_for_a_pickle, "cannot read"),
+        (an_archive_in_parts, "damaged"),
         (cut_off, "cannot read|damaged"),
     ],
 )
