@@ -259,9 +259,18 @@ CASES = _cases()
 # every kernel in every form that differs in what it needs of a device, at the 8B widths in bf16
 _VARIANTS = ("/norm/", "/gelu_tanh/", "/gelu/", "/soft_cap/", "/fp32/", "expand/qkv/", "/plain/1/llama")
 # of the forms for all families those that are nearest to a limit somewhere; the slow matrix has all
-_FAMILIES = ("shrink/families/down/16", "shrink/families/qkv/64", "expand/families/down/16", "expand/families/down/64")
-_FAMILIES += ("qkv_sink/families/bare/1/", "qkv_sink/families/bare/16", "add_norm/families/cast_first")
-_FAMILIES += ("swiglu_sink/families/silu/1/", "swiglu_sink/families/silu/16", "swiglu_sink/families/silu/64")
+_FAMILIES = (
+    "shrink/families/down/16",
+    "shrink/families/qkv/64",
+    "expand/families/down/16",
+    "expand/families/down/64",
+    "qkv_sink/families/bare/1/",
+    "qkv_sink/families/bare/16",
+    "swiglu_sink/families/silu/1/",
+    "swiglu_sink/families/silu/16",
+    "swiglu_sink/families/silu/64",
+    "add_norm/families/cast_first",
+)
 DEFAULT_CASES = [
     name
     for name in CASES
