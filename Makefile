@@ -20,7 +20,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint test-long test-clients bench-cpu gpu-check
+.PHONY: help setup serve demo test lint test-long test-clients bench-cpu eviction-study gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -50,6 +50,10 @@ test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)
+
+eviction-study: $(DEV) ## which eviction policy keeps the right adapters, by simulation
+	$(PIP) -c constraints.txt -e '.[plots]'
+	$(BIN)/python -m scripts.eviction_study $(ARGS)
 
 gpu-check: ## on a GPU: tests, benchmark grid, targets; else a tiny trial (PART=kernels|engine|grid|loads, GPU_PYTHON, ARGS)
 	@python="$(GPU_PYTHON)"; \

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Protocol
 
-from serve.engine.eviction import EvictionPolicy, Lru
+from serve.engine.eviction import EvictionPolicy, Lfu
 from serve.engine.plan import LoadResult
 from serve.messages import AdapterState
 
@@ -60,7 +60,7 @@ class AdapterTiers:
         self._loader = loader
         self._num_slots = num_slots
         self._max_bytes = max_bytes
-        self._policy = Lru() if policy is None else policy
+        self._policy = Lfu() if policy is None else policy
         self._residents: dict[str, _Resident] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._num_users: Counter[str] = Counter()
@@ -148,7 +148,7 @@ class AdapterTiers:
             return Residency.ABSENT
         slot = self._free_slots.pop()
         self._residents[digest] = _Resident(slot, num_bytes=num_bytes)
-        self._policy.enter(digest, num_bytes)
+        self._policy.enter(digest)
         self._loader.start_load(digest, slot)
         return Residency.LOADING
 
@@ -198,7 +198,7 @@ class AdapterTiers:
             self._drop(digest)
         else:
             resident.num_bytes, resident.rank, resident.is_ready = result.num_bytes, result.rank, True
-            self._policy.use(digest)
+            self._policy.weigh(digest, result.num_bytes)
             self.num_loads_total += 1
         self._drop_unwanted(digest)
         return error

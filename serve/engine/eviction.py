@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Protocol
 
-from serve.engine.frequency_sketch import FrequencySketch
+from serve.engine.recent_uses import RecentUses
 
 # digests remembered that are not in memory now
 MAX_GHOSTS = 4096
@@ -23,12 +23,16 @@ _FIXED_LOAD_BYTES = 4 << 20
 class EvictionPolicy(Protocol):
     """Told of every arrival, use and departure; asked who should go."""
 
-    def enter(self, digest: str, num_bytes: int) -> None:
-        """Take a new resident; it was asked for just now."""
+    def enter(self, digest: str) -> None:
+        """Take a new resident; it was asked for just now, and its size may not be known yet."""
+        ...
+
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """Learn a resident's size, at the end of its load."""
         ...
 
     def use(self, digest: str) -> None:
-        """Count a use of a resident."""
+        """Count a request's use of a resident."""
         ...
 
     def leave(self, digest: str) -> None:
@@ -46,9 +50,12 @@ class Lru:
     def __init__(self) -> None:
         self._order: OrderedDict[str, None] = OrderedDict()
 
-    def enter(self, digest: str, num_bytes: int) -> None:
+    def enter(self, digest: str) -> None:
         """See `EvictionPolicy`."""
         self._order[digest] = None
+
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """See `EvictionPolicy`; sizes do not matter here."""
 
     def use(self, digest: str) -> None:
         """See `EvictionPolicy`."""
@@ -64,21 +71,23 @@ class Lru:
 
 
 class Lfu:
-    """Least frequently used, by a sketch that halves its counts as time goes; of equal ones the least recent."""
+    """Least frequently used, by counts that halve as time goes; of equal ones the least recent."""
 
     def __init__(self) -> None:
         self._order: OrderedDict[str, None] = OrderedDict()
-        self._uses = FrequencySketch()
+        self._uses = RecentUses()
 
-    def enter(self, digest: str, num_bytes: int) -> None:
+    def enter(self, digest: str) -> None:
         """See `EvictionPolicy`."""
         self._order[digest] = None
-        self._uses.count(digest)
+
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """See `EvictionPolicy`; sizes do not matter here."""
 
     def use(self, digest: str) -> None:
         """See `EvictionPolicy`."""
         self._order.move_to_end(digest)
-        self._uses.count(digest)
+        self._uses.count(digest, len(self._order))
 
     def leave(self, digest: str) -> None:
         """See `EvictionPolicy`."""
@@ -86,7 +95,7 @@ class Lfu:
 
     def victims(self) -> Iterator[str]:
         """See `EvictionPolicy`."""
-        return iter(sorted(self._order, key=self._uses.estimate))
+        return iter(sorted(self._order, key=self._uses.__getitem__))
 
 
 class Gdsf:
@@ -98,21 +107,24 @@ class Gdsf:
     def __init__(self) -> None:
         self._bytes: dict[str, int] = {}
         self._values: dict[str, float] = {}
-        self._uses = FrequencySketch()
+        self._uses = RecentUses()
         # value of the last one that was dropped: what those that stay are worth more than
         self._age = 0.0
 
-    def enter(self, digest: str, num_bytes: int) -> None:
+    def enter(self, digest: str) -> None:
         """See `EvictionPolicy`."""
-        self._bytes[digest] = max(num_bytes, 1)
-        self.use(digest)
+        self._bytes[digest] = 0
+        self._value(digest)
+
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """See `EvictionPolicy`."""
+        self._bytes[digest] = num_bytes
+        self._value(digest)
 
     def use(self, digest: str) -> None:
         """See `EvictionPolicy`."""
-        self._uses.count(digest)
-        num_bytes = self._bytes[digest]
-        cost_per_byte = (num_bytes + _FIXED_LOAD_BYTES) / num_bytes
-        self._values[digest] = self._age + self._uses.estimate(digest) * cost_per_byte
+        self._uses.count(digest, len(self._values))
+        self._value(digest)
 
     def leave(self, digest: str) -> None:
         """See `EvictionPolicy`."""
@@ -122,6 +134,12 @@ class Gdsf:
     def victims(self) -> Iterator[str]:
         """See `EvictionPolicy`."""
         return iter(sorted(self._values, key=self._values.__getitem__))
+
+    def _value(self, digest: str) -> None:
+        num_bytes = self._bytes[digest]
+        # of unknown size: as if it were free to load again
+        cost_per_byte = (num_bytes + _FIXED_LOAD_BYTES) / num_bytes if num_bytes else 0.0
+        self._values[digest] = self._age + self._uses[digest] * cost_per_byte
 
 
 class WTinyLfu:
@@ -134,19 +152,21 @@ class WTinyLfu:
     def __init__(self) -> None:
         self._recent: OrderedDict[str, None] = OrderedDict()
         self._main: OrderedDict[str, None] = OrderedDict()
-        self._uses = FrequencySketch()
+        self._uses = RecentUses()
 
-    def enter(self, digest: str, num_bytes: int) -> None:
+    def enter(self, digest: str) -> None:
         """See `EvictionPolicy`."""
-        self._uses.count(digest)
         self._recent[digest] = None
         if len(self._recent) > self._num_recent:
             oldest, _ = self._recent.popitem(last=False)
             self._main[oldest] = None
 
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """See `EvictionPolicy`; sizes do not matter here."""
+
     def use(self, digest: str) -> None:
         """See `EvictionPolicy`."""
-        self._uses.count(digest)
+        self._uses.count(digest, len(self._recent) + len(self._main))
         (self._recent if digest in self._recent else self._main).move_to_end(digest)
 
     def leave(self, digest: str) -> None:
@@ -158,7 +178,7 @@ class WTinyLfu:
         recent, main = list(self._recent), list(self._main)
         place_recent = place_main = 0
         while place_recent < len(recent) and place_main < len(main):
-            if self._uses.estimate(recent[place_recent]) <= self._uses.estimate(main[place_main]):
+            if self._uses[recent[place_recent]] <= self._uses[main[place_main]]:
                 yield recent[place_recent]
                 place_recent += 1
             else:
@@ -183,13 +203,16 @@ class S3Fifo:
         self._main: OrderedDict[str, int] = OrderedDict()
         self._ghosts: OrderedDict[str, None] = OrderedDict()
 
-    def enter(self, digest: str, num_bytes: int) -> None:
+    def enter(self, digest: str) -> None:
         """See `EvictionPolicy`."""
         if digest in self._ghosts:
             del self._ghosts[digest]
             self._main[digest] = 0
         else:
             self._small[digest] = 0
+
+    def weigh(self, digest: str, num_bytes: int) -> None:
+        """See `EvictionPolicy`; sizes do not matter here."""
 
     def use(self, digest: str) -> None:
         """See `EvictionPolicy`."""
@@ -212,7 +235,7 @@ class S3Fifo:
         is_small_first = len(self._small) * 10 >= len(self._small) + len(self._main)
         first, second = (self._small, self._main) if is_small_first else (self._main, self._small)
         ordered = [*first, *second]
-        return iter(sorted(ordered, key=lambda digest: self._small.get(digest, 0) + self._main.get(digest, 0) > 0))
+        return iter(sorted(ordered, key=lambda digest: self._main.get(digest, 0) > 0))
 
     def _settle(self) -> None:
         """Move newcomers that were used again, and give the used ones at the head of the main queue another round."""
