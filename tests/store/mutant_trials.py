@@ -24,7 +24,7 @@ from adapters_store.safetensors_header import EXTERNAL_LIMITS, read_header
 from tests.store import canonical_files
 from tests.store.folders import TINY
 from tests.store.judge import canonical_fault, header_fault
-from tests.store.mutator import Mutator
+from tests.store.mutator import Mutator, edited
 
 MAX_RANK = 16
 _DEEDS = {"modules", "gates", "model_ops", "activation", "experts"}
@@ -113,7 +113,8 @@ class CanonicalTrials:
         self._folder = folder
         self._mutator = mutator
         self._base = TINY.to_dict()
-        self._seeds = [_whole(each) for each in seeds()]
+        self._plans = seeds()
+        self._seeds = [_whole(each) for each in self._plans]
 
     def seeds(self) -> list[tuple[bytes, bytes]]:
         """Return the sound adapters that mutants are made of."""
@@ -137,9 +138,11 @@ class CanonicalTrials:
         mutator, choose = self._mutator, self._mutator.random
         manifest, image = choose.choice(self._seeds)
         kind = choose.random()
-        if kind < 0.1:
+        if kind < 0.3:
+            return self._reshaped()
+        if kind < 0.33:
             return mutator.json(manifest), image
-        if kind < 0.55:
+        if kind < 0.6:
             return _fitting(_canonical(self._changed(json.loads(manifest))), image)
         if kind < 0.85:
             begin = 8 + int.from_bytes(image[:8], "little")
@@ -156,6 +159,23 @@ class CanonicalTrials:
         else:
             image = mutator.safetensors(image)
         return _claim(manifest, image) if choose.random() < 0.95 else manifest, image
+
+    def _reshaped(self) -> tuple[bytes, bytes]:
+        """Return an adapter whose ops were edited before anything was written: its manifest agrees with its image."""
+        choose = self._mutator.random
+        plan = choose.choice(self._plans)
+        part = choose.choice(("modules", "modules", "model_ops", "model_ops", "activation", "experts"))
+        value = getattr(plan, part)
+        for _ in range(choose.choice((1, 1, 2))):
+            value = edited(value, choose, getattr(choose.choice(self._plans), part))
+        made = replace(plan, **{part: value})
+        try:
+            slots = layout(made.modules, TINY, "float32", made.model_ops)
+            is_small = all(0 < slot.end - slot.begin < 1 << 20 for slot in slots) and len(slots) < 300
+            return _whole(made) if is_small else (_claim(made.to_bytes(), self._seeds[0][1]), self._seeds[0][1])
+        # ops that cannot even be written, two of one name among them
+        except (ArithmeticError, AssertionError, LookupError, TypeError, ValueError):
+            return choose.choice(self._seeds)
 
     def _changed(self, value: Any) -> Any:
         """Edit a manifest, mostly where it says what the adapter does."""

@@ -6,6 +6,8 @@ Owns the edits; knows nothing of what is valid. Invariant: the same seed gives t
 import json
 import random
 from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
 
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
@@ -265,3 +267,42 @@ def _repair(entries: Entries) -> None:
             size *= dim if isinstance(dim, int) and 0 <= dim < 2**40 else 1
         entries[at] = (name, entry | {"data_offsets": [position, position + size]})
         position += size
+
+
+def edited(value: Any, choose: random.Random, other: Any) -> Any:
+    """Return a frozen dataclass, or what such hold, with one edit somewhere inside; `other` is one of the same kind."""
+    if is_dataclass(value) and not isinstance(value, type):
+        names = [field.name for field in fields(value)]
+        # mostly what is there
+        present = [name for name in names if getattr(value, name) not in (0, False, None, (), "")]
+        name = choose.choice(present if present and choose.random() < 0.7 else names)
+        theirs = getattr(other, name, None)
+        return replace(value, **{name: edited(getattr(value, name), choose, theirs)})
+    if isinstance(value, tuple):
+        return _edited_tuple(value, choose, other)
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int):
+        return value + choose.choice((-1, 1, 2, 3, 16, 40, 128, 2048, 5000, -value, -value - 1))
+    if isinstance(value, float):
+        return choose.choice((0.0, -1.0, 1e-7, 1e7, 1.0, 2.5))
+    if isinstance(value, str):
+        texts = [text for text in TEXTS if isinstance(text, str)]
+        return choose.choice([*texts, "norm", "k_norm", "both", "rank", "abs"])
+    return other
+
+
+def _edited_tuple(value: tuple[Any, ...], choose: random.Random, other: Any) -> tuple[Any, ...]:
+    theirs = other if isinstance(other, tuple) else ()
+    match choose.randrange(6):
+        case 0 if value:
+            return value[1:]
+        case 1 if value:
+            return (*value, *value[-1:] * choose.choice((1, 1, 130, 300)))
+        case 2:
+            both = {*value, *theirs}
+            return tuple(sorted(both, key=repr))
+        case _ if value:
+            at = choose.randrange(len(value))
+            return (*value[:at], edited(value[at], choose, theirs[0] if theirs else None), *value[at + 1 :])
+    return theirs

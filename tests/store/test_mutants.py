@@ -11,6 +11,7 @@ import pytest
 
 from adapters_store import (
     canonical,
+    gates,
     image_check,
     manifest,
     safetensors_header,
@@ -118,6 +119,7 @@ PLANTED: list[tuple[ModuleType, str]] = [
     (canonical, "manifest.base != base"),
     (manifest, "not is_sane"),
     (manifest, "max(widths"),
+    (gates, "experts.top_k != num_experts"),
     (image_check, "any(raw)"),
     (image_check, "is_finite(raw"),
     (image_check, "not any("),
