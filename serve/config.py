@@ -71,6 +71,19 @@ class LimitsConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantLimits:
+    """The bounds of each tenant; None: unbounded."""
+
+    requests_per_minute: int | None = None
+    # prompt plus output
+    tokens_per_minute: int | None = None
+    max_concurrent: int | None = None
+    # names, and the bytes of all their versions
+    max_adapters: int | None = None
+    max_adapter_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class ApiConfig:
     """What the API process needs."""
 
@@ -82,8 +95,13 @@ class ApiConfig:
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     # folders that `lora_path` of /v1/load_lora_adapter may lie under; empty: the endpoint takes no path
     lora_roots: tuple[Path, ...] = ()
-    # static bearer keys; empty: no authentication (loopback development)
+    # static bearer keys, the operator's own; with none, and none required: no authentication (loopback development)
     api_keys: tuple[str, ...] = ()
+    # ask for a key of the store's tenants; off: one user, who owns everything
+    require_keys: bool = False
+    # what keys are hashed with; None: a file in the store's folder
+    pepper_file: Path | None = None
+    tenant_limits: TenantLimits = field(default_factory=TenantLimits)
     # run every adapter on the base, against its source's own formula, before it is published
     probe_adapters: bool = True
     metrics_compat_vllm: bool = True

@@ -69,6 +69,14 @@ class AdapterForbidden(ServeError):
     default_code = "adapter_forbidden"
 
 
+class PermissionDenied(ServeError):
+    """403 `insufficient_scope`: a valid key that does not open this route."""
+
+    http_status = 403
+    type = "permission_error"
+    default_code = "insufficient_scope"
+
+
 class ModelNotFound(InvalidRequest):
     """404 `model_not_found`: neither the base nor an adapter has this name."""
 

@@ -1,7 +1,7 @@
 """The HTTP application: its state, its layers and its rooms' routers.
 
-Owns the wiring only. Invariant: every route but the probes is behind `require_key`, and every answer passes the request
-context and the body guard.
+Owns the wiring only. Invariant: every route declares its scope and is behind `authorise`, and every answer passes the
+request context and the body guard.
 """
 
 import time
@@ -15,13 +15,14 @@ from fastapi.responses import HTMLResponse
 
 from adapters_store.store import AdapterStore
 from serve.api import adapter_files, adapters, chat, compat_vllm, completions, embeddings, health, models, tokenize
-from serve.api.auth import require_key
+from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
 from serve.api.request_context import RequestContext
+from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
@@ -35,7 +36,7 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
     """Build the application over an engine and a store, both of which the caller starts and closes.
 
     Raises:
-        StartError: the model's tokenizer or chat template cannot be used.
+        StartError: the model's tokenizer or chat template cannot be used, the keys cannot, or a route has no scope.
     """
     state = _build_state(config, engine, store, metrics)
 
@@ -44,6 +45,7 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
         yield
         await state.grammar_gate.close()
         state.uploads.close()
+        state.door.close()
 
     app = FastAPI(
         title="Chorale",
@@ -53,14 +55,15 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Depends(require_key)],
+        dependencies=[Depends(authorise)],
     )
     app.state.api = state
-    routes = [route for room in _ROOMS for route in room.router.routes]
+    routers = [*(room.router for room in _ROOMS), _build_docs(app)]
+    routes = [route for router in routers for route in router.routes]
+    check_routes(routes)
     install_errors(app, routes, max_in_flight=config.limits.max_in_flight)
-    for room in _ROOMS:
-        app.include_router(room.router)
-    app.include_router(_build_docs(app))
+    for router in routers:
+        app.include_router(router)
     app.add_middleware(BodyGuard, limits=config.limits)
     app.add_middleware(RequestContext)
     return app
@@ -71,6 +74,7 @@ def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, 
     encoder = ChatEncoder.load(config.model_dir, tokenizer)
     return ApiState(
         config=config,
+        door=Door.open(config),
         engine=engine,
         store=store,
         tokenizer=tokenizer,

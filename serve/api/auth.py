@@ -1,34 +1,101 @@
-"""Static bearer keys: who may call at all.
+"""The door: who calls, and whether the matched route is open to them.
 
-Owns the comparison and the list of routes that stay open; knows no tenants yet. Invariant: the decision is made on the
-matched route, never on a URL string, and takes the same time whichever key was nearly right.
+Owns the reading of the `Authorization` header and the decision. Invariants: the decision is made on the matched route,
+never on a URL string; a wrong, an expired, a revoked and an unknown key get one answer after the same work; a key that
+was revoked opens nothing a second later.
 """
 
+import asyncio
 import hmac
+import time
+from collections.abc import Sequence
+from typing import cast
 
 from fastapi import Request
 
-from serve.api.state import api_state
-from serve.errors import InvalidApiKey
+from serve.api.route_scopes import OPEN, required_scopes
+from serve.config import ApiConfig
+from serve.errors import InvalidApiKey, PermissionDenied
+from serve.tenants.key_ring import KeyRing
+from serve.tenants.key_store_sqlite import KEYS_FILE, SqliteKeyStore
+from serve.tenants.pepper import PEPPER_FILE, read_pepper
+from serve.tenants.principal import Principal, local_principal
 
-# what a probe must reach without a secret; route templates, not URLs
-OPEN_ROUTES = frozenset({"/livez", "/readyz", "/health"})
 _MAX_KEY_BYTES = 512
 
 
-async def require_key(request: Request) -> None:
-    """Refuse a request without one of the configured keys; with no keys configured everybody may call.
+class Door:
+    """The keys of one server: the operator's static ones, and those of the store if keys are required."""
+
+    def __init__(self, static_keys: Sequence[str], ring: KeyRing | None) -> None:
+        self._static_keys = [key.encode("utf-8") for key in static_keys]
+        self._ring = ring
+
+    @classmethod
+    def open(cls, config: ApiConfig) -> "Door":
+        """Open what the configuration names.
+
+        Raises:
+            StartError: no pepper, or not the one that the keys were made with. Unavailable: the keys cannot be read.
+        """
+        if not config.require_keys:
+            return cls(config.api_keys, None)
+        pepper = read_pepper(config.pepper_file or config.store_dir / PEPPER_FILE, create=config.pepper_file is None)
+        store = SqliteKeyStore(config.store_dir / KEYS_FILE, pepper)
+        return cls(config.api_keys, KeyRing(store, pepper, monotonic=time.monotonic, clock=time.time))
+
+    async def identify(self, authorization: Sequence[str]) -> Principal:
+        """Return who sends these `Authorization` headers; without any keys, everybody is the local user.
+
+        Raises:
+            InvalidApiKey: not exactly one, or not a valid key. Unavailable: the keys cannot be read.
+        """
+        if not self._static_keys and self._ring is None:
+            return local_principal()
+        scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+        text = token.strip() if scheme.lower() == "bearer" else ""
+        principal = self._static(text) or await self._kept(text)
+        if principal is None:
+            raise InvalidApiKey("no valid API key; send one as 'Authorization: Bearer KEY'")
+        return principal
+
+    def close(self) -> None:
+        """Give back the store of keys."""
+        if self._ring is not None:
+            self._ring.close()
+
+    def _static(self, text: str) -> Principal | None:
+        sent = text.encode("utf-8", "replace")[:_MAX_KEY_BYTES]
+        # no early exit: every key is compared
+        are_equal = [hmac.compare_digest(sent, key) for key in self._static_keys]
+        return local_principal("static") if text and any(are_equal) else None
+
+    async def _kept(self, text: str) -> Principal | None:
+        if self._ring is None:
+            return None
+        if self._ring.is_stale:
+            await asyncio.to_thread(self._ring.refresh)
+        return self._ring.authenticate(text[:_MAX_KEY_BYTES])
+
+
+async def authorise(request: Request) -> None:
+    """Let a request pass to its route, or refuse it; afterwards `principal_of` says who calls.
 
     Raises:
-        InvalidApiKey: no `Authorization: Bearer` header, more than one, or an unknown key.
+        InvalidApiKey: no valid key. PermissionDenied: a valid one that does not open this route.
     """
-    keys = api_state(request).config.api_keys
-    if not keys or getattr(request.scope.get("route"), "path", "") in OPEN_ROUTES:
+    template = getattr(request.scope.get("route"), "path", "")
+    scopes = required_scopes(request.method, template)
+    if scopes == OPEN:
         return
-    headers = request.headers.getlist("authorization")
-    scheme, _, token = headers[0].partition(" ") if len(headers) == 1 else ("", "", "")
-    sent = token.strip().encode("utf-8", "replace")[:_MAX_KEY_BYTES]
-    # no early exit: every key is compared
-    matches = [hmac.compare_digest(sent, key.encode("utf-8")) for key in keys]
-    if scheme.lower() != "bearer" or not any(matches):
-        raise InvalidApiKey("no valid API key; send one as 'Authorization: Bearer KEY'")
+    door: Door = request.app.state.api.door
+    principal = await door.identify(request.headers.getlist("authorization"))
+    if scopes is None or not principal.may(scopes):
+        wanted = " or ".join(sorted(scopes or ())) or "none"
+        raise PermissionDenied(f"this key may not do this: it needs the scope {wanted}; ask the operator for another")
+    request.state.principal = principal
+
+
+def principal_of(request: Request) -> Principal:
+    """Return who calls; routes that are open to everybody have nobody to name."""
+    return cast(Principal, request.state.principal)

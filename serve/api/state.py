@@ -11,6 +11,7 @@ from fastapi import Request
 
 from adapters_store.proof import Proving
 from adapters_store.store import AdapterStore
+from serve.api.auth import Door
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
@@ -29,6 +30,7 @@ class ApiState:
     """The rooms and values that routes use; `started` is the base card's unix time."""
 
     config: ApiConfig
+    door: Door
     engine: EngineGateway
     store: AdapterStore
     tokenizer: TextTokenizer

@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `adapters ...`, `tune`, `version`.
+"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `tune`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -9,6 +9,7 @@ import typer
 
 from serve.cli.adapters_command import adapters_app
 from serve.cli.adapters_export import export
+from serve.cli.keys_command import keys_app
 from serve.cli.serve_command import serve
 from serve.cli.tune_command import tune
 
@@ -25,6 +26,7 @@ app.command()(serve)
 app.command()(tune)
 adapters_app.command()(export)
 app.add_typer(adapters_app)
+app.add_typer(keys_app)
 
 
 @app.command("version")

@@ -144,6 +144,22 @@ ApiKeys = Annotated[
     list[str] | None,
     typer.Option("--api-key", envvar="CHORALE_API_KEY", help="A key that clients may use; repeatable."),
 ]
+RequireKeys = Annotated[
+    bool,
+    typer.Option(
+        "--require-keys/--no-require-keys",
+        envvar="CHORALE_REQUIRE_KEYS",
+        help="Let in only keys made by `chorale keys create`, and those of --api-key.",
+    ),
+]
+PepperFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--pepper-file",
+        envvar="CHORALE_PEPPER_FILE",
+        help="File of 32 or more random bytes that keys are hashed with; default: one in the store's folder.",
+    ),
+]
 LoraRoots = Annotated[
     list[Path] | None,
     typer.Option("--lora-root", envvar="CHORALE_LORA_ROOT", help="Folder that lora_path may lie under; repeatable."),

@@ -42,6 +42,8 @@ def serve(
     num_threads: options.NumThreads = None,
     prefix_cache: options.PrefixCache = _ENGINE.enable_prefix_cache,
     api_key: options.ApiKeys = None,
+    require_keys: options.RequireKeys = _API.require_keys,
+    pepper_file: options.PepperFile = None,
     lora_root: options.LoraRoots = None,
     max_in_flight: options.MaxInFlight = _LIMITS.max_in_flight,
     max_upload_bytes: options.MaxUploadBytes = _LIMITS.max_upload_bytes,
@@ -66,6 +68,8 @@ def serve(
         api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
         api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
         api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
+        pepper_file = None if pepper_file is None else pepper_file.absolute()
+        api = replace(api, require_keys=require_keys, pepper_file=pepper_file)
         api = replace(api, probe_adapters=probe is options.Probe.ON)
         engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
         engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)

@@ -8,25 +8,13 @@ remembered.
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from serve.config import TenantLimits
 from serve.errors import QuotaExceeded, RateLimited, Unavailable
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate, Standing
 
 _MINUTE_US = 60 * MICROSECONDS_PER_S
 _CONCURRENT_RETRY_S = 1
 _MAX_TENANTS = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class TenantLimits:
-    """The bounds of every tenant; None: unbounded."""
-
-    requests_per_minute: int | None = None
-    # prompt plus output
-    tokens_per_minute: int | None = None
-    max_concurrent: int | None = None
-    # names, and the bytes of all their versions
-    max_adapters: int | None = None
-    max_adapter_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

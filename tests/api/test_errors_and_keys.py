@@ -8,6 +8,7 @@ import pytest
 
 from adapters_store.errors import StoreError
 from serve.api.errors import error_response
+from serve.api.route_scopes import OPEN, ROUTE_SCOPES
 from serve.errors import Conflict, EngineLoading, InvalidApiKey, QueueFull
 from tests.api.api_server import ApiServer
 from tests.api.fake_store import BASE
@@ -99,15 +100,11 @@ def test_routes_that_do_not_exist_answer_in_our_shape(api: ApiServer) -> None:
 
 
 def test_every_route_but_the_probes_wants_a_key(locked: ApiServer) -> None:
-    for route in locked.app.routes:
-        path = getattr(route, "path", "").replace("{model_id:path}", "poet").replace("{name}", "poet")
-        for method in getattr(route, "methods", None) or ():
-            if method in ("HEAD", "OPTIONS"):
-                continue
-            answer = locked.http.request(method, path)
-            is_open = path in ("/livez", "/readyz", "/health")
-            assert (answer.status_code == 401) is not is_open, (method, path, answer.status_code)
-    assert locked.http.get("/openapi.json").status_code == 401
+    for (method, template), scopes in ROUTE_SCOPES.items():
+        path = template.replace("{model_id:path}", "poet").replace("{name}", "poet").replace("{file}", "adapter.json")
+        answer = locked.http.request(method, path)
+        assert (answer.status_code == 401) is (scopes != OPEN), (method, path, answer.status_code)
+        assert (scopes == OPEN) is (template in ("/livez", "/readyz", "/health"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import httpx
 from adapters_store.base import BaseDims
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
-from serve.config import ApiConfig, LimitsConfig
+from serve.config import ApiConfig, LimitsConfig, TenantLimits
 from serve.metrics import Metrics
 from tests.api.fake_engine import FakeEngine
 from tests.api_guard.wire import Served, served
@@ -61,6 +61,8 @@ def whole_api(
     lora_roots: tuple[Path, ...] = (),
     metrics: Metrics | None = None,
     base: BaseDims = TINY,
+    require_keys: bool = False,
+    tenant_limits: TenantLimits | None = None,
     **store_options: object,
 ) -> Iterator[WholeApi]:
     """Serve the whole API until the block ends; `store_options` are the store's own."""
@@ -78,6 +80,8 @@ def whole_api(
         lora_roots=lora_roots,
         # its engine is a fake
         probe_adapters=False,
+        require_keys=require_keys,
+        tenant_limits=tenant_limits or TenantLimits(),
     )
     try:
         with (

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve.config import TenantLimits
 from serve.errors import QuotaExceeded, RateLimited, Unavailable
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate
-from serve.tenants.limits import TenantLimiter, TenantLimits
+from serve.tenants.limits import TenantLimiter
 
 MINUTE_US = 60 * MICROSECONDS_PER_S
 RATES = st.builds(Rate, st.integers(1, 10**9), st.sampled_from([1, 997, MINUTE_US]), burst=st.integers(1, 10**6))
