@@ -1,6 +1,7 @@
 """The converter process: limits, clean environment, refusals that arrive whole, and deaths that harm nobody."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -49,7 +50,7 @@ def test_a_whole_upload_through_the_child_is_served(good_folder: Path, store_dir
 def test_a_refusal_of_the_child_arrives_with_code_message_and_param(code: str, tmp_path: Path, target: Path) -> None:
     tensors = lora_tensors()
     name = next(iter(tensors))
-    config = lora_config(use_qalora=True) if code == "unsupported_adapter" else lora_config()
+    config = lora_config(task_type="SEQ_CLS") if code == "unsupported_adapter" else lora_config()
     if code == "corrupt_adapter":
         del tensors[name]
     if code == "non_finite":
@@ -131,7 +132,7 @@ def run_child(source: Path, target: Path, *limits: str) -> subprocess.CompletedP
 
 def test_the_child_cannot_write_more_than_its_limit(good_folder: Path, target: Path) -> None:
     finished = run_child(good_folder, target, "100", "60")
-    assert finished.stdout == f'{{"errno": {errno.EFBIG}}}'
+    assert json.loads(finished.stdout)["errno"] == errno.EFBIG
     assert sum(path.stat().st_size for path in target.iterdir()) <= 100
 
 
@@ -142,4 +143,4 @@ def test_the_child_imports_neither_torch_nor_a_network_client(good_folder: Path,
     )
     command = [sys.executable, "-c", script, str(good_folder), str(target), OPTIONS.to_json(), str(1 << 30), "60"]
     finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
-    assert finished.stdout == "{}[]\n"
+    assert finished.stdout.endswith("}[]\n") and "code" not in finished.stdout
