@@ -41,10 +41,11 @@ class Journal:
         self._root = root
         self._files = files
         with storage_errors():
-            if not root.is_dir():
-                with suppress(FileExistsError):
-                    files.make_dir(root)
-                files.sync_dir(root.parent)
+            with suppress(FileExistsError):
+                files.make_dir(root)
+            # also when somebody else made it: whoever that was may have died before this
+            files.sync_dir(root.parent)
+            files.sync_dir(root)
         self.lock = StoreLock(root / "lock")
 
     def append(self, number: int, payload: bytes) -> bool:

@@ -104,9 +104,9 @@ class SharedRegistry:
             state.check_free(new.name)
             return Published(AdapterVersion(**_fields(new), version=state.next_number(new.name)))  # type: ignore[arg-type]
 
-        change = self._change(decide)
-        assert isinstance(change, Published)
-        return change.version
+        entry = self._change(decide)
+        assert entry is not None and isinstance(entry.change, Published)
+        return entry.change.version
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Point `name:alias` to an existing version."""
@@ -123,11 +123,12 @@ class SharedRegistry:
 
     def fold(self, *, retired_since: int) -> int:
         """Write all changes as one and forget those before; return how many files went."""
-        change = self._change(lambda state: state.everything(retired_since=retired_since))
-        assert isinstance(change, Everything)
-        with self._changing, self._journal.lock.held():
-            self.catch_up()
-            return self._journal.forget_before(self._number)
+        entry = self._change(lambda state: state.everything(retired_since=retired_since))
+        assert entry is not None
+        with self._journal.lock.held():
+            # somebody else may have folded more meanwhile
+            is_newest = entry.number > self._journal.checkpoint()
+            return self._journal.forget_before(entry.number) if is_newest else 0
 
     def check_free(self, name: str) -> None:
         """Raise NameTaken as `Registry` says; RegistryUnavailable early, before somebody sends gigabytes in vain."""
@@ -193,7 +194,7 @@ class SharedRegistry:
         if self._head is not None:
             self._head.close()
 
-    def _change(self, decide: Callable[[RegistryState], Change | None]) -> Change | None:
+    def _change(self, decide: Callable[[RegistryState], Change | None]) -> Entry | None:
         """Let `decide` see everything, write down what it says, follow it, announce it."""
         if self._head is None:
             raise RegistryUnavailable()
@@ -206,13 +207,14 @@ class SharedRegistry:
                 change = decide(self._state)
                 if change is None:
                     return None
-                if self._journal.append(self._number + 1, write_entry(Entry(self._number + 1, self._last, change))):
+                entry = Entry(self._number + 1, self._last, change)
+                if self._journal.append(entry.number, write_entry(entry)):
                     break
             self.catch_up()
             # durable, so it happened: if Redis went just now, the others hear of it when it is back
             with suppress(RegistryUnavailable):
                 self._head.announce(self._number)
-        return change
+        return entry
 
     def _found(self) -> None:
         if self._journal.read(0) is None:

@@ -9,33 +9,14 @@ from pathlib import Path
 import pytest
 
 from adapters_store.errors import AdapterNotFound, NameTaken
-from adapters_store.manifest import Report
 from adapters_store.redis_head import RedisHead
-from adapters_store.registry import NewVersion, Registry, find_version
+from adapters_store.registry import Registry, find_version
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.registry_sqlite import SqliteRegistry
 from tests.redis_server import RedisServer
+from tests.store.registry_cases import NEW, new
 
 Open = Callable[[], Registry]
-
-NEW = NewVersion(
-    name="fr",
-    digest="a" * 64,
-    family="lora",
-    rank=4,
-    num_bytes=100,
-    created=1,
-    base={"model_type": "llama", "hidden_size": 16, "base_dependent": True},
-    report=Report(applied=("layers.0.mlp.up_proj",), ignored=("x",), missing=()),
-    dtype="float32",
-    num_virtual_tokens=8,
-    invocation_tokens=(5, 7),
-    proof={"agrees": True, "max_error": 1e-6, "prompts": [[1, 2], [3]]},
-)
-
-
-def new(name: str = "fr", digest: str = "a") -> NewVersion:
-    return replace(NEW, name=name, digest=digest * 64)
 
 
 @pytest.fixture(scope="module")
