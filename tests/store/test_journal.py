@@ -17,6 +17,7 @@ import pytest
 
 from adapters_store.errors import StorageFailed, StoreFull
 from adapters_store.journal import Journal, LinkingFileSystem
+from adapters_store.registry_changes import Everything
 from tests.live_server import REPO_ROOT
 from tests.store.recording import CrashModel, Event, Node, RecordingFileSystem, _file_states
 from tests.store.registry_cases import new, open_alone
@@ -216,7 +217,7 @@ def lost_by_power(tmp_path: Path, files: RecordingLinks) -> str:
     return ""
 
 
-def judge(store: Path, content: dict[str, bytes], allowed: list[object]) -> str:
+def judge(store: Path, content: dict[str, bytes], allowed: list[Everything]) -> str:
     folder = store / "journal"
     folder.mkdir(parents=True)
     for name, data in content.items():

@@ -1,5 +1,6 @@
 """What every registry promises, the same suite for each: SQLite in a file, and a journal with a real Redis."""
 
+import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -8,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.errors import AdapterNotFound, NameTaken
+from adapters_store.errors import AdapterNotFound, NameTaken, StoreError
 from adapters_store.redis_head import RedisHead
 from adapters_store.registry import Registry, find_version
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.registry_sqlite import SqliteRegistry
 from tests.redis_server import RedisServer
-from tests.store.registry_cases import NEW, new
+from tests.store.registry_cases import NEW, new, open_alone
 
 Open = Callable[[], Registry]
 
@@ -172,3 +173,38 @@ def test_publications_from_many_sides_get_distinct_numbers(open_registry: Open) 
         thread.join()
     assert sorted(numbers) == list(range(1, 49))
     assert [version.version for version in open_registry().versions("fr")] == list(range(1, 49))
+
+
+def test_random_changes_leave_both_registries_alike(tmp_path: Path) -> None:
+    choose = random.Random(11)
+    embedded = SqliteRegistry(tmp_path / "registry.sqlite")
+    shared, behind = open_alone(tmp_path / "shared"), open_alone(tmp_path / "shared")
+    for step in range(250):
+        name, number = choose.choice(["fr", "Fr", "de", "de:prod"]), choose.randrange(1, 5)
+        kind = choose.choice(["publish"] * 4 + ["alias"] * 3 + ["delete"])
+        answers = [_answer(registry, kind, name, number, step) for registry in (embedded, shared)]
+        assert answers[0] == answers[1], (step, kind, name)
+        if choose.random() < 0.05:
+            shared.fold(retired_since=0)
+        if choose.random() < 0.1:
+            # one that was behind goes on, and the other is opened again
+            behind.catch_up()
+            shared, behind = behind, open_alone(tmp_path / "shared")
+        assert shared.all_current() == embedded.all_current()
+    for name in ("fr", "Fr", "de", "de:prod"):
+        assert shared.versions(name) == embedded.versions(name)
+        assert shared.aliased(name, "prod") == embedded.aliased(name, "prod")
+    for since in (200, 150, 0):
+        assert shared.digests(retired_since=since) >= embedded.digests(retired_since=since)
+    embedded.close()
+
+
+def _answer(registry: Registry, kind: str, name: str, number: int, now: int) -> object:
+    try:
+        if kind == "publish":
+            return registry.publish(new(name, "0123456789abcdef"[now % 16]))
+        if kind == "alias":
+            return registry.set_alias(name, "prod", number)  # type: ignore[func-returns-value]
+        return registry.delete(name, now=now)  # type: ignore[func-returns-value]
+    except StoreError as error:
+        return error.message
