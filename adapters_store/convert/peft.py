@@ -5,7 +5,6 @@ in its own file, what it becomes in `peft_image.py`. Runs in the converter proce
 written was compared with its source, and the manifest says all that the config does.
 """
 
-import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -18,6 +17,7 @@ from adapters_store.canonical import layout
 from adapters_store.convert.adapter_writer import write_image, write_manifest
 from adapters_store.convert.base_weights import BaseWeights
 from adapters_store.convert.model_factors import ModelFactors
+from adapters_store.convert.model_files import file_hashes
 from adapters_store.convert.model_self_test import measure_model_error
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft_config import CONFIG_NAME, MAX_CONFIG_BYTES, PeftConfig, read_config
@@ -48,7 +48,6 @@ from adapters_store.op_limits import check_module
 from adapters_store.safetensors_header import EXTERNAL_LIMITS, HeaderLimits, read_header
 
 _ZIP_OR_PICKLE = (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-_HASH_CHUNK_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +58,6 @@ class OpenPeft:
     tensors: PeftTensors
     file: TensorFile
     plan: AdapterPlan
-    hashes: dict[str, str]
 
 
 def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
@@ -91,7 +89,7 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
         modules=modules,
         source=Source(
             format=f"peft/{config.peft_type}",
-            files=opened.hashes,
+            files=file_hashes(source),
             config=config.recorded,
             ignored=ignored,
             max_abs_error=max_abs_error,
@@ -118,8 +116,7 @@ def open_folder(source: Path, options: ConvertOptions) -> Iterator[OpenPeft]:
         tensors = group_tensors(header, _names(config), weights)
         values = TensorFile(file, header.data_start)
         plan = plan_adapter(config, tensors, values, options.base)
-        hashes = _hashes(raw_config, file)
-        yield OpenPeft(config, tensors, values, plan, hashes)
+        yield OpenPeft(config, tensors, values, plan)
 
 
 def _encoded(image: PeftImage, dtype: str, name: str) -> bytes:
@@ -243,11 +240,3 @@ def _refuse_pickle(file: BinaryIO) -> None:
             "save the adapter with safe_serialization=True",
             param=MODEL_NAME,
         )
-
-
-def _hashes(raw_config: bytes, file: BinaryIO) -> dict[str, str]:
-    digest = hashlib.sha256()
-    file.seek(0)
-    while chunk := file.read(_HASH_CHUNK_BYTES):
-        digest.update(chunk)
-    return {CONFIG_NAME: hashlib.sha256(raw_config).hexdigest(), MODEL_NAME: digest.hexdigest()}

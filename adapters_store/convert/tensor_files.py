@@ -6,10 +6,9 @@ tensor is read, floats become float32 exactly, whole numbers int64, and every te
 
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -40,12 +39,10 @@ class _Place:
 
 
 class TensorFiles:
-    """The tensors of some files; one of them is open at a time."""
+    """The tensors of some files; none is open between two reads, so that any number of them may lie side by side."""
 
     def __init__(self, places: dict[str, _Place]) -> None:
         self._places = places
-        self._path: Path | None = None
-        self._file: BinaryIO | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -82,12 +79,6 @@ class TensorFiles:
             raise CorruptUpload(f"{name} has dtype {slot.dtype}; it must hold whole numbers", param=name)
         return np.frombuffer(self._raw(name), dtype=_INTEGERS[slot.dtype]).astype(np.int64).reshape(slot.shape)
 
-    def close(self) -> None:
-        """Close the file that is open."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-
     def _place(self, name: str) -> _Place:
         place = self._places.get(name)
         if place is None:
@@ -96,11 +87,9 @@ class TensorFiles:
 
     def _raw(self, name: str) -> bytes:
         place = self._place(name)
-        if self._path != place.path or self._file is None:
-            self.close()
-            self._file, self._path = open_regular(place.path), place.path
-        self._file.seek(place.data_start + place.slot.begin)
-        return self._file.read(place.slot.end - place.slot.begin)
+        with open_regular(place.path) as file:
+            file.seek(place.data_start + place.slot.begin)
+            return file.read(place.slot.end - place.slot.begin)
 
 
 @contextmanager
@@ -124,8 +113,7 @@ def open_tensors(paths: Iterable[Path], prefixes: Iterable[str] = ()) -> Iterato
             places[name] = _Place(path, header.data_start, slot)
     if not places:
         raise CorruptUpload("the upload holds no file of tensors", param="files")
-    with closing(TensorFiles(places)) as files:
-        yield files
+    yield TensorFiles(places)
 
 
 def tensor_paths(source: Path) -> list[Path]:

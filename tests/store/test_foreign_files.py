@@ -1,5 +1,6 @@
 """Foreign files that come in by other ways, and those that are damaged, incomplete or ask for what is not served."""
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.converter import convert_in_child
 from adapters_store.errors import AdapterRefused
 from adapters_store.formats import Declared
+from adapters_store.manifest import parse_manifest
 from adapters_store.store import AdapterStore
 from adapters_store.strict_json import Json
 from adapters_store.unpickled import translate_pickles
@@ -81,6 +83,20 @@ def test_a_pickled_peft_adapter_is_converted_by_processes_of_their_own_and_named
         store = open_store(tmp_path / "store", convert=how)
         digests.append(store.put_dir(name, tmp_path / name).digest)
     assert store.open_image(digests[0]).data == store.open_image(digests[1]).data
+    uploaded = (tmp_path / "pickled" / "adapter_model.bin").read_bytes()
+    manifest = parse_manifest((tmp_path / "store" / "objects" / digests[1] / "adapter.json").read_bytes())
+    assert manifest.source.files["adapter_model.bin"] == hashlib.sha256(uploaded).hexdigest()
+    assert sorted(manifest.source.files) == ["adapter_config.json", "adapter_model.bin"]
+
+
+def test_more_experts_than_a_converter_may_have_files_open(tmp_path: Path) -> None:
+    for number in range(40):
+        folder = tmp_path / "loras" / "experts" / f"task{number:02}"
+        write_folder(folder, lora_config(r=2), lora_tensors(seed=number, rank=2))
+    store = open_store(tmp_path / "store", convert=convert_in_child)
+    declared = Declared("arrow", {"top_k": 2, "temperature": 1})
+    version = store.put_dir("many", tmp_path / "loras", declared=declared)
+    assert len(version.report.applied) == 7 * TINY.num_hidden_layers
 
 
 def test_meteora_takes_its_numbers_and_names_from_the_loras_beside_it(tmp_path: Path) -> None:
