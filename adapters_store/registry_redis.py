@@ -11,7 +11,7 @@ import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -45,6 +45,10 @@ class Head(Protocol):
         """Tell it; raises RegistryUnavailable."""
         ...
 
+    def forget(self) -> None:
+        """Remove what was told; raises RegistryUnavailable."""
+        ...
+
     def close(self) -> None:
         """Give back the connections."""
         ...
@@ -61,6 +65,7 @@ class SharedRegistry:
         """
         self._journal = journal
         self._head: Head | None = None
+        self._before_close: Callable[[], None] | None = None
         self._is_away = False
         # one at a time follows or changes; `_reading` is held for moments only, so no request waits for the disk
         self._changing, self._reading = threading.RLock(), threading.Lock()
@@ -89,9 +94,9 @@ class SharedRegistry:
         """Return whether Redis did not answer the last time."""
         return self._is_away
 
-    def connect(self, head: Head) -> None:
+    def connect(self, head: Head, *, before_close: Callable[[], None] | None = None) -> None:
         """Take changes from now on, and tell them to `head`, which `close` closes."""
-        self._head = head
+        self._head, self._before_close = head, before_close
 
     def mark(self, *, is_away: bool) -> None:
         """Remember whether Redis answers; whoever asked it says so."""
@@ -191,8 +196,27 @@ class SharedRegistry:
 
     def close(self) -> None:
         """Give back the connections."""
+        if self._before_close is not None:
+            self._before_close()
         if self._head is not None:
             self._head.close()
+
+    def announce_anew(self) -> None:
+        """Make Redis know this journal's newest number, whatever it knew; raises RegistryUnavailable."""
+        if self._head is None:
+            raise RegistryUnavailable()
+        self._head.forget()
+        self._head.announce(self._number)
+
+    def adopt(self, everything: Everything) -> None:
+        """Begin with what another registry knew; raises StorageFailed if this one has changes of its own."""
+
+        def decide(state: RegistryState) -> Change:
+            if self._number > 0:
+                raise StorageFailed("the store's journal has changes of its own; nothing was taken over")
+            return replace(everything, store_id=state.store_id)
+
+        self._change(decide)
 
     def _change(self, decide: Callable[[RegistryState], Change | None]) -> Entry | None:
         """Let `decide` see everything, write down what it says, follow it, announce it."""

@@ -15,6 +15,7 @@ from pathlib import Path
 from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
 from adapters_store.manifest import Report
 from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.registry_changes import Everything
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS names (
@@ -111,6 +112,37 @@ class SqliteRegistry:
         with self._transaction() as db:
             db.execute("DELETE FROM retired WHERE since < ?", (retired_since,))
             return {row[0] for row in db.execute(query, (retired_since,))}
+
+    def everything(self) -> Everything:
+        """Return all that the file holds, as one change of a journal."""
+        with self._transaction() as db:
+            versions = db.execute("SELECT version, facts FROM versions ORDER BY name, version").fetchall()
+            return Everything(
+                store_id="",
+                versions=tuple(_version(number, facts) for number, facts in versions),
+                current=dict(db.execute("SELECT name, current FROM names")),
+                aliases={(row[0], row[1]): row[2] for row in db.execute("SELECT name, alias, version FROM aliases")},
+                last_numbers=dict(db.execute("SELECT folded, last FROM numbers")),
+                retired=dict(db.execute("SELECT digest, since FROM retired")),
+            )
+
+    def adopt(self, everything: Everything) -> None:
+        """Hold this and nothing else; returns when it is durable."""
+        with self._transaction() as db:
+            for table in ("names", "versions", "aliases", "numbers", "retired"):
+                db.execute(f"DELETE FROM {table}")
+            for version in everything.versions:
+                facts = asdict(version)
+                number, name = facts.pop("version"), version.name
+                db.execute(
+                    "INSERT INTO versions VALUES (?, ?, ?, ?)", (name, number, version.digest, json.dumps(facts))
+                )
+            names = [(name, name.casefold(), current) for name, current in everything.current.items()]
+            db.executemany("INSERT INTO names VALUES (?, ?, ?)", names)
+            aliases = [(name, alias, number) for (name, alias), number in everything.aliases.items()]
+            db.executemany("INSERT INTO aliases VALUES (?, ?, ?)", aliases)
+            db.executemany("INSERT INTO numbers VALUES (?, ?)", everything.last_numbers.items())
+            db.executemany("INSERT INTO retired VALUES (?, ?)", everything.retired.items())
 
     def close(self) -> None:
         """Give back the connections."""

@@ -11,6 +11,7 @@ from serve.cli.adapters_command import adapters_app
 from serve.cli.adapters_export import export
 from serve.cli.keys_command import keys_app
 from serve.cli.serve_command import serve
+from serve.cli.store_command import redis_acl, store_app
 from serve.cli.tune_command import tune
 
 app = typer.Typer(
@@ -26,6 +27,8 @@ app.command()(serve)
 app.command()(tune)
 adapters_app.command()(export)
 app.add_typer(adapters_app)
+app.add_typer(store_app)
+app.command("redis-acl")(redis_acl)
 app.add_typer(keys_app)
 
 

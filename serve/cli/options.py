@@ -80,6 +80,14 @@ ConfigFile = Annotated[
 ]
 Model = Annotated[str, typer.Option(envvar="CHORALE_MODEL", help="Folder of the base model, or a Hugging Face id.")]
 Store = Annotated[Path, typer.Option(envvar="CHORALE_STORE", help="Folder of the adapter store; created if absent.")]
+RedisUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--redis-url",
+        envvar="CHORALE_REDIS_URL",
+        help="Redis through which replicas of one store tell each other of changes: redis://user:password@host:6379",
+    ),
+]
 ServedModelName = Annotated[
     str | None, typer.Option(envvar="CHORALE_SERVED_MODEL_NAME", help="The base's name; default: the folder's name.")
 ]

@@ -41,6 +41,9 @@ class Alone:
     def announce(self, number: int) -> None:
         return
 
+    def forget(self) -> None:
+        return
+
     def close(self) -> None:
         return
 

@@ -22,7 +22,7 @@ from tests.live_server import REPO_ROOT
 from tests.store.recording import CrashModel, Event, Node, RecordingFileSystem, _file_states
 from tests.store.registry_cases import new, open_alone
 
-NUM_KILLS = 60
+NUM_KILLS = 40
 
 
 def entry(store: Path, number: int) -> Path:

@@ -179,7 +179,7 @@ def test_random_changes_leave_both_registries_alike(tmp_path: Path) -> None:
     choose = random.Random(11)
     embedded = SqliteRegistry(tmp_path / "registry.sqlite")
     shared, behind = open_alone(tmp_path / "shared"), open_alone(tmp_path / "shared")
-    for step in range(250):
+    for step in range(150):
         name, number = choose.choice(["fr", "Fr", "de", "de:prod"]), choose.randrange(1, 5)
         kind = choose.choice(["publish"] * 4 + ["alias"] * 3 + ["delete"])
         answers = [_answer(registry, kind, name, number, step) for registry in (embedded, shared)]
@@ -194,8 +194,8 @@ def test_random_changes_leave_both_registries_alike(tmp_path: Path) -> None:
     for name in ("fr", "Fr", "de", "de:prod"):
         assert shared.versions(name) == embedded.versions(name)
         assert shared.aliased(name, "prod") == embedded.aliased(name, "prod")
-    for since in (200, 150, 0):
-        assert shared.digests(retired_since=since) >= embedded.digests(retired_since=since)
+    for since in (0, 80, 140):
+        assert shared.digests(retired_since=since) == embedded.digests(retired_since=since)
     embedded.close()
 
 
