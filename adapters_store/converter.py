@@ -82,6 +82,7 @@ def run_child(module: str, arguments: list[str], folder: Path, timeout_s: int) -
     if finished.returncode != 0:
         _log.error("converter ended with status %d", finished.returncode)
         raise ConversionFailed("the converter stopped unexpectedly; nothing was stored, see the server's log")
+    _log_missing(raw)
     return raw
 
 
@@ -111,6 +112,18 @@ def _warn_once(layer: str) -> None:
     _log.warning("converter without %s: %s", layer, LAYERS[layer])
 
 
+def _log_missing(raw: bytes) -> None:
+    """Log the walls that a child names as missing here; what else it printed is its caller's to judge."""
+    try:
+        outcome = json.loads(raw)
+    except ValueError:
+        return
+    missing = outcome.get("missing") if isinstance(outcome, dict) else None
+    for layer in LAYERS if isinstance(missing, list) else ():
+        if layer in missing:
+            _warn_once(layer)
+
+
 def _raise_refusal(raw: bytes) -> None:
     try:
         outcome = json.loads(raw)
@@ -118,10 +131,7 @@ def _raise_refusal(raw: bytes) -> None:
         raise ConversionFailed("the converter gave no answer; nothing was stored, see the server's log") from None
     if not isinstance(outcome, dict):
         raise ConversionFailed("the converter gave no answer; nothing was stored, see the server's log")
-    for layer in outcome.pop("missing", []):
-        if layer in LAYERS:
-            _warn_once(layer)
-    if not outcome:
+    if not outcome.keys() - {"missing"}:
         return
     if "errno" in outcome:
         if outcome["errno"] == errno.EFBIG:

@@ -62,28 +62,34 @@ def main(arguments: list[str]) -> int:
     source, target, max_bytes, cpu_seconds = arguments
     size = sum(entry.stat().st_size for entry in os.scandir(source))
     limits = Limits(_MEMORY_BYTES + 3 * size, int(max_bytes), int(cpu_seconds))
-    confine(limits, readable=[Path(source)], writable=Path(target))
-    outcome: dict[str, str | None] = {}
+    missing = confine(limits, readable=[Path(source)], writable=Path(target))
+    outcome: dict[str, Json] = {"missing": [*missing]}
     try:
-        translate(Path(source), Path(target))
+        translate(Path(source), Path(target), int(max_bytes))
     except StoreError as error:
-        outcome = {"code": error.code, "message": error.message, "param": error.param}
+        outcome |= {"code": error.code, "message": error.message, "param": error.param}
     except MemoryError:
-        outcome = {"code": UnsafePickle.default_code, "message": "the pickle needs too much memory", "param": "files"}
+        outcome |= {"code": UnsafePickle.default_code, "message": "the pickle needs too much memory", "param": "files"}
     json.dump(outcome, sys.stdout)
     return 0
 
 
-def translate(source: Path, target: Path) -> None:
+def translate(source: Path, target: Path, max_bytes: int) -> None:
     """Write every pickle of `source` into `target` as safetensors, and their plain values as one JSON file.
 
+    Args:
+        max_bytes: of all files together: views may repeat what a pickle stores once.
     Raises:
         UnsafePickle: it names code, holds other things than tensors and plain values, or breaks a limit.
     """
     facts: dict[str, Json] = {}
+    num_left = max_bytes
     for path in sorted(entry for entry in source.iterdir() if is_pickle(entry.name)):
         found = read_pickle(path)
-        _write(target / translated_name(path.name), found.tensors, path.name)
+        num_left -= sum(tensor.numel() * _stored_type(tensor).itemsize for tensor in found.tensors.values())
+        if num_left < 0:
+            raise UnsafePickle(f"{path.name} grows beyond its limit when it is read", param="files")
+        _write(target / translated_name(path.name), found.tensors)
         facts[path.name] = {"values": found.values, "skipped": [*found.skipped]}
     (target / TRANSLATED_PART).write_text(json.dumps(facts, allow_nan=False), encoding="utf-8")
 
@@ -207,8 +213,8 @@ def _check_tensor(path: Path, key: str, tensor: torch.Tensor) -> None:
         raise _refused(path, f"{key[:80]!a} is larger than what is stored of it")
 
 
-def _write(target: Path, tensors: dict[str, torch.Tensor], what: str) -> None:
-    """Write one safetensors file, a tensor at a time; raises UnsafePickle when a storage is repeated without end."""
+def _write(target: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write one safetensors file, a tensor at a time."""
     header: dict[str, Json] = {}
     position = 0
     for key, tensor in tensors.items():
@@ -219,10 +225,7 @@ def _write(target: Path, tensors: dict[str, torch.Tensor], what: str) -> None:
     raw = json.dumps(header).encode()
     with target.open("xb") as file:
         file.write(len(raw).to_bytes(8, "little") + raw)
-        try:
-            file.writelines(_pieces(tensors.values()))
-        except OSError:
-            raise UnsafePickle(f"{what} grows beyond its limit when it is read", param="files") from None
+        file.writelines(_pieces(tensors.values()))
 
 
 def _pieces(tensors: Iterable[torch.Tensor]) -> Iterator[bytes]:

@@ -37,8 +37,8 @@ def main(arguments: list[str]) -> int:
     assert options.base_dir is not None, "without the base's weights there is nothing to compare with"
     base_dir = Path(options.base_dir)
     limits = Limits(int(max_memory_bytes), _MAX_FILE_BYTES, int(cpu_seconds))
-    confine(limits, readable=[Path(source), base_dir, Path(folder)], writable=Path(folder))
-    json.dump(_outcome(Path(source), Path(folder), base_dir, options), sys.stdout)
+    missing = confine(limits, readable=[Path(source), base_dir, Path(folder)], writable=Path(folder))
+    json.dump({**_outcome(Path(source), Path(folder), base_dir, options), "missing": missing}, sys.stdout)
     return 0
 
 

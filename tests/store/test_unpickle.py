@@ -39,7 +39,7 @@ def in_process(module: str, arguments: list[str], folder: Path, timeout_s: int) 
     """Stand in for the child: the same translation, without its walls."""
     assert module == "adapters_store.convert.unpickle"
     try:
-        translate(Path(arguments[0]), Path(arguments[1]))
+        translate(Path(arguments[0]), Path(arguments[1]), int(arguments[2]))
     except UnsafePickle as error:
         return json.dumps({"code": error.code, "message": error.message}).encode()
     return b"{}"
@@ -235,6 +235,17 @@ def test_the_process_of_its_own_translates_refuses_and_survives_what_wants_too_m
     with pytest.raises(UnsafePickle):
         translate_pickles(tmp_path / "bad" / "source", run_child)
     assert not (tmp_path / "marker").exists()
+
+
+def test_what_all_pickles_together_become_has_one_limit(tmp_path: Path) -> None:
+    stored = torch.zeros(1 << 18)
+    # a megabyte that each of them repeats thirty times, of which each alone would pass
+    repeated = {str(number): stored.view(-1) for number in range(30)}
+    source = source_of(tmp_path, repeated, "a.ckpt")
+    for name in ("b.ckpt", "c.ckpt", "d.ckpt"):
+        torch.save(repeated, source / name)
+    with pytest.raises(UnsafePickle, match=r"c\.ckpt grows beyond its limit"):
+        translate_pickles(source, in_process)
 
 
 def test_a_pickle_beside_its_safetensors_twin_is_refused(tmp_path: Path) -> None:
