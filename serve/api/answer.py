@@ -8,13 +8,14 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import msgspec
 from fastapi import Request
 from fastapi.responses import Response
 
+from serve.api.auth import principal_of
 from serve.api.disconnect import unless_disconnected
 from serve.api.generation import Generation, run_generation
 from serve.api.output import Piece
@@ -22,6 +23,7 @@ from serve.api.request_context import request_id
 from serve.api.selection import fingerprint
 from serve.api.sse import KEEP_ALIVE, EventStream, data_frame, with_end
 from serve.api.state import ApiState
+from serve.api.tenant_share import share_of
 from serve.messages import Started, TokenLogprobs
 
 Json = dict[str, object]
@@ -79,12 +81,16 @@ class Usage:
         if piece.started is not None and piece.index % self._num_choices == 0:
             self._num_cached_tokens += piece.started.num_cached_tokens
 
+    def total(self) -> int:
+        """Return what the request has cost so far."""
+        return self._num_prompt_tokens + self._num_completion_tokens
+
     def body(self) -> Json:
         """Return OpenAI's usage object."""
         return {
             "prompt_tokens": self._num_prompt_tokens,
             "completion_tokens": self._num_completion_tokens,
-            "total_tokens": self._num_prompt_tokens + self._num_completion_tokens,
+            "total_tokens": self.total(),
             "prompt_tokens_details": {"cached_tokens": self._num_cached_tokens},
         }
 
@@ -105,8 +111,10 @@ async def answer_generation(
         "system_fingerprint": fingerprint(state, generation.target),
     }
     limits = state.config.limits
+    generation = replace(generation, cache_salt=state.door.salt_of(principal_of(request)))
     pieces = run_generation(state.engine, state.tokenizer, generation, limits)
     usage = Usage(generation)
+    share_of(request).pay_by(usage.total)
     if not stream:
         outputs = await unless_disconnected(request, _collect(pieces, usage))
         body = {**envelope, "choices": [reply.choice(output) for output in outputs], "usage": usage.body()}

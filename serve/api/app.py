@@ -24,10 +24,12 @@ from serve.api.grammar_gate import GrammarGate
 from serve.api.request_context import RequestContext
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
+from serve.api.tenant_share import take_share
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
 from serve.config import ApiConfig
 from serve.metrics import Metrics
+from serve.tenants.limits import TenantLimiter
 
 _ROOMS = (chat, completions, embeddings, models, tokenize, adapters, adapter_files, compat_vllm, health)
 
@@ -55,7 +57,7 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
-        dependencies=[Depends(authorise)],
+        dependencies=[Depends(authorise), Depends(take_share)],
     )
     app.state.api = state
     routers = [*(room.router for room in _ROOMS), _build_docs(app)]
@@ -75,6 +77,7 @@ def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, 
     return ApiState(
         config=config,
         door=Door.open(config),
+        limiter=TenantLimiter(config.tenant_limits, now_us=lambda: time.monotonic_ns() // 1000),
         engine=engine,
         store=store,
         tokenizer=tokenizer,

@@ -7,18 +7,16 @@ was revoked opens nothing a second later.
 
 import asyncio
 import hmac
-import time
 from collections.abc import Sequence
 from typing import cast
 
 from fastapi import Request
 
 from serve.api.route_scopes import OPEN, required_scopes
+from serve.api.tenancy import Tenancy
 from serve.config import ApiConfig
 from serve.errors import InvalidApiKey, PermissionDenied
-from serve.tenants.key_ring import KeyRing
-from serve.tenants.key_store_sqlite import KEYS_FILE, SqliteKeyStore
-from serve.tenants.pepper import PEPPER_FILE, read_pepper
+from serve.tenants.pepper import tenant_salt
 from serve.tenants.principal import Principal, local_principal
 
 _MAX_KEY_BYTES = 512
@@ -27,9 +25,9 @@ _MAX_KEY_BYTES = 512
 class Door:
     """The keys of one server: the operator's static ones, and those of the store if keys are required."""
 
-    def __init__(self, static_keys: Sequence[str], ring: KeyRing | None) -> None:
+    def __init__(self, static_keys: Sequence[str], tenancy: Tenancy | None) -> None:
         self._static_keys = [key.encode("utf-8") for key in static_keys]
-        self._ring = ring
+        self.tenancy = tenancy
 
     @classmethod
     def open(cls, config: ApiConfig) -> "Door":
@@ -38,11 +36,7 @@ class Door:
         Raises:
             StartError: no pepper, or not the one that the keys were made with. Unavailable: the keys cannot be read.
         """
-        if not config.require_keys:
-            return cls(config.api_keys, None)
-        pepper = read_pepper(config.pepper_file or config.store_dir / PEPPER_FILE, create=config.pepper_file is None)
-        store = SqliteKeyStore(config.store_dir / KEYS_FILE, pepper)
-        return cls(config.api_keys, KeyRing(store, pepper, monotonic=time.monotonic, clock=time.time))
+        return cls(config.api_keys, Tenancy.open(config) if config.require_keys else None)
 
     async def identify(self, authorization: Sequence[str]) -> Principal:
         """Return who sends these `Authorization` headers; without any keys, everybody is the local user.
@@ -50,7 +44,7 @@ class Door:
         Raises:
             InvalidApiKey: not exactly one, or not a valid key. Unavailable: the keys cannot be read.
         """
-        if not self._static_keys and self._ring is None:
+        if not self._static_keys and self.tenancy is None:
             return local_principal()
         scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
         text = token.strip() if scheme.lower() == "bearer" else ""
@@ -59,10 +53,18 @@ class Door:
             raise InvalidApiKey("no valid API key; send one as 'Authorization: Bearer KEY'")
         return principal
 
+    def salt_of(self, principal: Principal) -> str:
+        """Return what keeps a tenant's prefix cache apart from all others'; a server of one user needs none."""
+        return "" if self.tenancy is None else tenant_salt(self.tenancy.pepper, principal.tenant)
+
+    def shared_with(self, tenant: str) -> frozenset[str]:
+        """Return the adapters of others that a tenant may use, by the store's names."""
+        return frozenset() if self.tenancy is None else self.tenancy.ring.shared_with(tenant)
+
     def close(self) -> None:
         """Give back the store of keys."""
-        if self._ring is not None:
-            self._ring.close()
+        if self.tenancy is not None:
+            self.tenancy.keys.close()
 
     def _static(self, text: str) -> Principal | None:
         sent = text.encode("utf-8", "replace")[:_MAX_KEY_BYTES]
@@ -71,11 +73,12 @@ class Door:
         return local_principal("static") if text and any(are_equal) else None
 
     async def _kept(self, text: str) -> Principal | None:
-        if self._ring is None:
+        if self.tenancy is None:
             return None
-        if self._ring.is_stale:
-            await asyncio.to_thread(self._ring.refresh)
-        return self._ring.authenticate(text[:_MAX_KEY_BYTES])
+        ring = self.tenancy.ring
+        if ring.is_stale:
+            await asyncio.to_thread(ring.refresh)
+        return ring.authenticate(text[:_MAX_KEY_BYTES])
 
 
 async def authorise(request: Request) -> None:
@@ -91,6 +94,8 @@ async def authorise(request: Request) -> None:
     door: Door = request.app.state.api.door
     principal = await door.identify(request.headers.getlist("authorization"))
     if scopes is None or not principal.may(scopes):
+        if door.tenancy is not None:
+            await door.tenancy.denied(principal, f"{request.method} {template}")
         wanted = " or ".join(sorted(scopes or ())) or "none"
         raise PermissionDenied(f"this key may not do this: it needs the scope {wanted}; ask the operator for another")
     request.state.principal = principal

@@ -24,6 +24,7 @@ from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
+from serve.api.tenant_share import charge_tokens
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
@@ -45,6 +46,7 @@ async def create_chat_completion(request: Request) -> Response:
     # a forced call is no free text: the form of the text has nothing to say about it
     grammar = tools.grammar or form
     target = await resolve_target(state, body)
+    await charge_tokens(request, num_choices * (_asked_tokens(body) or 0))
     state.engine.admit(num_choices)
     await state.grammar_gate.check(
         grammar, param="tools" if tools.grammar is not None else grammar_param(body.structured_outputs)
@@ -70,7 +72,7 @@ async def _prepare(
     state: ApiState, body: ChatRequest, target: Target, tools: ToolPlan, grammar: Grammar | None
 ) -> Generation:
     ready = state.ready
-    asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
+    asked = _asked_tokens(body)
     token_ids = await asyncio.to_thread(_encode, state, body, tools)
     num_virtual = target.num_virtual_tokens
     token_ids = fit_prompt(token_ids, body.truncate_prompt_tokens, asked, ready, num_virtual=num_virtual)
@@ -96,6 +98,10 @@ async def _prepare(
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",
     )
+
+
+def _asked_tokens(body: ChatRequest) -> int | None:
+    return body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
 
 
 def _encode(state: ApiState, body: ChatRequest, tools: ToolPlan) -> list[int]:

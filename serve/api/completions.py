@@ -24,6 +24,7 @@ from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
+from serve.api.tenant_share import charge_tokens
 from serve.api.tokenizer import TextTokenizer
 from serve.messages import Grammar
 
@@ -40,6 +41,7 @@ async def create_completion(request: Request) -> Response:
     num_sequences = check_limits(body, state.config.limits, num_prompts=len(body.prompt))
     grammar = requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
     target = await resolve_target(state, body)
+    await charge_tokens(request, num_sequences * _asked_tokens(body))
     state.engine.admit(num_sequences)
     await state.grammar_gate.check(grammar, param=grammar_param(body.structured_outputs))
     generation = await _prepare(state, body, target, grammar)
@@ -51,7 +53,7 @@ async def create_completion(request: Request) -> Response:
 
 async def _prepare(state: ApiState, body: CompletionRequest, target: Target, grammar: Grammar | None) -> Generation:
     ready = state.ready
-    asked = DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
+    asked = _asked_tokens(body)
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body)
     num_virtual = target.num_virtual_tokens
     prompts = [
@@ -72,6 +74,10 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",
     )
+
+
+def _asked_tokens(body: CompletionRequest) -> int:
+    return DEFAULT_MAX_TOKENS if body.max_tokens is None else body.max_tokens
 
 
 def _encode(tokenizer: TextTokenizer, body: CompletionRequest) -> list[list[int]]:

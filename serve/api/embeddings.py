@@ -23,6 +23,7 @@ from serve.api.schemas_completions import EmbeddingRequest, Prompt
 from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.target import Target
+from serve.api.tenant_share import charge_tokens, share_of
 from serve.api.tokenizer import TextTokenizer
 from serve.errors import Unavailable
 from serve.messages import Embed, Ready
@@ -37,14 +38,16 @@ async def create_embeddings(request: Request) -> Response:
     body = await read_model(request, EmbeddingRequest)
     check_num_prompts(len(body.input), state.config.limits, param="input")
     target = await resolve_target(state, body)
+    await charge_tokens(request, 0)
     state.engine.admit(len(body.input))
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body.input)
     prompts = [
         _fit(token_ids, body.truncate_prompt_tokens, state.ready, target.num_virtual_tokens) for token_ids in encoded
     ]
+    num_tokens = sum(len(prompt) for prompt in prompts)
+    share_of(request).pay_by(lambda: num_tokens)
     vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean"))
     is_base64 = body.encoding_format == "base64"
-    num_tokens = sum(len(prompt) for prompt in prompts)
     answer = {
         "object": "list",
         "data": [

@@ -38,6 +38,8 @@ class Generation:
     target: Target
     priority: int
     cold_start: str
+    # whose prefixes it may share
+    cache_salt: str = ""
 
     def submits(self) -> list[Submit]:
         """Return one submit per choice: prompt by prompt, as OpenAI numbers the choices."""
@@ -63,6 +65,7 @@ class Generation:
             prompt_token_ids=prompt,
             sampling=replace(sampling, seed=choice_seed(self.seed, child)),
             adapter_digest=acts.adapter_digest,
+            cache_salt=self.cache_salt,
             priority=self.priority,
             group_id=identity if self.num_choices > 1 else "",
             cold_start=self.cold_start,

@@ -1,18 +1,23 @@
 """The outermost layer of one HTTP request: its id, its processing time, and the wall for unexpected errors.
 
-Owns the two headers that every answer carries. Invariant: an exception that nobody foresaw is logged once with the
-request id and becomes a 500 without details; the client always gets an answer.
+Owns the two headers that every answer carries, and the end of the request's share of its tenant's limits. Invariant: an
+exception that nobody foresaw is logged once with the request id and becomes a 500 without details; the client always
+gets an answer.
 """
 
 import logging
 import re
 import time
 import uuid
+from collections.abc import Iterable
 
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import error_response
+from serve.api.tenant_share import TenantShare
+
+Headers = Iterable[tuple[bytes, bytes]]
 
 logger = logging.getLogger("chorale.api")
 
@@ -41,7 +46,8 @@ class RequestContext:
                 has_started = True
                 elapsed_ms = int((time.monotonic() - start_s) * 1000)
                 extra = [(b"x-request-id", identity.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
-                message = {**message, "headers": [*message.get("headers", ()), *extra]}
+                headers = _with_standings(message.get("headers", ()), scope)
+                message = {**message, "headers": [*headers, *extra]}
             await send(message)
 
         try:
@@ -51,11 +57,23 @@ class RequestContext:
             logger.exception("request %s failed unexpectedly", identity)
             if not has_started:
                 await error_response(error)(scope, receive, send_with_headers)
+        finally:
+            share: TenantShare | None = scope["state"].get("share")
+            if share is not None:
+                share.leave()
 
 
 def request_id(request: Request) -> str:
     """Return the id under which this request is logged and answered."""
     return str(request.state.request_id)
+
+
+def _with_standings(headers: Headers, scope: Scope) -> Headers:
+    """Let what the tenant has left replace what a refusal of the whole server says of it."""
+    share: TenantShare | None = scope["state"].get("share")
+    ours = share.headers() if share is not None else []
+    names = {name for name, _ in ours}
+    return [*((name, value) for name, value in headers if name not in names), *ours]
 
 
 def _sent_request_id(scope: Scope) -> str | None:

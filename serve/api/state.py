@@ -23,6 +23,7 @@ from serve.errors import EngineLoading
 from serve.messages import Ready
 from serve.metrics import Metrics
 from serve.probe.probe import proving_on
+from serve.tenants.limits import TenantLimiter
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class ApiState:
 
     config: ApiConfig
     door: Door
+    limiter: TenantLimiter
     engine: EngineGateway
     store: AdapterStore
     tokenizer: TextTokenizer

@@ -168,6 +168,15 @@ PepperFile = Annotated[
         help="File of 32 or more random bytes that keys are hashed with; default: one in the store's folder.",
     ),
 ]
+TenantLimit = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tenant-limit",
+        envvar="CHORALE_TENANT_LIMIT",
+        help="Bound of each tenant as NAME=NUMBER; repeatable: "
+        "requests-per-minute, tokens-per-minute, max-concurrent, max-adapters, max-adapter-bytes.",
+    ),
+]
 LoraRoots = Annotated[
     list[Path] | None,
     typer.Option("--lora-root", envvar="CHORALE_LORA_ROOT", help="Folder that lora_path may lie under; repeatable."),

@@ -5,14 +5,17 @@ Invariant: every start that cannot work ends with one line on stderr and status 
 """
 
 import logging
+import re
 import sys
-from dataclasses import replace
+from collections.abc import Iterable
+from dataclasses import fields, replace
 from pathlib import Path
 
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
-from serve.config import ApiConfig, EngineConfig, LimitsConfig, ServeConfig, WatchdogConfig
+from serve.config import ApiConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
+from serve.errors import StartError
 from serve.model.download import resolve_model_dir
 
 # the dataclasses own the defaults; the flags only show them
@@ -44,6 +47,7 @@ def serve(
     api_key: options.ApiKeys = None,
     require_keys: options.RequireKeys = _API.require_keys,
     pepper_file: options.PepperFile = None,
+    tenant_limit: options.TenantLimit = None,
     lora_root: options.LoraRoots = None,
     max_in_flight: options.MaxInFlight = _LIMITS.max_in_flight,
     max_upload_bytes: options.MaxUploadBytes = _LIMITS.max_upload_bytes,
@@ -68,8 +72,8 @@ def serve(
         api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
         api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
         api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
-        pepper_file = None if pepper_file is None else pepper_file.absolute()
-        api = replace(api, require_keys=require_keys, pepper_file=pepper_file)
+        api = replace(api, require_keys=require_keys, pepper_file=pepper_file and pepper_file.absolute())
+        api = replace(api, tenant_limits=read_tenant_limits(tenant_limit or ()))
         api = replace(api, probe_adapters=probe is options.Probe.ON)
         engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
         engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
@@ -80,6 +84,25 @@ def serve(
         watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
         config = ServeConfig(api, engine, watchdog)
         run_server(config, preload=preload, grace_s=grace_s)
+
+
+def read_tenant_limits(values: Iterable[str]) -> TenantLimits:
+    """Read NAME=NUMBER bounds.
+
+    Raises:
+        StartError: an unknown name, one given twice, or not a positive whole number.
+    """
+    known = {field.name.replace("_", "-"): field.name for field in fields(TenantLimits)}
+    found: dict[str, int] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        if name not in known or known[name] in found or not re.fullmatch(r"[1-9][0-9]{0,17}", number):
+            raise StartError(
+                f"--tenant-limit {ascii(value)[:80]}: give each of {', '.join(known)} at most once, as NAME=NUMBER "
+                "with a number of 1 or more"
+            )
+        found[known[name]] = int(number)
+    return TenantLimits(**found)
 
 
 def served_name(model: str, model_dir: Path) -> str:

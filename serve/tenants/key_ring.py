@@ -1,13 +1,13 @@
-"""The keys as one process knows them: a copy of the store that is never older than a bound.
+"""The keys and grants as one process knows them: a copy of the store that is never older than a bound.
 
 Owns the copy and its age. Invariant: no key opens anything once `max_age_s` have passed since it was revoked in the
 store, in every process; when the store cannot be read, nothing opens (fail closed), since a revocation could be missed.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
-from serve.tenants.key_store import KeyStore
+from serve.tenants.key_store import EVERYBODY, Grant, KeyStore
 from serve.tenants.keys import KeyRecord, matches, parse_key
 from serve.tenants.principal import Principal
 
@@ -35,6 +35,8 @@ class KeyRing:
         self._max_age_s = max_age_s
         self._refreshing = threading.Lock()
         self._records: dict[str, KeyRecord] = {}
+        # tenant to the adapters that it was granted
+        self._shared: dict[str, frozenset[str]] = {}
         self._version: int | None = None
         # when the store was last asked; None: never
         self._asked_s: float | None = None
@@ -58,6 +60,7 @@ class KeyRing:
             if self._store.version() != self._version:
                 snapshot = self._store.snapshot()
                 self._records = {record.key_id: record for record in snapshot.records}
+                self._shared = _by_tenant(snapshot.grants)
                 self._version = snapshot.version
             self._asked_s = asked_s
 
@@ -71,11 +74,14 @@ class KeyRing:
             return None
         return record.principal()
 
-    @property
-    def num_keys(self) -> int:
-        """Number of keys in the copy, dead ones included."""
-        return len(self._records)
+    def shared_with(self, tenant: str) -> frozenset[str]:
+        """Return the adapters of others that a tenant may use."""
+        shared = self._shared
+        return shared.get(tenant, frozenset()) | shared.get(EVERYBODY, frozenset())
 
-    def close(self) -> None:
-        """Give back the store."""
-        self._store.close()
+
+def _by_tenant(grants: Iterable[Grant]) -> dict[str, frozenset[str]]:
+    shared: dict[str, set[str]] = {}
+    for grant in grants:
+        shared.setdefault(grant.tenant, set()).add(grant.adapter)
+    return {tenant: frozenset(adapters) for tenant, adapters in shared.items()}

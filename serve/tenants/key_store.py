@@ -1,7 +1,8 @@
-"""What a store of API keys promises; SQLite implements it, others may follow.
+"""What a store of API keys and grants promises; SQLite implements it, others may follow.
 
-Owns the protocol and the rotation's arithmetic. Invariant: a change returns only when it is durable, and every change
-raises the version, so that a process which knows the version knows whether its copy is whole.
+A grant lets a tenant use another's adapter: it is of the adapter's name, and so of its later versions, until it is
+withdrawn. Owns the protocol and the rotation's arithmetic. Invariant: a change returns only when it is durable, and
+every change raises the version, so that a process which knows the version knows whether its copy is whole.
 """
 
 from dataclasses import dataclass, replace
@@ -17,12 +18,25 @@ class KeyNotFound(NotFound):
     default_code = "key_not_found"
 
 
+# a grant to this tenant is to all of them
+EVERYBODY = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """`tenant` may use the adapter that the store keeps under `adapter`."""
+
+    adapter: str
+    tenant: str
+
+
 @dataclass(frozen=True, slots=True)
 class KeySnapshot:
-    """All keys as of one version."""
+    """All keys and grants as of one version."""
 
     version: int
     records: tuple[KeyRecord, ...]
+    grants: tuple[Grant, ...] = ()
 
 
 class KeyStore(Protocol):
@@ -33,7 +47,7 @@ class KeyStore(Protocol):
         ...
 
     def snapshot(self) -> KeySnapshot:
-        """Return all keys and the version they are of, read at once."""
+        """Return all keys and grants, and the version they are of, read at once."""
         ...
 
     def add(self, record: KeyRecord) -> None:
@@ -46,6 +60,14 @@ class KeyStore(Protocol):
 
     def rotate(self, key_id: str, successor: KeyRecord, *, until: int) -> KeyRecord:
         """Keep `successor` and let the old key end at `until` at the latest, both or neither. Raises KeyNotFound."""
+        ...
+
+    def grant(self, grant: Grant) -> None:
+        """Let a tenant use an adapter; twice is once."""
+        ...
+
+    def withdraw(self, adapter: str, tenant: str | None) -> int:
+        """Take back one tenant's grant, or all of an adapter's; return how many there were."""
         ...
 
     def close(self) -> None:

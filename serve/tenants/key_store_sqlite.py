@@ -1,6 +1,6 @@
 """The embedded key store: one SQLite file beside the registry, write-ahead log, synchronous=FULL.
 
-Owns the two tables and their transactions. Invariant: every change is one transaction, durable before the call returns,
+Owns the tables and their transactions. Invariant: every change is one transaction, durable before the call returns,
 that also raises the version; a file made with another pepper is refused when it is opened, not key by key.
 """
 
@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from serve.errors import StartError, Unavailable
-from serve.tenants.key_store import KeyNotFound, KeySnapshot, ends_by
+from serve.tenants.key_store import Grant, KeyNotFound, KeySnapshot, ends_by
 from serve.tenants.keys import KeyRecord
 from serve.tenants.principal import Scope
 
@@ -24,6 +24,9 @@ _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
     key_id TEXT PRIMARY KEY, tenant TEXT NOT NULL, scopes TEXT NOT NULL, mac BLOB NOT NULL,
     created INTEGER NOT NULL, expires INTEGER, revoked INTEGER
+) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS grants (
+    adapter TEXT NOT NULL, tenant TEXT NOT NULL, PRIMARY KEY (adapter, tenant)
 ) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 INSERT OR IGNORE INTO facts VALUES ('version', 0);
@@ -61,12 +64,14 @@ class SqliteKeyStore:
             return _version(self._reader)
 
     def snapshot(self) -> KeySnapshot:
-        """Return all keys and the version they are of, read at once."""
+        """Return all keys and grants, and the version they are of, read at once."""
         with self._reading, _storage_errors():
             self._reader.execute("BEGIN")
             try:
                 rows = self._reader.execute("SELECT * FROM keys ORDER BY created, key_id").fetchall()
-                return KeySnapshot(_version(self._reader), tuple(map(_record, rows)))
+                grants = self._reader.execute("SELECT adapter, tenant FROM grants ORDER BY adapter, tenant").fetchall()
+                records = tuple(map(_record, rows))
+                return KeySnapshot(_version(self._reader), records, tuple(Grant(*row) for row in grants))
             finally:
                 self._reader.execute("COMMIT")
 
@@ -91,6 +96,17 @@ class SqliteKeyStore:
             db.execute("UPDATE keys SET expires = ? WHERE key_id = ?", (record.expires, key_id))
             _insert(db, successor)
             return record
+
+    def grant(self, grant: Grant) -> None:
+        """Let a tenant use an adapter; twice is once."""
+        with self._change() as db:
+            db.execute("INSERT OR IGNORE INTO grants VALUES (?, ?)", (grant.adapter, grant.tenant))
+
+    def withdraw(self, adapter: str, tenant: str | None) -> int:
+        """Take back one tenant's grant, or all of an adapter's; return how many there were."""
+        with self._change() as db:
+            query = "DELETE FROM grants WHERE adapter = ? AND tenant = coalesce(?, tenant)"
+            return db.execute(query, (adapter, tenant)).rowcount
 
     def close(self) -> None:
         """Give back the connections."""

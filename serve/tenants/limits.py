@@ -1,4 +1,4 @@
-"""What one tenant may use: requests and tokens per minute, requests at once, adapters and their bytes.
+"""What one tenant may use: requests and tokens per minute, requests at once. Adapters are the store's to count.
 
 Owns each tenant's accounts in this process. Invariants: a refused request leaves no trace in any account; every request
 that was let in is given back exactly once; a tenant that is at rest takes no memory, and no more than `max_tenants` are
@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from serve.config import TenantLimits
-from serve.errors import QuotaExceeded, RateLimited, Unavailable
+from serve.errors import RateLimited, Unavailable
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate, Standing
 
 _MINUTE_US = 60 * MICROSECONDS_PER_S
@@ -107,25 +107,6 @@ class TenantLimiter:
             requests=None if accounts.requests is None else accounts.requests.standing(now_us),
             tokens=None if accounts.tokens is None else accounts.tokens.standing(now_us),
         )
-
-    def check_quota(self, num_adapters: int, num_bytes: int) -> None:
-        """Refuse what a tenant would hold after an upload.
-
-        Raises:
-            QuotaExceeded: more adapters, or more bytes of them, than one tenant may have.
-        """
-        limits = self._limits
-        if limits.max_adapters is not None and num_adapters > limits.max_adapters:
-            raise QuotaExceeded(
-                f"this would be adapter {num_adapters} of the tenant; the limit is {limits.max_adapters}: delete one",
-                param="name",
-            )
-        if limits.max_adapter_bytes is not None and num_bytes > limits.max_adapter_bytes:
-            raise QuotaExceeded(
-                f"the tenant's adapters would take {num_bytes} bytes; the limit is {limits.max_adapter_bytes}: delete "
-                "some",
-                param="files",
-            )
 
     def check_invariants(self) -> None:
         """Raise AssertionError if an account is impossible."""

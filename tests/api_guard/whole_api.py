@@ -14,6 +14,7 @@ import httpx
 from adapters_store.base import BaseDims
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
+from serve.api.state import ApiState
 from serve.config import ApiConfig, LimitsConfig, TenantLimits
 from serve.metrics import Metrics
 from tests.api.fake_engine import FakeEngine
@@ -63,9 +64,10 @@ def whole_api(
     base: BaseDims = TINY,
     require_keys: bool = False,
     tenant_limits: TenantLimits | None = None,
+    states: list[ApiState] | None = None,
     **store_options: object,
 ) -> Iterator[WholeApi]:
-    """Serve the whole API until the block ends; `store_options` are the store's own."""
+    """Serve the whole API until the block ends; `states` receives its state, `store_options` are the store's own."""
     engine = FakeEngine()
     store = open_store(
         store_dir,
@@ -84,8 +86,11 @@ def whole_api(
         tenant_limits=tenant_limits or TenantLimits(),
     )
     try:
+        app = build_app(config, engine, store, metrics)
+        if states is not None:
+            states.append(app.state.api)
         with (
-            served(limits, build_app(config, engine, store, metrics)) as server,
+            served(limits, app) as server,
             httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as http,
         ):
             yield WholeApi(server, http, engine, store, store_dir)

@@ -34,7 +34,7 @@ def opens(store_dir: Path, text: str, *, at: float | None = None) -> bool:
     store = SqliteKeyStore(store_dir / KEYS_FILE, pepper)
     ring = KeyRing(store, pepper, monotonic=time.monotonic, clock=lambda: time.time() if at is None else at)
     ring.refresh()
-    ring.close()
+    store.close()
     return ring.authenticate(text) is not None
 
 

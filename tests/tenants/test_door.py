@@ -11,8 +11,10 @@ import httpx
 import pytest
 
 from serve.api.auth import Door
+from serve.api.tenancy import Tenancy
 from serve.config import ApiConfig
 from serve.errors import InvalidApiKey, StartError, Unavailable
+from serve.tenants.audit import AUDIT_FILE, AuditLog
 from serve.tenants.key_ring import MAX_AGE_S, KeyRing
 from serve.tenants.key_store_sqlite import KEYS_FILE, SqliteKeyStore
 from serve.tenants.keys import mint
@@ -80,7 +82,8 @@ def test_a_pepper_file_that_is_named_is_never_made(tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_read_opens_nothing_but_to_the_operator(tmp_path: Path, kept: SqliteKeyStore) -> None:
     text, _ = make_key(tmp_path, kept, Scope.INFER)
     clock, pepper = Clock(), read_pepper(tmp_path / PEPPER_FILE, create=False)
-    door = Door((STATIC,), KeyRing(kept, pepper, monotonic=clock, clock=clock))
+    ring, audit = KeyRing(kept, pepper, monotonic=clock, clock=clock), AuditLog(tmp_path / AUDIT_FILE, clock=clock)
+    door = Door((STATIC,), Tenancy(kept, ring, pepper, audit))
     assert identify(door, f"Bearer {text}").tenant == "acme"
     with closing(sqlite3.connect(tmp_path / KEYS_FILE)) as db:
         db.execute("DROP TABLE facts")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.config import TenantLimits
-from serve.errors import QuotaExceeded, RateLimited, Unavailable
+from serve.errors import RateLimited, Unavailable
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate
 from serve.tenants.limits import TenantLimiter
 
@@ -170,17 +170,7 @@ def test_without_limits_everything_passes() -> None:
         limiter.enter("a")
     limiter.charge("a", 10**12)
     limiter.settle("a", charged=10**12, used=0)
-    limiter.check_quota(10**6, 10**18)
     assert limiter.standings("a").requests is None
-
-
-def test_quotas_name_what_is_full() -> None:
-    limiter = limiter_of(Clock(), max_adapters=3, max_adapter_bytes=1000)
-    limiter.check_quota(3, 1000)
-    for num_adapters, num_bytes, param in ((4, 1, "name"), (1, 1001, "files")):
-        with pytest.raises(QuotaExceeded) as caught:
-            limiter.check_quota(num_adapters, num_bytes)
-        assert (caught.value.http_status, caught.value.code, caught.value.param) == (507, "quota_exceeded", param)
 
 
 @settings(max_examples=60, deadline=None)
