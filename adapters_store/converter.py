@@ -119,9 +119,10 @@ def _log_missing(raw: bytes) -> None:
     except ValueError:
         return
     missing = outcome.get("missing") if isinstance(outcome, dict) else None
-    for layer in LAYERS if isinstance(missing, list) else ():
-        if layer in missing:
-            _warn_once(layer)
+    if isinstance(missing, list):
+        for layer in LAYERS:
+            if layer in missing:
+                _warn_once(layer)
 
 
 def _raise_refusal(raw: bytes) -> None:

@@ -2,7 +2,8 @@
 
 Owns the list of calls, their numbers and the filter program. Refused (EPERM): every socket, every new process or
 thread, every other program, every look into another process, every change of limits, links, mounts, namespaces, keys
-or clocks. Invariant: on x86_64 and aarch64 the filter covers every thread of the process and there is no way back.
+or clocks, and of the owner, mode, times or attributes of any file, which Landlock leaves open. Invariant: on x86_64 and
+aarch64 the filter covers every thread of the process and there is no way back.
 Source: seccomp(2), linux/filter.h; numbers from the kernel's tables of the two architectures.
 """
 
@@ -64,6 +65,26 @@ REFUSED: dict[str, tuple[int, int | None]] = {
     "symlinkat": (266, 36),
     "mknod": (133, None),
     "mknodat": (259, 33),
+    "chmod": (90, None),
+    "fchmod": (91, 52),
+    "fchmodat": (268, 53),
+    "fchmodat2": (452, 452),
+    "chown": (92, None),
+    "fchown": (93, 55),
+    "lchown": (94, None),
+    "fchownat": (260, 54),
+    "utime": (132, None),
+    "utimes": (235, None),
+    "futimesat": (261, None),
+    "utimensat": (280, 88),
+    "setxattr": (188, 5),
+    "lsetxattr": (189, 6),
+    "fsetxattr": (190, 7),
+    "setxattrat": (463, 463),
+    "removexattr": (197, 14),
+    "lremovexattr": (198, 15),
+    "fremovexattr": (199, 16),
+    "removexattrat": (466, 466),
     "name_to_handle_at": (303, 264),
     "open_by_handle_at": (304, 265),
     "shmget": (29, 194),
