@@ -8,13 +8,13 @@ there. Commands: XADD, XREAD, XREVRANGE, DEL, nothing else (`acl_line`).
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from urllib.parse import urlsplit, urlunsplit
 
 import redis
 from redis.backoff import NoBackoff
 from redis.retry import Retry
 
 from adapters_store.errors import InvalidOption, RegistryUnavailable
+from adapters_store.redis_url import masked
 
 KEY_PREFIX = "chorale:"
 COMMANDS = ("del", "xadd", "xread", "xrevrange")
@@ -72,17 +72,6 @@ class RedisHead:
         """Give back the connections."""
         self._commands.close()
         self._waiting.close()
-
-
-def masked(url: str) -> str:
-    """Return a Redis URL that may be logged: without password and query (which may hold one)."""
-    try:
-        parts = urlsplit(url)
-    except ValueError:
-        return "***"
-    user, at, place = parts.netloc.rpartition("@")
-    user = f"{user.partition(':')[0]}:***" if ":" in user else user
-    return urlunsplit((parts.scheme, f"{user}{at}{place}", parts.path, "***" if parts.query else "", ""))
 
 
 def acl_line(user: str) -> str:

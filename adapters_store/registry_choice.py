@@ -1,16 +1,15 @@
-"""Which registry a store has: SQLite for one server, or the journal that replicas share and Redis announces.
+"""Which registry a store has: SQLite for one server, or the journal that replicas share.
 
-Owns the rule and the way from one to the other. Invariants: a store has exactly one of the two, and what is there
-decides, so a server started with other flags refuses instead of serving an old registry; a way cut short at any point
-is walked to its end by the same command again.
+Owns the rule; knows no Redis. Invariants: a store has exactly one of the two, and what is there decides, so a server
+started with other flags refuses instead of serving an old registry; a way from one to the other that was cut short at
+any point is walked to its end by the same command again, and nothing of an operator's is removed.
 """
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from adapters_store.errors import InvalidOption, RegistryUnavailable, storage_errors
-from adapters_store.registry import Registry
+from adapters_store.errors import InvalidOption, storage_errors
 from adapters_store.registry_changes import Everything
 from adapters_store.registry_redis import JOURNAL, SharedRegistry
 from adapters_store.registry_sqlite import SqliteRegistry
@@ -25,77 +24,17 @@ def kinds_of(root: Path) -> list[Kind]:
     return [*found, "journal"] if (root / JOURNAL).is_dir() else found
 
 
-def open_registry(root: Path, redis_url: str | None) -> Registry:
-    """Open the registry of a store, or make its first one; with Redis it also follows what other replicas do.
-
-    Raises:
-        InvalidOption: the flag does not fit what the folder holds, the URL or Redis' password is wrong, or the client
-            is not installed. StorageFailed: the folder fails.
-    """
-    wanted: Kind = "sqlite" if redis_url is None else "journal"
+def check_kind(root: Path, wanted: Kind) -> None:
+    """Raise InvalidOption if the store's folder holds the other registry."""
     for found in kinds_of(root):
         if found != wanted:
             raise InvalidOption(_MISFIT[found], param="redis_url")
-    if redis_url is None:
-        return SqliteRegistry(root / SQLITE)
-    registry = SharedRegistry.open(root)
-    connect(registry, redis_url, follow=True)
-    return registry
 
 
-def connect(registry: SharedRegistry, redis_url: str, *, follow: bool) -> None:
-    """Let a shared registry change names; with `follow` a thread hears of others' changes until it is closed.
-
-    Raises:
-        InvalidOption: as `open_registry`. A Redis that is away is no error: it may come back.
-    """
-    try:
-        # the client is an extra that single servers do not have
-        from adapters_store.redis_head import RedisHead, is_refused, masked  # noqa: PLC0415
-        from adapters_store.registry_follower import Follower  # noqa: PLC0415
-    except ModuleNotFoundError as error:
-        raise InvalidOption("--redis-url needs the Redis client: pip install 'chorale[redis]'") from error
-    head = RedisHead(redis_url, registry.store_id)
-    try:
-        head.top()
-    except RegistryUnavailable as error:
-        if is_refused(error):
-            head.close()
-            raise InvalidOption(
-                f"{masked(redis_url)} refuses: {error.__cause__}; `chorale redis-acl` prints the user that it needs",
-                param="redis_url",
-            ) from error
-    follower = Follower(registry, head)
-    registry.connect(head, before_close=follower.stop)
-    if follow:
-        follower.start()
-
-
-def rebuild_journal(root: Path, redis_url: str) -> SharedRegistry:
-    """Return the shared registry with all that the folder knows, and let Redis say so; the caller closes it.
-
-    A store that SQLite served is taken over first, and its file put aside.
-    Raises:
-        InvalidOption: both are there and differ, or as `open_registry`. StorageFailed, RegistryUnavailable.
-    """
-    registry = SharedRegistry.open(root)
-    try:
-        connect(registry, redis_url, follow=False)
-        # numbers that Redis has from another life of this store would hide ours
-        registry.announce_anew()
-        if (root / SQLITE).is_file():
-            known = _read_sqlite(root)
-            if registry.number > 0 and _names(known) != _names(registry.everything()):
-                raise InvalidOption(
-                    f"{SQLITE} and {JOURNAL}/ hold different adapters; move aside the one that is wrong", param="store"
-                )
-            if registry.number == 0:
-                registry.adopt(known)
-            _put_aside(root / SQLITE)
-    except BaseException:
-        registry.close()
-        raise
-    return registry
+def open_embedded(root: Path) -> SqliteRegistry:
+    """Open or make the registry of a store that one server has; raises InvalidOption, StorageFailed."""
+    check_kind(root, "sqlite")
+    return SqliteRegistry(root / SQLITE)
 
 
 def rebuild_sqlite(root: Path) -> SqliteRegistry:
@@ -110,16 +49,31 @@ def rebuild_sqlite(root: Path) -> SqliteRegistry:
     registry = SqliteRegistry(root / SQLITE)
     try:
         found = registry.everything()
-        if found.last_numbers and _names(found) != _names(known):
-            raise InvalidOption(
-                f"{SQLITE} and {JOURNAL}/ hold different adapters; move aside the one that is wrong", param="store"
-            )
+        if found.last_numbers:
+            check_same(found, known)
         registry.adopt(known)
-        _put_aside(root / JOURNAL)
+        put_aside(root / JOURNAL)
     except BaseException:
         registry.close()
         raise
     return registry
+
+
+def check_same(one: Everything, other: Everything) -> None:
+    """Raise InvalidOption if two registries of a store hold different adapters."""
+    if _names(one) != _names(other):
+        raise InvalidOption(
+            f"{SQLITE} and {JOURNAL}/ hold different adapters; move aside the one that is wrong", param="store"
+        )
+
+
+def put_aside(path: Path) -> None:
+    """Rename to a name that no store reads: nothing of an operator's is ever removed."""
+    with storage_errors():
+        number = 1
+        while (aside := path.with_name(f"{path.name}.before-{number}")).exists():
+            number += 1
+        path.rename(aside)
 
 
 _MISFIT: dict[Kind, str] = {
@@ -130,22 +84,5 @@ _MISFIT: dict[Kind, str] = {
 }
 
 
-def _read_sqlite(root: Path) -> Everything:
-    registry = SqliteRegistry(root / SQLITE)
-    try:
-        return registry.everything()
-    finally:
-        registry.close()
-
-
 def _names(everything: Everything) -> Everything:
     return replace(everything, store_id="", retired={})
-
-
-def _put_aside(path: Path) -> None:
-    """Rename to a name that no store reads: nothing of an operator's is ever removed."""
-    with storage_errors():
-        number = 1
-        while (aside := path.with_name(f"{path.name}.before-{number}")).exists():
-            number += 1
-        path.rename(aside)

@@ -35,7 +35,7 @@ from adapters_store.registry import (
     find_version,
     fits,
 )
-from adapters_store.registry_sqlite import SqliteRegistry
+from adapters_store.registry_choice import open_embedded
 from adapters_store.staging import Staging, hold
 from adapters_store.upload import Upload, copy_parts
 
@@ -96,6 +96,7 @@ class AdapterStore:
         dense_budget_bytes: int = 0,
         max_upload_bytes: int = 2 << 30,
         image_dtype: str = "bfloat16",
+        registry: Registry | None = None,
         files: FileSystem | None = None,
         convert: Convert = convert_in_child,
         clock: Callable[[], float] = time.time,
@@ -106,10 +107,10 @@ class AdapterStore:
             base: the base that new adapters are for; `resolve` and `list` show adapters of bases of its shape.
             base_dir: folder of its weights, which checkpoints of whole models are compared with.
             served_name: the base's name in the API: no adapter may take it, and `served_name:x` means adapter x.
-            max_rank, max_product_rank: largest rank of a module, and of one whose rank is a product of ranks (LoHa,
-                LoKr) if that is larger; the server's kernels must have room for both.
+            max_rank, max_product_rank: largest rank of a module, and of a product of ranks (LoHa) if that is larger.
             dense_budget_bytes: what one adapter may hold of dense changes of whole matrices.
             image_dtype: dtype of new images, "float32", "bfloat16" or "float16": the server's serving dtype.
+            registry: that of replicas which share the folder; closed with the store. None: SQLite, for one server.
             files, convert, clock: replaced by tests.
         Raises:
             StorageFailed, StoreFull: the folder cannot be used.
@@ -128,7 +129,7 @@ class AdapterStore:
                 dense_budget_bytes=dense_budget_bytes,
                 base_dir=None if base_dir is None else str(base_dir),
             ),
-            SqliteRegistry(root / "registry.sqlite"),
+            registry if registry is not None else open_embedded(root),
             served_name=served_name,
             max_upload_bytes=max_upload_bytes,
             files=files,

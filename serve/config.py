@@ -102,6 +102,8 @@ class ApiConfig:
     # what keys are hashed with; None: a file in the store's folder
     pepper_file: Path | None = None
     tenant_limits: TenantLimits = field(default_factory=TenantLimits)
+    # where replicas of one store tell each other of changes; None: SQLite, for one server
+    redis_url: str | None = None
     # run every adapter on the base, against its source's own formula, before it is published
     probe_adapters: bool = True
     metrics_compat_vllm: bool = True

@@ -28,6 +28,7 @@ _WATCHDOG = WatchdogConfig()
 def serve(
     model: options.Model,
     store: options.Store,
+    redis_url: options.RedisUrl = None,
     config_file: options.ConfigFile = None,
     served_model_name: options.ServedModelName = None,
     host: options.Host = _API.host,
@@ -74,7 +75,7 @@ def serve(
         api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
         api = replace(api, require_keys=require_keys, pepper_file=pepper_file and pepper_file.absolute())
         api = replace(api, tenant_limits=read_tenant_limits(tenant_limit or ()))
-        api = replace(api, probe_adapters=probe is options.Probe.ON)
+        api = replace(api, probe_adapters=probe is options.Probe.ON, redis_url=redis_url)
         engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
         engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
         engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)

@@ -19,10 +19,13 @@ import uvloop
 
 from adapters_store.errors import StorageFailed, StoreFull
 from adapters_store.proof import Proving
+from adapters_store.quotas import OwnerQuota
+from adapters_store.redis_url import masked
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
 from serve.api.engine_client import EngineClient
 from serve.api.http_guard import guarded_protocol
+from serve.cli.redis_extra import open_shared
 from serve.config import ServeConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
@@ -58,20 +61,24 @@ def run_server(
 
 
 def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
+    store_dir, redis_url = config.api.store_dir, config.api.redis_url
     try:
         return AdapterStore.open(
-            config.api.store_dir,
+            store_dir,
             spec.dims,
             base_dir=config.engine.model_dir,
             served_name=config.api.served_model_name,
             max_rank=config.engine.max_adapter_rank,
             max_upload_bytes=config.api.limits.max_upload_bytes,
             dense_budget_bytes=config.api.limits.dense_budget_bytes,
+            registry=None if redis_url is None else open_shared(store_dir, redis_url),
             image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
         )
     except (StorageFailed, StoreFull) as error:
-        reason = getattr(error.__cause__, "strerror", None) or error.message
-        raise StartError(f"--store {config.api.store_dir}: {reason}; choose a folder that can be written") from error
+        reason = getattr(error.__cause__, "strerror", None)
+        if reason is None:
+            raise
+        raise StartError(f"--store {store_dir}: {reason}; choose a folder that can be written") from error
 
 
 class Server:
@@ -80,6 +87,8 @@ class Server:
     def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket, worker_module: str) -> None:
         self._config = config
         self._store = store
+        bounds = config.api.tenant_limits
+        store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
         self._listener = listener
         self._host = config.api.host
         metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)
@@ -138,7 +147,8 @@ class Server:
 
 
 def _without_secrets(config: ServeConfig) -> ServeConfig:
-    return replace(config, api=replace(config.api, api_keys=("***",) * len(config.api.api_keys)))
+    redis_url = None if config.api.redis_url is None else masked(config.api.redis_url)
+    return replace(config, api=replace(config.api, api_keys=("***",) * len(config.api.api_keys), redis_url=redis_url))
 
 
 class SilentServer(uvicorn.Server):

@@ -14,12 +14,13 @@ from typing import Annotated
 import typer
 
 from adapters_store.registry import Registry
-from adapters_store.registry_choice import connect, kinds_of, open_registry, rebuild_journal, rebuild_sqlite
+from adapters_store.registry_choice import check_kind, kinds_of, open_embedded, rebuild_sqlite
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.upkeep import all_versions, collect
 from adapters_store.upkeep import verify as verify_objects
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import RedisUrl
+from serve.cli.redis_extra import acl_line, connect, rebuild_journal
 from serve.errors import StartError
 
 # deleted adapters' bytes stay this long, as in a running server
@@ -90,11 +91,6 @@ def rebuild(store: Store, redis_url: RedisUrl = None, to: To = Target.REDIS) -> 
 def redis_acl(user: User = "chorale") -> None:
     """Print the Redis command that makes a user with the least rights that replicas need; put the password in."""
     with one_line_errors(exit_status=1):
-        try:
-            # the client is an extra that single servers do not have
-            from adapters_store.redis_head import acl_line  # noqa: PLC0415
-        except ModuleNotFoundError as error:
-            raise StartError("this needs the Redis client: pip install 'chorale[redis]'") from error
         if not user.isidentifier():
             raise StartError(f"--user {user!a}: letters, digits and '_' only")
         typer.echo(acl_line(user))
@@ -118,10 +114,11 @@ def _registry(store: Path, redis_url: str | None) -> Iterator[Registry]:
         shared = SharedRegistry.open(store)
         with closing(shared):
             if redis_url is not None:
-                connect(shared, redis_url, follow=False)
+                connect(shared, redis_url)
             yield shared
     else:
-        with closing(open_registry(store, redis_url)) as registry:
+        check_kind(store, "sqlite" if redis_url is None else "journal")
+        with closing(open_embedded(store)) as registry:
             yield registry
 
 

@@ -10,8 +10,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from adapters_store.errors import InvalidOption
-from adapters_store.registry_choice import open_registry
+from adapters_store.registry_choice import open_embedded
 from adapters_store.registry_redis import SharedRegistry
+from adapters_store.registry_replicas import open_shared
 from adapters_store.registry_sqlite import SqliteRegistry
 from serve.cli.app import app
 from tests.redis_server import RedisServer
@@ -76,12 +77,12 @@ def test_a_store_goes_to_replicas_and_back_with_all_it_knows(filled: Path, redis
     # no server reads the old file any more, and it is still there
     assert not (filled / "registry.sqlite").exists() and (filled / "registry.sqlite.before-1").is_file()
     with pytest.raises(InvalidOption, match="start with --redis-url"):
-        open_registry(filled, None)
+        open_embedded(filled)
     assert store("rebuild", filled, "--to", "sqlite").exit_code == 0
-    with closing(open_registry(filled, None)) as back:
+    with closing(open_embedded(filled)) as back:
         assert isinstance(back, SqliteRegistry) and back.everything() == known
     with pytest.raises(InvalidOption, match="has a registry of its own"):
-        open_registry(filled, redis_server.url)
+        open_shared(filled, redis_server.url)
 
 
 def test_a_rebuild_that_was_cut_short_is_walked_to_its_end(filled: Path, redis_server: RedisServer) -> None:
@@ -89,18 +90,18 @@ def test_a_rebuild_that_was_cut_short_is_walked_to_its_end(filled: Path, redis_s
     assert store("rebuild", filled, "--redis-url", redis_server.url).exit_code == 0
     # as if it had died before the last rename
     (filled / "kept").rename(filled / "registry.sqlite")
-    for url in (None, redis_server.url):
+    for attempt in (lambda: open_embedded(filled), lambda: open_shared(filled, redis_server.url)):
         with pytest.raises(InvalidOption):
-            open_registry(filled, url)
+            attempt()
     assert store("rebuild", filled, "--redis-url", redis_server.url).exit_code == 0
-    with closing(open_registry(filled, redis_server.url)) as registry:
+    with closing(open_shared(filled, redis_server.url)) as registry:
         assert registry.current("fr") is not None
 
 
 def test_registries_that_differ_are_never_merged(filled: Path, redis_server: RedisServer) -> None:
     shutil.copyfile(filled / "registry.sqlite", filled / "kept")
     assert store("rebuild", filled, "--redis-url", redis_server.url).exit_code == 0
-    with closing(open_registry(filled, redis_server.url)) as registry:
+    with closing(open_shared(filled, redis_server.url)) as registry:
         registry.delete("fr", now=1)
     (filled / "kept").rename(filled / "registry.sqlite")
     for arguments in (["--redis-url", redis_server.url], ["--to", "sqlite"]):

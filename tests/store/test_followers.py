@@ -10,7 +10,8 @@ import pytest
 from redis.exceptions import NoPermissionError
 
 from adapters_store.errors import InvalidOption, RegistryUnavailable
-from adapters_store.redis_head import COMMANDS, RedisHead, acl_line, is_refused, masked
+from adapters_store.redis_head import COMMANDS, RedisHead, acl_line, is_refused
+from adapters_store.redis_url import masked
 from adapters_store.registry_follower import MAX_PAUSE_S, Follower
 from adapters_store.registry_redis import SharedRegistry
 from tests.redis_server import RedisServer
