@@ -27,9 +27,7 @@ class Staging:
 
     def held(self, *, but: Path | None = None) -> set[str]:
         """Return the digests of objects that uploads hold while they are probed; without those of one folder."""
-        return {
-            path.name.removeprefix(_HOLD_PREFIX) for path in self.root.glob(f"*/{_HOLD_PREFIX}*") if path.parent != but
-        }
+        return {digest for folder in list(self.root.iterdir()) if folder != but for digest in _held_in(folder)}
 
     def _sweep(self, folder: Path) -> None:
         try:
@@ -46,6 +44,16 @@ class Staging:
             return
         finally:
             os.close(lock)
+
+
+def _held_in(folder: Path) -> list[str]:
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries]
+    except FileNotFoundError:
+        # its owner removed it meanwhile, for which nobody needs the lock
+        return []
+    return [name.removeprefix(_HOLD_PREFIX) for name in names if name.startswith(_HOLD_PREFIX)]
 
 
 def hold(folder: Path, digest: str, files: FileSystem) -> None:

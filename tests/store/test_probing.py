@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from adapters_store.errors import AdapterCorrupt, ProbeDisagrees, StoreError
+from adapters_store.file_system import FileSystem
 from adapters_store.proof import NotProbed, Proof, Staged
+from adapters_store.staging import hold
 from adapters_store.store import AdapterStore
 from tests.store.folders import open_store
 
@@ -94,6 +96,26 @@ def test_another_process_sweeps_around_a_running_probe(store_dir: Path, store: A
 
     store.put_dir("a", good_folder, proving=probe)
     store.verify("a")
+
+
+def test_an_upload_that_ends_while_held_objects_are_listed_is_no_failure(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staging = store._staging
+    staged, vanishing = staging.root / "staged", staging.root / "vanishing"
+    for folder in (staged, vanishing):
+        folder.mkdir()
+    hold(staged, "d" * 64, FileSystem())
+    list_folder = os.scandir
+
+    def scandir(path: str | Path) -> object:
+        if Path(path) == vanishing and vanishing.exists():
+            vanishing.rmdir()
+        return list_folder(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert staging.held() == {"d" * 64} and not vanishing.exists()
+    assert staging.held(but=staged) == set()
 
 
 def test_a_kill_during_a_probe_leaves_no_trace_after_the_sweep(
