@@ -13,6 +13,7 @@ from typing import BinaryIO
 from fastapi import APIRouter, Request
 from fastapi.responses import Response, StreamingResponse
 
+from adapters_store.errors import AdapterCorrupt
 from adapters_store.manifest import MANIFEST_NAME
 from adapters_store.object_files import open_object_file
 from serve.api.errors import error_responses
@@ -37,7 +38,8 @@ async def get_file(request: Request, name: str, file: str) -> Response:
     """Return one of the two canonical files of an adapter's current version; the digest covers both."""
     state = api_state(request)
     version = await asyncio.to_thread(state.store.get, name)
-    opened, sha256 = await asyncio.to_thread(open_object_file, state.config.store_dir, version.digest, file)
+    # hashing a large file takes seconds of a thread that tokenising must not wait for
+    opened, sha256 = await state.uploads.run(open_object_file, state.config.store_dir, version.digest, file)
     return _answer(request, opened, sha256, _TYPES[file == MANIFEST_NAME])
 
 
@@ -82,5 +84,7 @@ async def _pieces(file: BinaryIO, begin: int, end: int) -> AsyncIterator[bytes]:
         file.seek(begin)
         while begin < end:
             piece = await asyncio.to_thread(file.read, min(_PIECE_BYTES, end - begin))
+            if not piece:
+                raise AdapterCorrupt("the adapter's file became shorter while it was sent; ask for it again")
             begin += len(piece)
             yield piece

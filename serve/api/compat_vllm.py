@@ -51,7 +51,8 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     await _check_free(state, body.lora_name, replace=bool(body.load_inplace))
     folder = await asyncio.to_thread(_allowed_folder, body.lora_path, state.config.lora_roots)
     publish = partial(state.store.put_dir, body.lora_name, folder, proving=state.proving())
-    version: AdapterVersion = await state.uploads.run(publish)
+    with state.uploads.place():
+        version: AdapterVersion = await state.uploads.commit(publish)
     state.engine.load_adapter(version.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

@@ -22,6 +22,8 @@ from serve.errors import InvalidRequest, RateLimited
 
 MAX_RUNNING_UPLOADS = 16
 _NUM_THREADS = 4
+# conversions and probes at once: each may be minutes long and needs gigabytes in processes of its own
+_NUM_COMMITS = 4
 # the text fields of the form, and how long each may be
 _MAX_FIELD_BYTES = {"name": 256, "format": 64, "options": MAX_OPTIONS_BYTES}
 # data goes to the disk in pieces of this size: one thread hop each
@@ -32,10 +34,11 @@ Args = TypeVarTuple("Args")
 
 
 class UploadPool:
-    """The threads and places of all running uploads."""
+    """The threads and places of all running uploads; those that receive bytes never wait for one that converts."""
 
     def __init__(self, max_running: int = MAX_RUNNING_UPLOADS) -> None:
         self._threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="upload")
+        self._commits = ThreadPoolExecutor(_NUM_COMMITS, thread_name_prefix="upload-commit")
         self._max_running = max_running
         self._num_running = 0
 
@@ -55,17 +58,25 @@ class UploadPool:
             self._num_running -= 1
 
     async def run(self, call: Callable[[*Args], Result], *args: *Args) -> Result:
-        """Run a blocking call in a thread; a cancelled caller still waits for it, since a thread cannot be stopped."""
-        future = asyncio.get_running_loop().run_in_executor(self._threads, call, *args)
-        try:
-            return await asyncio.shield(future)
-        except asyncio.CancelledError:
-            await asyncio.wait([future])
-            raise
+        """Run a short call in a thread; a cancelled caller still waits for it, since a thread cannot be stopped."""
+        return await _finish(asyncio.get_running_loop().run_in_executor(self._threads, call, *args))
+
+    async def commit(self, call: Callable[[], Result]) -> Result:
+        """Convert, prove and publish in a thread; waits for its turn, and as `run` for the end."""
+        return await _finish(asyncio.get_running_loop().run_in_executor(self._commits, call))
 
     def close(self) -> None:
         """Let the threads end."""
         self._threads.shutdown(wait=False)
+        self._commits.shutdown(wait=False)
+
+
+async def _finish(future: asyncio.Future[Result]) -> Result:
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        await asyncio.wait([future])
+        raise
 
 
 async def receive_upload(
@@ -89,7 +100,7 @@ async def receive_upload(
             form = _Form(upload, served_name)
             await _receive_parts(form, boundary, body, pool)
             name, declared = form.finish()
-            return await pool.run(partial(upload.commit, name, declared, proving=proving))
+            return await pool.commit(partial(upload.commit, name, declared, proving=proving))
         finally:
             await pool.run(upload.close)
 

@@ -1,12 +1,16 @@
 """The canonical download over HTTP: whole, in parts, unchanged, or refused."""
 
+import asyncio
 import hashlib
+import io
 import json
 
 import httpx
 import pytest
 
+from adapters_store.errors import AdapterCorrupt
 from adapters_store.manifest import parse_manifest
+from serve.api.adapter_files import _pieces
 from tests.api_guard.whole_api import WholeApi
 
 IMAGE, MANIFEST = "adapter.safetensors", "adapter.json"
@@ -85,6 +89,18 @@ def test_damaged_bytes_are_never_sent(api: WholeApi, digest: str) -> None:
     path.write_bytes(raw)
     assert answer.status_code == 503 and answer.json()["error"]["code"] == "adapter_corrupt"
     assert str(api.store_dir) not in answer.text
+
+
+async def read_all(stored: bytes, end: int) -> None:
+    pieces = _pieces(io.BytesIO(stored), 0, end)
+    # two are all that these few bytes can make
+    for _ in range(2):
+        await anext(pieces)
+
+
+def test_a_file_that_became_shorter_ends_the_answer() -> None:
+    with pytest.raises(AdapterCorrupt, match="shorter"):
+        asyncio.run(read_all(b"abc", 5))
 
 
 def test_a_download_can_be_uploaded_names_untold(api: WholeApi, digest: str) -> None:
