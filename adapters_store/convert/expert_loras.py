@@ -4,7 +4,6 @@ Owns what the LoRAs must have in common: plain LoRAs on the same linear layers. 
 it would be alone, every tensor it holds is declared by its own config, and every declared one is there.
 """
 
-import json
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -87,11 +86,6 @@ def open_experts(source: Path, names: Iterable[str], base: BaseDims) -> Iterator
                     param="experts",
                 )
         yield tuple(experts)
-
-
-def recorded_configs(experts: Iterable[ExpertLora]) -> str:
-    """Return what shapes each expert as one short line of JSON, for the manifest."""
-    return json.dumps({each.name: each.config.recorded for each in experts}, sort_keys=True)
 
 
 def _staged(name: str, file: str) -> str:

@@ -22,7 +22,7 @@ from adapters_store.convert.adapter_writer import (
 from adapters_store.convert.model_files import file_hashes
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.site_effect import Apply, Float64, SourceEffect, measure_effect
-from adapters_store.convert.tensor_files import skipped_keys
+from adapters_store.convert.tensor_files import unread_keys
 from adapters_store.errors import AdapterWithoutEffect, UnsupportedAdapter
 from adapters_store.manifest import IMAGE_NAME, Manifest, Source, check_expert_names
 from adapters_store.model_ops import NO_MODEL_OPS, ModelOps, check_model_ops
@@ -50,7 +50,10 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Foreign:
-    """All that a reader found. `model_values` returns a model op's tensor by its name in the file."""
+    """All that a reader found. `model_values` returns a model op's tensor by its name in the file.
+
+    `values_read` are the keys of the plain values that it took from pickles; others are reported as ignored.
+    """
 
     family: str
     source_format: str
@@ -60,6 +63,7 @@ class Foreign:
     experts: tuple[str, ...] = ()
     recorded: dict[str, Json] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
+    values_read: tuple[str, ...] = ()
     is_base_dependent: bool = False
 
 
@@ -85,8 +89,7 @@ def write_foreign(source: Path, target: Path, foreign: Foreign, options: Convert
     )
     effects = [SourceEffect(m, site.apply, site.logits) for m, site in sites.items() if site.apply is not None]
     error = measure_effect(target / IMAGE_NAME, effects, options.base, options.dtype) if effects else 0.0
-    # an optimiser's state and the like, which no format reads
-    ignored = (*foreign.ignored, *skipped_keys(source))
+    ignored = (*foreign.ignored, *unread_keys(source, foreign.values_read))
     write_manifest(
         target,
         Manifest(

@@ -6,7 +6,7 @@ value of a B meets its scaling once, in float64, and is rounded to float32 once.
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -85,7 +85,6 @@ class Loras:
 
     sites: tuple[SiteLoras, ...] = ()
     mlps: tuple[MlpLoras, ...] = ()
-    used: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def num_experts(self) -> int:

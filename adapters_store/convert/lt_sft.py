@@ -33,13 +33,15 @@ def convert_lt_sft(source: Path, target: Path, options: ConvertOptions) -> None:
     """Convert the file in `source`; raises AdapterRefused."""
     OptionValues("an LT-SFT file", options.declared.options, ())
     with open_tensors(tensor_paths(source)) as files:
-        served = serve(read_diffs(files, plain_values(source)), options)
+        plain = plain_values(source)
+        served = serve(read_diffs(files, plain), options)
         foreign = Foreign(
             family="sparse",
             source_format="lt-sft/diff",
             sites=served.sites,
             model_ops=served.model_ops,
             model_values=served.model_values,
+            values_read=tuple(key for key in plain if key.startswith(_GROUPS) and key.endswith((_SIZE, _STEPS))),
             is_base_dependent=served.used_base,
         )
         write_foreign(source, target, foreign, options)

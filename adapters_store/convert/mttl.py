@@ -51,6 +51,7 @@ def convert_mttl(source: Path, target: Path, options: ConvertOptions) -> None:
             sites=sites_of(opened.loras, LoraSource(opened.loras), options.base),
             experts=opened.experts,
             recorded=opened.recorded,
+            values_read=_ALPHA_KEYS,
         )
         write_foreign(source, target, foreign, options)
 

@@ -32,6 +32,7 @@ from adapters_store.convert.peft_tensors import (
     group_tensors,
 )
 from adapters_store.convert.self_test import SourceModule, measure_error
+from adapters_store.convert.tensor_files import unread_keys
 from adapters_store.errors import (
     AdapterWithoutEffect,
     CorruptUpload,
@@ -79,6 +80,7 @@ def convert_peft(source: Path, target: Path, options: ConvertOptions) -> None:
             raise AdapterWithoutEffect(NO_EFFECT, param=MODEL_NAME)
         max_abs_error = _measure(target / IMAGE_NAME, image, ops, plan.model, options)
         ignored = config.ignored + config.unused(list(plan.paths)) + _unchanged(config, plan.model)
+        ignored += unread_keys(source)
         was_asked = opened.tensors.weights.was_asked
     manifest = Manifest(
         family=_family(modules, ops),

@@ -5,7 +5,7 @@ tensor is read, floats become float32 exactly, whole numbers int64, and every te
 """
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ _INTEGERS = {"U8": "<u1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _MAX_TRANSLATED_BYTES = 64 << 20
 _ZIP_OR_PICKLE = (b"PK", b"\x80")
+# names of a report
+_MAX_UNREAD, _MAX_SHOWN = 64, 80
 # single entries may be none
 LIMITS = HeaderLimits(EXTERNAL_LIMITS.max_header_bytes, 1 << 14, allows_empty=True)
 
@@ -52,10 +54,6 @@ class TensorFiles:
     def shape(self, name: str) -> tuple[int, ...]:
         """Return a tensor's shape; raises CorruptUpload where there is none of this name."""
         return self._place(name).slot.shape
-
-    def is_float(self, name: str) -> bool:
-        """Return whether a tensor holds floats."""
-        return self._place(name).slot.dtype in _FLOATS
 
     def need_shape(self, name: str, shape: tuple[int, ...]) -> None:
         """Refuse a tensor of another shape; raises CorruptUpload, UnsupportedAdapter."""
@@ -155,14 +153,25 @@ def values_by_file(source: Path) -> dict[str, dict[str, Json]]:
     return values
 
 
-def skipped_keys(source: Path) -> tuple[str, ...]:
-    """Return what lay beside the weights of a pickle, unread: an optimiser's state and the like."""
-    keys: list[str] = []
+def unread_keys(source: Path, read: Collection[str] = ()) -> tuple[str, ...]:
+    """Return what lay in an upload's pickles beside the tensors and decided nothing, for the report.
+
+    An optimiser's state and the like, which nothing opened, and plain values but those whose keys are in `read`; of
+    nested ones the outermost name, as `name.*`.
+    """
+    names = {name for keys in _skipped(source) for name in keys}
+    for key in plain_values(source).keys() - set(read):
+        outer, dot, _ = key.partition(".")
+        names.add(f"{outer[:_MAX_SHOWN]}.*" if dot else outer[:_MAX_SHOWN])
+    shown = sorted(names)[:_MAX_UNREAD]
+    return (*shown, *((f"{len(names) - len(shown)} more",) if len(names) > len(shown) else ()))
+
+
+def _skipped(source: Path) -> Iterator[list[str]]:
     for facts in translated(source).values():
         own = facts.get("facts")
         skipped = own.get("skipped") if isinstance(own, dict) else None
-        keys += [key for key in skipped or [] if isinstance(key, str)] if isinstance(skipped, list) else []
-    return tuple(sorted(keys))
+        yield [key for key in skipped if isinstance(key, str)] if isinstance(skipped, list) else []
 
 
 def translated(source: Path) -> dict[str, dict[str, Json]]:

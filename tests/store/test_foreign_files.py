@@ -77,7 +77,9 @@ def test_a_pickled_peft_adapter_is_converted_by_processes_of_their_own_and_named
     folder = write_folder(tmp_path / "plain", lora_config(), lora_tensors())
     (tmp_path / "pickled").mkdir()
     (tmp_path / "pickled" / "adapter_config.json").write_bytes((folder / "adapter_config.json").read_bytes())
-    torch.save(load_file(folder / "adapter_model.safetensors"), tmp_path / "pickled" / "adapter_model.bin")
+    beside = {"step": 7, "author": {"name": "x", "year": 2026}}
+    tensors = load_file(folder / "adapter_model.safetensors")
+    torch.save({**tensors, **beside}, tmp_path / "pickled" / "adapter_model.bin")
     digests = []
     for name, how in (("plain", convert), ("pickled", convert_in_child)):
         store = open_store(tmp_path / "store", convert=how)
@@ -87,6 +89,7 @@ def test_a_pickled_peft_adapter_is_converted_by_processes_of_their_own_and_named
     manifest = parse_manifest((tmp_path / "store" / "objects" / digests[1] / "adapter.json").read_bytes())
     assert manifest.source.files["adapter_model.bin"] == hashlib.sha256(uploaded).hexdigest()
     assert sorted(manifest.source.files) == ["adapter_config.json", "adapter_model.bin"]
+    assert {"step", "author.*"} <= set(manifest.source.ignored)
 
 
 def test_more_experts_than_a_converter_may_have_files_open(tmp_path: Path) -> None:
