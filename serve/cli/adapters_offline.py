@@ -14,8 +14,9 @@ from adapters_store.base import BaseDims
 from adapters_store.errors import AdapterNotFound
 from adapters_store.formats import Declared
 from adapters_store.proof import NotProbed, Proving
-from adapters_store.registry import AdapterVersion, base_dims
-from adapters_store.registry_sqlite import SqliteRegistry
+from adapters_store.registry import AdapterVersion, Registry, base_dims
+from adapters_store.registry_choice import kinds_of, open_embedded
+from adapters_store.registry_redis import SharedRegistry
 from adapters_store.store import AdapterStore
 from serve.cli.adapter_rows import AdapterRow
 from serve.cli.offline_probe import probe_offline
@@ -23,7 +24,6 @@ from serve.errors import StartError
 from serve.model.download import resolve_model_dir
 from serve.model.spec import read_spec
 
-_REGISTRY = "registry.sqlite"
 # the operator's own folder: a checkpoint of a whole model is as large as the base
 _MAX_FOLDER_BYTES = 1 << 40
 
@@ -52,6 +52,7 @@ def add(
     """
     if not folder.is_dir():
         raise StartError(f"{folder}: no such folder; an adapter is a PEFT folder with adapter_config.json")
+    _check_not_shared(root)
     base_dir = None if base is None else resolve_model_dir(base)
     dims, own_dtype = _known_base(root) if base_dir is None else _read_base(base_dir)
     image_dtype = own_dtype if dtype == "auto" else dtype
@@ -81,7 +82,8 @@ def versions(root: Path, name: str) -> list[AdapterRow]:
 
 
 def remove(root: Path, name: str) -> None:
-    """Forget an adapter with all its versions; raises AdapterNotFound."""
+    """Forget an adapter with all its versions; raises AdapterNotFound, StartError if replicas share the store."""
+    _check_not_shared(root)
     with _store_of(root, name) as store:
         store.delete(name)
 
@@ -128,7 +130,7 @@ def _read_base(base_dir: Path) -> tuple[BaseDims, str]:
 
 def _known_base(root: Path) -> tuple[BaseDims, str]:
     known = {}
-    if (root / _REGISTRY).is_file():
+    if kinds_of(root):
         with _registry(root) as registry:
             known = {base_dims(version.base): version.dtype for version in registry.all_current()}
     if len(known) != 1:
@@ -147,13 +149,22 @@ def _store_of(root: Path, name: str) -> Iterator[AdapterStore]:
         raise AdapterNotFound(
             f"there is no adapter {ascii(name)[:140]} in this store; `chorale adapters list` shows all"
         )
-    with closing(AdapterStore.open(root, base_dims(version.base), image_dtype=version.dtype)) as store:
+    shared = SharedRegistry.open(root) if kinds_of(root) == ["journal"] else None
+    base = base_dims(version.base)
+    with closing(AdapterStore.open(root, base, image_dtype=version.dtype, registry=shared)) as store:
         yield store
 
 
 @contextmanager
-def _registry(root: Path) -> Iterator[SqliteRegistry]:
-    if not (root / _REGISTRY).is_file():
+def _registry(root: Path) -> Iterator[Registry]:
+    kinds = kinds_of(root)
+    if not kinds:
         raise StartError(f"{root} is not an adapter store; `chorale adapters add` or `chorale serve` makes one")
-    with closing(SqliteRegistry(root / _REGISTRY)) as registry:
+    # what replicas share can be read here; changes go through one of them, who tells the others
+    with closing(SharedRegistry.open(root) if kinds == ["journal"] else open_embedded(root)) as registry:
         yield registry
+
+
+def _check_not_shared(root: Path) -> None:
+    if kinds_of(root) == ["journal"]:
+        raise StartError(f"the store in {root} is shared by replicas; change it through one of them: --url URL")

@@ -148,6 +148,19 @@ def test_verify_names_what_is_damaged_and_gc_removes_what_is_orphaned(
         assert "folded the journal: 1 files went" in result.stdout
 
 
+def test_a_shared_store_is_read_offline_and_changed_only_through_a_replica(
+    filled: Path, redis_server: RedisServer, tmp_path: Path
+) -> None:
+    before = json.loads(run("adapters", "show", "fr", "--store", filled, "--json").stdout)
+    assert store("rebuild", filled, "--redis-url", redis_server.url).exit_code == 0
+    assert json.loads(run("adapters", "show", "fr", "--store", filled, "--json").stdout) == before != []
+    assert run("adapters", "verify", "--store", filled).stdout == "intact fr\n"
+    for arguments in (["rm", "fr"], ["add", "fr", str(tmp_path)]):
+        result = run("adapters", *arguments, "--store", filled)
+        assert result.exit_code == 1 and "shared by replicas" in result.stderr and "--url" in result.stderr
+    assert SharedRegistry.open(filled).current("fr") is not None
+
+
 def test_the_acl_line_can_be_pasted(redis_server: RedisServer) -> None:
     result = run("redis-acl", "--user", "replicas")
     assert result.exit_code == 0
