@@ -190,6 +190,13 @@ class StoreFull(AdapterRefused):
     default_code = "quota_exceeded"
 
 
+class OwnerFull(AdapterRefused):
+    """507 `quota_exceeded`: this owner may not have more adapters, or more bytes of them."""
+
+    http_status = 507
+    default_code = "quota_exceeded"
+
+
 class StorageFailed(StoreError):
     """500 `storage_error`: the disk failed; nothing was stored, the upload may be sent again."""
 

@@ -23,8 +23,9 @@ from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
 from adapters_store.locks import StoreLock
 from adapters_store.manifest import Manifest, Report
-from adapters_store.names import check_alias, check_name
+from adapters_store.names import check_alias, check_stored_name
 from adapters_store.proof import NO_ENGINE, NotProbed, Probe, Proof, Proving, Staged
+from adapters_store.quotas import OwnerQuota, check_quota
 from adapters_store.registry import (
     AdapterRef,
     AdapterVersion,
@@ -75,6 +76,8 @@ class AdapterStore:
         self._registry = registry
         self._served_name = served_name
         self._max_upload_bytes = max_upload_bytes
+        # what one owner may hold in all; set by whoever starts the server, before the first upload
+        self.quota = OwnerQuota()
         self._files = files
         self._convert = convert
         self._clock = clock
@@ -119,16 +122,11 @@ class AdapterStore:
             for folder in (root, root / "objects", root / "staging"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         files = files if files is not None else FileSystem()
+        options = ConvertOptions(base=base, dtype=image_dtype, max_rank=max_rank, max_product_rank=max_product_rank)
+        options = replace(options, dense_budget_bytes=dense_budget_bytes, base_dir=str(base_dir) if base_dir else None)
         store = cls(
             root,
-            ConvertOptions(
-                base=base,
-                dtype=image_dtype,
-                max_rank=max_rank,
-                max_product_rank=max_product_rank,
-                dense_budget_bytes=dense_budget_bytes,
-                base_dir=None if base_dir is None else str(base_dir),
-            ),
+            options,
             registry if registry is not None else open_embedded(root),
             served_name=served_name,
             max_upload_bytes=max_upload_bytes,
@@ -150,12 +148,13 @@ class AdapterStore:
         self._registry.close()
 
     def check_name(self, name: str) -> None:
-        """Raise InvalidName or NameTaken if an upload of `name` would be refused; cheap, so before its bytes come."""
-        check_name(name, self._served_name)
+        """Raise InvalidName, NameTaken or OwnerFull if an upload of `name` would be refused before its bytes come."""
+        check_stored_name(name, self._served_name)
         self._registry.check_free(name)
         current = self._registry.current(name)
         if current is not None and not self._is_ours(current):
             raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
+        check_quota(self._registry, self.quota, name, 0)
 
     def stage(self) -> Upload:
         """Begin an upload; use it as a context manager."""
@@ -267,6 +266,7 @@ class AdapterStore:
                     if new.proof is None:
                         self._blobs.publish(upload.object, new.digest)
                 self.check_name(name)
+                check_quota(self._registry, self.quota, name, new.num_bytes)
                 return self._registry.publish(new)
         except BaseException:
             self._abandon(upload, new.digest)

@@ -21,6 +21,7 @@ from serve.api.openapi import json_endpoint
 from serve.api.schemas_adapters import AliasRequest
 from serve.api.state import ApiState, api_state
 from serve.api.uploads import receive_upload
+from serve.tenants.audit import AuditEvent
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=error_responses())
 
@@ -54,9 +55,8 @@ async def upload_adapter(request: Request) -> JSONResponse:
     """
     state = api_state(request)
     boundary = read_boundary(request.headers.get("content-type", ""))
-    version = await receive_upload(
-        state.store, state.config.served_model_name, boundary, request.stream(), state.uploads, state.proving()
-    )
+    version = await receive_upload(state.store, boundary, request.stream(), state.uploads, state.proving())
+    await state.record(AuditEvent.UPLOAD, version.name, f"version {version.version} sha256:{version.digest}")
     return JSONResponse(adapter_card(version), 201)
 
 
@@ -93,8 +93,10 @@ async def list_versions(request: Request, name: str) -> Json:
 @router.post("/{name}/aliases", **json_endpoint(AliasRequest))
 async def set_alias(request: Request, name: str) -> Json:
     """Let `name:alias` mean a version, for example `:stable`."""
+    state = api_state(request)
     body = await read_model(request, AliasRequest)
-    await asyncio.to_thread(api_state(request).store.set_alias, name, body.alias, body.version)
+    await asyncio.to_thread(state.store.set_alias, name, body.alias, body.version)
+    await state.record(AuditEvent.ALIAS, name, f"{body.alias} is version {body.version}")
     return {"name": name, "alias": body.alias, "version": body.version}
 
 
@@ -116,9 +118,14 @@ async def prefetch_adapter(request: Request, name: str) -> Json:
 
 
 async def remove_adapter(state: ApiState, name: str) -> None:
-    """Delete an adapter from the store and let the engine forget its images; raises AdapterNotFound."""
+    """Delete an adapter with its grants and let the engine forget its images; raises AdapterNotFound."""
+    stored = await asyncio.to_thread(state.store.owned_name, name)
     versions = await asyncio.to_thread(state.store.versions, name)
+    # first the grants: what is left of a crash between the two is an adapter that nobody else sees
+    if state.door.tenancy is not None:
+        await asyncio.to_thread(state.door.tenancy.keys.withdraw, stored, None)
     await asyncio.to_thread(state.store.delete, name)
+    await state.record(AuditEvent.DELETE, name)
     for digest in {version.digest for version in versions}:
         state.engine.unload_adapter(digest)
 

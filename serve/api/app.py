@@ -14,13 +14,25 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
 from adapters_store.store import AdapterStore
-from serve.api import adapter_files, adapters, chat, compat_vllm, completions, embeddings, health, models, tokenize
+from serve.api import (
+    adapter_files,
+    adapters,
+    chat,
+    compat_vllm,
+    completions,
+    embeddings,
+    grants,
+    health,
+    models,
+    tokenize,
+)
 from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
+from serve.api.owned_adapters import OwnedAdapters
 from serve.api.request_context import RequestContext
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
@@ -30,8 +42,9 @@ from serve.api.tool_families import detect_family
 from serve.config import ApiConfig
 from serve.metrics import Metrics
 from serve.tenants.limits import TenantLimiter
+from serve.tenants.principal import Principal
 
-_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, adapter_files, compat_vllm, health)
+_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, adapter_files, grants, compat_vllm, health)
 
 
 def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None = None) -> FastAPI:
@@ -72,14 +85,16 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
 
 
 def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None) -> ApiState:
+    door = Door.open(config)
     tokenizer = TextTokenizer.load(config.model_dir)
     encoder = ChatEncoder.load(config.model_dir, tokenizer)
     return ApiState(
         config=config,
-        door=Door.open(config),
+        door=door,
         limiter=TenantLimiter(config.tenant_limits, now_us=lambda: time.monotonic_ns() // 1000),
         engine=engine,
-        store=store,
+        # a request without a principal sees nothing: no tenant has this name
+        store=OwnedAdapters(store, config.served_model_name, Principal("", frozenset(), "nobody"), door.shared_with),
         tokenizer=tokenizer,
         chat=encoder,
         tool_family=detect_family(encoder.template_source if encoder is not None else None),

@@ -19,6 +19,7 @@ from serve.api.openapi import json_endpoint
 from serve.api.schemas_adapters import LoadLoraRequest, UnloadLoraRequest
 from serve.api.state import ApiState, api_state
 from serve.errors import AdapterForbidden, ServeError
+from serve.tenants.audit import AuditEvent
 
 router = APIRouter(prefix="/v1", tags=["vllm"], responses=error_responses(), default_response_class=PlainTextResponse)
 
@@ -53,6 +54,7 @@ async def load_lora_adapter(request: Request) -> PlainTextResponse:
     publish = partial(state.store.put_dir, body.lora_name, folder, proving=state.proving())
     with state.uploads.place():
         version: AdapterVersion = await state.uploads.commit(publish)
+    await state.record(AuditEvent.UPLOAD, version.name, f"version {version.version} sha256:{version.digest}")
     state.engine.load_adapter(version.digest)
     return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' added successfully.")
 

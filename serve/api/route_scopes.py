@@ -49,6 +49,9 @@ ROUTE_SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = MappingProxyType(
         ("GET", "/v1/adapters/{name}/files/{file}"): _READ,
         ("POST", "/v1/adapters/{name}/aliases"): _WRITE,
         ("POST", "/v1/adapters/{name}:prefetch"): _WRITE,
+        ("GET", "/v1/adapters/{name}/grants"): _READ,
+        ("POST", "/v1/adapters/{name}/grants"): _WRITE,
+        ("DELETE", "/v1/adapters/{name}/grants/{tenant}"): _WRITE,
         # reads folders of the server itself, which are the operator's
         ("POST", "/v1/load_lora_adapter"): _ADMIN,
         ("POST", "/v1/unload_lora_adapter"): _WRITE,

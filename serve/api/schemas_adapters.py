@@ -20,6 +20,12 @@ class AliasRequest(RequestModel):
     version: Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
 
 
+class GrantRequest(RequestModel):
+    """Let a tenant use an adapter; `*` is everybody."""
+
+    tenant: Annotated[str, Field(min_length=1, max_length=64)]
+
+
 class LoadLoraRequest(RequestModel):
     """vLLM's `POST /v1/load_lora_adapter`; absent fields get vLLM's own error, so none is required here."""
 

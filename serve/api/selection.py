@@ -47,7 +47,7 @@ async def resolve_adapter(state: ApiState, model: str, *, param: str = "model") 
     if ref is None:
         raise ModelNotFound(f"the model {show(model)} does not exist; GET /v1/models lists what is served", param=param)
     if state.metrics is not None:
-        state.metrics.name_adapter(ref.digest, ref.name)
+        state.metrics.name_adapter(ref.digest, state.store.metrics_name(ref))
     return ref
 
 

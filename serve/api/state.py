@@ -4,17 +4,17 @@ Owns nothing but the references. Invariant: immutable after the start; whatever 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import cast
 
 from fastapi import Request
 
 from adapters_store.proof import Proving
-from adapters_store.store import AdapterStore
 from serve.api.auth import Door
 from serve.api.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
+from serve.api.owned_adapters import OwnedAdapters
 from serve.api.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
 from serve.api.uploads import UploadPool
@@ -23,7 +23,9 @@ from serve.errors import EngineLoading
 from serve.messages import Ready
 from serve.metrics import Metrics
 from serve.probe.probe import proving_on
+from serve.tenants.audit import AuditEvent
 from serve.tenants.limits import TenantLimiter
+from serve.tenants.principal import Principal
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +36,8 @@ class ApiState:
     door: Door
     limiter: TenantLimiter
     engine: EngineGateway
-    store: AdapterStore
+    # as one principal sees it: `api_state` gives each request the view of its own
+    store: OwnedAdapters
     tokenizer: TextTokenizer
     chat: ChatEncoder | None
     tool_family: ToolFamily
@@ -66,7 +69,14 @@ class ApiState:
         """
         return proving_on(self.engine, is_on=self.config.probe_adapters)
 
+    async def record(self, event: AuditEvent, subject: str, detail: str = "") -> None:
+        """Record what this request's principal did, where there are tenants; raises Unavailable."""
+        if self.door.tenancy is not None:
+            await self.door.tenancy.record(self.store.principal, event, subject, detail)
+
 
 def api_state(request: Request) -> ApiState:
-    """Return the state of the application that serves this request."""
-    return cast(ApiState, request.app.state.api)
+    """Return the state of the application that serves this request, with the store as its principal sees it."""
+    state = cast(ApiState, request.app.state.api)
+    principal: Principal | None = getattr(request.state, "principal", None)
+    return state if principal is None else replace(state, store=state.store.seen_by(principal))

@@ -13,11 +13,11 @@ from functools import partial
 from typing import TypeVar, TypeVarTuple
 
 from adapters_store.formats import MAX_OPTIONS_BYTES, PEFT_PARTS, Declared
-from adapters_store.names import check_name
 from adapters_store.proof import Proving
-from adapters_store.store import AdapterStore, AdapterVersion, Upload
+from adapters_store.store import AdapterVersion, Upload
 from adapters_store.upload import PartWriter
 from serve.api.multipart import MultipartReader, PartData, PartEvent, PartStart
+from serve.api.owned_adapters import OwnedAdapters
 from serve.errors import InvalidRequest, RateLimited
 
 MAX_RUNNING_UPLOADS = 16
@@ -80,8 +80,7 @@ async def _finish(future: asyncio.Future[Result]) -> Result:
 
 
 async def receive_upload(
-    store: AdapterStore,
-    served_name: str,
+    store: OwnedAdapters,
     boundary: bytes,
     body: AsyncIterator[bytes],
     pool: UploadPool,
@@ -97,10 +96,10 @@ async def receive_upload(
     with pool.place():
         upload = await pool.run(store.stage)
         try:
-            form = _Form(upload, served_name)
+            form = _Form(upload, store)
             await _receive_parts(form, boundary, body, pool)
             name, declared = form.finish()
-            return await pool.commit(partial(upload.commit, name, declared, proving=proving))
+            return await pool.commit(partial(store.commit, upload, name, declared, proving))
         finally:
             await pool.run(upload.close)
 
@@ -122,9 +121,9 @@ async def _receive_parts(form: "_Form", boundary: bytes, body: AsyncIterator[byt
 class _Form:
     """The fields seen so far and the part that is being received. Called in one thread at a time."""
 
-    def __init__(self, upload: Upload, served_name: str) -> None:
+    def __init__(self, upload: Upload, store: OwnedAdapters) -> None:
         self._upload = upload
-        self._served_name = served_name
+        self._store = store
         self._name: str | None = None
         self._fields: dict[str, bytearray] = {}
         # the text field that is being received; None: the part is a file
@@ -143,7 +142,7 @@ class _Form:
                 self._writer.close()
             elif self._field == "name":
                 self._name = _read_text(self._fields, "name") or ""
-                check_name(self._name, self._served_name)
+                self._store.check_free(self._name)
 
     def finish(self) -> tuple[str, Declared]:
         """Return the name and what was declared; raises InvalidRequest when a field is missing, InvalidOption."""

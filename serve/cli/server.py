@@ -19,6 +19,7 @@ import uvloop
 
 from adapters_store.errors import StorageFailed, StoreFull
 from adapters_store.proof import Proving
+from adapters_store.quotas import OwnerQuota
 from adapters_store.redis_url import masked
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
@@ -86,6 +87,8 @@ class Server:
     def __init__(self, config: ServeConfig, store: AdapterStore, listener: socket.socket, worker_module: str) -> None:
         self._config = config
         self._store = store
+        bounds = config.api.tenant_limits
+        store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
         self._listener = listener
         self._host = config.api.host
         metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)

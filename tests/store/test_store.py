@@ -91,7 +91,8 @@ def test_a_name_and_an_alias_never_mean_two_things(store: AdapterStore, put_seed
 
 
 UNSAFE = [
-    "", ".", "..", "/etc", "%2e%2e%2f", "..\\", "a/../b", "a/b", "a,b", "a" * 129, "\uff41", "a\0", "\U0001f600", "-a",
+    "", ".", "..", "/etc", "%2e%2e%2f", "..\\", "a/../b", "A/b", "/b", "a/", "a/b/c", "a,b", "a" * 129,
+    "\uff41", "a\0", "\U0001f600", "-a",
     ".a", ":a", "a\n", "a ", " a", "a.", "a:", "a@1", "a@sha256:0", "base", "BASE", "base:x", "Base:x", "a\u202eb",
 ]  # fmt: skip
 

@@ -12,9 +12,11 @@ from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate
 from serve.tenants.limits import TenantLimiter
 
 MINUTE_US = 60 * MICROSECONDS_PER_S
-RATES = st.builds(Rate, st.integers(1, 10**9), st.sampled_from([1, 997, MINUTE_US]), burst=st.integers(1, 10**6))
+BURSTS = st.one_of(st.integers(1, 8), st.integers(1, 10**6))
+RATES = st.builds(Rate, st.integers(1, 10**9), st.sampled_from([1, 997, MINUTE_US]), burst=BURSTS)
 # microseconds passed, cost as a part of the burst, part of it given back later
-ARRIVALS = st.lists(st.tuples(st.integers(0, MINUTE_US), st.floats(0, 1), st.floats(0, 1)), max_size=60)
+PARTS = st.one_of(st.just(1.0), st.floats(0, 1))
+ARRIVALS = st.lists(st.tuples(st.one_of(st.just(0), st.integers(0, MINUTE_US)), PARTS, PARTS), max_size=40)
 
 
 class Clock:

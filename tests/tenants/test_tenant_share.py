@@ -53,7 +53,13 @@ class LimitedApi:
 def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedApi]:
     folder = tmp_path_factory.mktemp("limits")
     states: list[ApiState] = []
-    with whole_api(write_model_dir(folder / "model"), folder / "store", tenant_limits=LIMITS, states=states) as api:
+    # on a busy machine the server may close an idle connection just as the next request leaves
+    fresh = httpx.Limits(max_keepalive_connections=0)
+    with (
+        whole_api(write_model_dir(folder / "model"), folder / "store", tenant_limits=LIMITS, states=states) as api,
+        httpx.Client(base_url=api.http.base_url, timeout=30, limits=fresh) as http,
+    ):
+        api.http = http
         yield LimitedApi(api, states[0])
 
 
