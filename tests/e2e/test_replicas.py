@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from adapters_store.redis_head import acl_line
 from tests.live_server import LiveServer, start_server, stop_server
 from tests.redis_server import RedisServer
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
@@ -25,6 +26,7 @@ CONVERGED_S = 5.0
 # what a busy machine may add to either
 SLACK_S = 10.0
 NUM_FAULTS = 200
+PASSWORD = "not-to-be-logged"
 
 
 class Replicas:
@@ -42,7 +44,8 @@ class Replicas:
     def start(self, number: int) -> LiveServer:
         """Start one more replica."""
         log = self.folder / f"server{number}.{time.monotonic_ns()}.log"
-        options = ("--device", "cpu", "--dtype", "float32", "--redis-url", self.redis_server.url)
+        url = self.redis_server.url_of("replicas", PASSWORD)
+        options = ("--device", "cpu", "--dtype", "float32", "--redis-url", url)
         return start_server(log, self.model, self.folder / "store", *options)
 
     def upload(self, server: LiveServer, name: str, source: int = 0) -> httpx.Response:
@@ -77,9 +80,11 @@ class Replicas:
         return time.monotonic() - began
 
     def close(self) -> None:
-        """Stop all of it."""
+        """Stop all of it; no log may hold the password."""
         for server in self.servers:
             stop_server(server)
+        logs = [log.read_text(encoding="utf-8") for log in self.folder.glob("*.log")]
+        assert logs and all(PASSWORD not in log and "unix://replicas:***@" in log for log in logs)
 
 
 class Asker:
@@ -125,7 +130,7 @@ def until(condition: Callable[[], bool], timeout_s: float) -> None:
 @pytest.fixture
 def redis_server() -> Iterator[RedisServer]:
     """Return a Redis of the test's own."""
-    server = RedisServer()
+    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
     try:
         yield server
     finally:
@@ -194,25 +199,27 @@ def test_three_replicas_through_200_faults(replicas: Callable[[int], Replicas], 
     expected = ask(three.servers[0], "known")
     converged_s, num_refused = [], 0
     askers = [Asker(server, expected) for server in three.servers]
-    for number in range(NUM_FAULTS):
-        with ThreadPoolExecutor(1) as pool:
-            uploaded = pool.submit(three.upload, choose.choice(three.servers), f"n{choose.randrange(20)}")
-            time.sleep(choose.uniform(0, 0.8))
-            fault(choose, redis_server)
-        num_refused += uploaded.result().status_code == 503
-        if number % 20 == 19:
-            # a replica dies in the middle of its work, and another takes its place
-            victim = choose.randrange(3)
-            askers[victim].stop()
-            assert askers[victim].wrong == []
-            three.servers[victim].process.kill()
-            stop_server(three.servers[victim])
-            three.servers[victim] = three.start(victim)
-            askers[victim] = Asker(three.servers[victim], expected)
-        converged_s.append(three.wait_converged())
-        assert [asker.wrong for asker in askers] == [[], [], []], f"after fault {number}"
-    for asker in askers:
-        asker.stop()
+    try:
+        for number in range(NUM_FAULTS):
+            with ThreadPoolExecutor(1) as pool:
+                uploaded = pool.submit(three.upload, choose.choice(three.servers), f"n{choose.randrange(20)}")
+                time.sleep(choose.uniform(0, 0.8))
+                fault(choose, redis_server)
+            num_refused += uploaded.result().status_code == 503
+            if number % 20 == 19:
+                # a replica dies in the middle of its work, and another takes its place
+                victim = choose.randrange(3)
+                askers[victim].stop()
+                assert askers[victim].wrong == []
+                three.servers[victim].process.kill()
+                stop_server(three.servers[victim])
+                three.servers[victim] = three.start(victim)
+                askers[victim] = Asker(three.servers[victim], expected)
+            converged_s.append(three.wait_converged())
+            assert [asker.wrong for asker in askers] == [[], [], []], f"after fault {number}"
+    finally:
+        for asker in askers:
+            asker.stop()
     for number in range(20):
         answer = three.upload(three.servers[number % 3], "last")
         assert answer.status_code == 201

@@ -1,5 +1,6 @@
 """Replicas over one folder and a real Redis, which is killed, frozen, emptied and forbidden meanwhile."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -222,6 +223,26 @@ def test_threads_hear_at_once_through_kills_and_freezes(
     until(lambda: not a.registry.is_away and not b.registry.is_away, "back", timeout_s=5.0)
     assert b.registry.publish(new()).version == 2
     until(lambda: a.knows("fr") == 2, "heard again")
+
+
+def test_a_mistake_of_ours_does_not_make_a_replica_deaf(
+    replica: Callable[..., Replica], caplog: pytest.LogCaptureFixture
+) -> None:
+    a, b = replica(wait_s=0.05), replica()
+    catch_up, is_called = a.registry.catch_up, threading.Event()
+
+    def fails_once() -> None:
+        if not is_called.is_set():
+            is_called.set()
+            raise RuntimeError("planted")
+        catch_up()
+
+    a.registry.catch_up = fails_once  # type: ignore[method-assign]
+    a.follower.start()
+    assert is_called.wait(10.0)
+    b.registry.publish(new())
+    until(lambda: a.knows("fr") == 1, "heard after the mistake")
+    assert "planted" in caplog.text
 
 
 def test_the_acl_line_allows_all_that_a_replica_does_and_nothing_else(
