@@ -18,6 +18,7 @@ from adapters_store.convert.meteora_options import MeteoraOptions, fill_from_exp
 from adapters_store.convert.model_files import ModelFiles, file_hashes, open_model
 from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.site_effect import Float64, SourceEffect, measure_effect
+from adapters_store.convert.tensor_files import unread_keys
 from adapters_store.errors import CorruptUpload, UnsupportedAdapter, WrongBase
 from adapters_store.float_bits import Float32
 from adapters_store.gates import Experts, check_experts
@@ -74,7 +75,7 @@ def convert_meteora(source: Path, target: Path, options: ConvertOptions) -> None
         modules = _modules(foreign, sites, options)
         ignored = _compare_base(source, files, modules, options)
         # the mixture was trained on from the LoRAs: their own tensors are older than the checkpoint's
-        ignored += tuple(f"experts/{name}/{WEIGHTS_PART}" for name in expert_names(source))
+        ignored += tuple(f"experts/{name}/{WEIGHTS_PART}" for name in expert_names(source)) + unread_keys(source)
         by_name = {module.tensor(kind): (module, kind) for module in modules for kind in ("G", "A", "BT")}
         written = write_image(
             target, modules, options.base, options.dtype, lambda name: foreign.encoded(*by_name[name], options.dtype)

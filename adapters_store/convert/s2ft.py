@@ -18,6 +18,7 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.s2ft_delta import TRAINED_SITES, Selection, order_of, read_selection
 from adapters_store.convert.s2ft_order import LayerOrder, read_order
 from adapters_store.convert.site_effect import Float64, SourceEffect, measure_effect
+from adapters_store.convert.tensor_files import unread_keys
 from adapters_store.errors import AdapterWithoutEffect, InvalidOption, TrainedElsewhere, WrongBase
 from adapters_store.float_bits import Float32
 from adapters_store.manifest import IMAGE_NAME, Manifest, Module, Source
@@ -66,7 +67,7 @@ def convert_s2ft(source: Path, target: Path, options: ConvertOptions) -> None:
             file_bytes=written.num_bytes,
             file_sha256=written.sha256,
             modules=modules,
-            source=Source("s2ft/official", file_hashes(source), {}, ignored, error),
+            source=Source("s2ft/official", file_hashes(source), {}, (*ignored, *unread_keys(source)), error),
             base_dependent=True,
         ),
     )

@@ -65,10 +65,12 @@ def test_the_official_pickle_of_s2ft_is_what_its_safetensors_are(is_sharded: boo
             torch.save(shard, tmp_path / "pickled" / f"pytorch_model-0000{number}-of-00002.bin")
         (tmp_path / "pickled" / "pytorch_model.bin.index.json").write_text("{}")
     else:
-        torch.save(weights, tmp_path / "pickled" / "pytorch_model.bin")
+        torch.save({**weights, "step": 7}, tmp_path / "pickled" / "pytorch_model.bin")
     store = open_store(tmp_path / "store", base.dims, base_dir=base.folder, convert=convert_here)
-    images = [store.open_image(store.put_dir(kind, tmp_path / kind).digest).data for kind in ("pickled", "plain")]
+    versions = [store.put_dir(kind, tmp_path / kind) for kind in ("pickled", "plain")]
+    images = [store.open_image(version.digest).data for version in versions]
     assert images[0] == images[1]
+    assert [version.report.ignored for version in versions] == [() if is_sharded else ("step",), ()]
 
 
 def test_a_pickled_peft_adapter_is_converted_by_processes_of_their_own_and_named_in_the_manifest(
