@@ -33,7 +33,7 @@ def limiter_of(clock: Clock, *, max_tenants: int = 100, **limits: int) -> Tenant
     return TenantLimiter(TenantLimits(**limits), now_us=clock, max_tenants=max_tenants)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(RATES, ARRIVALS)
 def test_no_span_admits_more_than_burst_and_rate(rate: Rate, arrivals: list[tuple[int, float, float]]) -> None:
     bucket, now_us = Bucket(rate), 10**15
@@ -51,7 +51,7 @@ def test_no_span_admits_more_than_burst_and_rate(rate: Rate, arrivals: list[tupl
             assert (total - rate.burst) * rate.period_us <= rate.amount * (end_us - start_us)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(RATES, ARRIVALS)
 def test_giving_back_never_gives_more_than_was_taken(rate: Rate, arrivals: list[tuple[int, float, float]]) -> None:
     bucket, now_us, start_us = Bucket(rate), 10**15, 10**15
