@@ -96,7 +96,9 @@ class BaseWeights:
                 "this adapter is converted with the base's weights, which are not at hand: name them with --base"
             )
         if self._files is None:
-            self._files = self._stack.enter_context(open_model(Path(self._folder), CANONICAL_LIMITS, is_trusted=True))
+            is_tied = self._base.tie_word_embeddings
+            opened = open_model(Path(self._folder), CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied)
+            self._files = self._stack.enter_context(opened)
         return self._files
 
     def _find(self, files: ModelFiles, layer: int, site: str) -> tuple[str, int]:

@@ -37,9 +37,10 @@ def convert_hf_model(source: Path, target: Path, options: ConvertOptions) -> Non
     values = OptionValues("a fine-tuned model", options.declared.options, ("lossy",))
     is_lossy = values.flag("lossy", default=False)
     base_dir = _need_base_dir(options)
+    is_tied = options.base.tie_word_embeddings
     with (
-        open_model(source, EXTERNAL_LIMITS, is_trusted=False) as found,
-        open_model(base_dir, CANONICAL_LIMITS, is_trusted=True) as base,
+        open_model(source, EXTERNAL_LIMITS, is_trusted=False, is_tied=is_tied) as found,
+        open_model(base_dir, CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied) as base,
     ):
         compare_config(source, base_dir)
         pair = _Pair(found, base, options, is_lossy=is_lossy)
@@ -62,7 +63,7 @@ def convert_hf_model(source: Path, target: Path, options: ConvertOptions) -> Non
 @contextmanager
 def open_hf_model(source: Path, options: ConvertOptions) -> Iterator[SourceModel]:
     """Open a checkpoint that was converted before as its own forward: itself."""
-    with open_model(source, EXTERNAL_LIMITS, is_trusted=False) as found:
+    with open_model(source, EXTERNAL_LIMITS, is_trusted=False, is_tied=options.base.tie_word_embeddings) as found:
         yield HfSource(found, options.base)
 
 

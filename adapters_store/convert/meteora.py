@@ -182,7 +182,8 @@ def _compare_base(
             "name them with --base"
         )
     base_dir = Path(options.base_dir)
-    with open_model(base_dir, CANONICAL_LIMITS, is_trusted=True) as base:
+    is_tied = options.base.tie_word_embeddings
+    with open_model(base_dir, CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied) as base:
         compare_config(source, base_dir)
         plain = []
         for name in others:

@@ -30,6 +30,7 @@ Bits = npt.NDArray[np.uint16] | npt.NDArray[np.uint32]
 # where a text model's tensors hang: plain, in multimodal checkpoints of transformers 4 and 5, and in saved PEFT models
 _PREFIXES = ("model.", "language_model.model.", "model.language_model.", "base_model.model.model.")
 _LM_HEADS = ("lm_head.weight", "language_model.lm_head.weight", "base_model.model.lm_head.weight")
+_EMBEDDING, _HEAD = "embed_tokens.weight", "lm_head.weight"
 _FLOATS = frozenset({"F32", "F16", "BF16"})
 _HASH_CHUNK_BYTES = 1 << 20
 
@@ -44,16 +45,19 @@ class _Place:
 class ModelFiles:
     """The tensors of one folder. Names are without the model's prefix: `layers.0.mlp.up_proj.weight`, `lm_head.weight`.
 
-    Tensors outside the text model (a vision tower's) are in `others`.
+    Tensors outside the text model (a vision tower's) are in `others`. Where the model ties its head to its embedding
+    and the files keep only the head, it goes by the embedding's name.
     """
 
-    def __init__(self, places: dict[str, _Place], *, is_trusted: bool) -> None:
+    def __init__(self, places: dict[str, _Place], *, is_trusted: bool, is_tied: bool) -> None:
         self._is_trusted = is_trusted
         self._path: Path | None = None
         self._file: BinaryIO | None = None
         prefix = _prefix(places)
         names = {name: _neutral(name, prefix) for name in places}
         self._places = {neutral: places[name] for name, neutral in names.items() if neutral is not None}
+        if is_tied and _HEAD in self._places and _EMBEDDING not in self._places:
+            self._places[_EMBEDDING] = self._places.pop(_HEAD)
         self.others = tuple(sorted(name for name, neutral in names.items() if neutral is None))
 
     @property
@@ -113,11 +117,12 @@ class ModelFiles:
 
 
 @contextmanager
-def open_model(folder: Path, limits: HeaderLimits, *, is_trusted: bool) -> Iterator[ModelFiles]:
+def open_model(folder: Path, limits: HeaderLimits, *, is_trusted: bool, is_tied: bool = False) -> Iterator[ModelFiles]:
     """Open the model files of a folder.
 
     Args:
         is_trusted: the folder is the operator's own: links are followed.
+        is_tied: the model ties its head to its embedding, so the files may hold either of the two.
     Raises:
         CorruptUpload: a header is wrong, a tensor occurs twice, or there is no file.
     """
@@ -131,7 +136,7 @@ def open_model(folder: Path, limits: HeaderLimits, *, is_trusted: bool) -> Itera
             places[slot.name] = _Place(path, header.data_start, slot)
     if not places:
         raise CorruptUpload("there is no model.safetensors", param="files")
-    with closing(ModelFiles(places, is_trusted=is_trusted)) as files:
+    with closing(ModelFiles(places, is_trusted=is_trusted, is_tied=is_tied)) as files:
         yield files
 
 
@@ -189,5 +194,5 @@ def _prefix(places: dict[str, _Place]) -> str:
 
 def _neutral(name: str, prefix: str) -> str | None:
     if name in _LM_HEADS:
-        return "lm_head.weight"
+        return _HEAD
     return name.removeprefix(prefix) if name.startswith(prefix) else None

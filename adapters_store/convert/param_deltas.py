@@ -233,4 +233,5 @@ def _open_base(options: ConvertOptions, *, needed: bool) -> AbstractContextManag
             "the adapter changes norms or vocabulary rows, which are stored whole, with the base's values; these are "
             "not at hand: name them with --base"
         )
-    return open_model(Path(options.base_dir), CANONICAL_LIMITS, is_trusted=True)
+    is_tied = options.base.tie_word_embeddings
+    return open_model(Path(options.base_dir), CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied)

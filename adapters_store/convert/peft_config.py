@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from adapters_store.convert.config_values import Config
 from adapters_store.convert.model_factors import TaskTuner
 from adapters_store.convert.peft_keys import check_keys
+from adapters_store.convert.peft_patterns import is_plain_name
 from adapters_store.convert.peft_targets import NO_TARGETS, Targets, read_targets
 from adapters_store.convert.peft_types import PEFT_TYPES
 from adapters_store.convert.saved_modules import Saved, read_saved
@@ -84,9 +85,13 @@ def _kind(value: Json) -> tuple[str, Served]:
 
 
 def _targets(config: Config, kind: Served, model_type: str) -> Targets:
-    if kind.acts_on == "tables" and config.get("target_modules") is None:
+    value = config.get("target_modules")
+    if kind.acts_on == "tables" and value is None:
         # PEFT takes the model's own embedding
         return Targets(kind.default_targets.names, (), None)
+    if kind.acts_on == "tables" and isinstance(value, str) and is_plain_name(value):
+        # and writes its path, which as a regular expression means no other module
+        return Targets((value,), (), None, is_whole=True)
     return read_targets(config, model_type, kind.default_targets)
 
 

@@ -99,10 +99,15 @@ def read_names(value: Json, field: str) -> tuple[str, ...]:
         raise UnsupportedAdapter(f"{field} must be a list of at most {MAX_ENTRIES} module names", param=field)
     plain: list[str] = []
     for name in names:
-        if not isinstance(name, str) or len(name) > 256 or not _PLAIN_NAME.match(name):
+        if not isinstance(name, str) or not is_plain_name(name):
             raise UnsupportedAdapter(f"{field} holds {ascii(name)[:80]}, which is not a module name", param=field)
         plain.append(name)
     return tuple(plain)
+
+
+def is_plain_name(text: str) -> bool:
+    """Return whether a text is a dotted module name, which as a regular expression means itself."""
+    return len(text) <= 256 and _PLAIN_NAME.match(text) is not None
 
 
 def names_module(name: str, path: str) -> bool:

@@ -27,11 +27,15 @@ MOST_TARGETS = DefaultTargets(
 
 @dataclass(frozen=True, slots=True)
 class Targets:
-    """`names` is None for all linear layers but the head; `layers` is None for all decoder layers."""
+    """`names` is None for all linear layers but the head; `layers` is None for all decoder layers.
+
+    `is_whole`: a name means the module of that path, and none whose path ends like it.
+    """
 
     names: tuple[str, ...] | None
     excluded: tuple[str, ...]
     layers: frozenset[int] | None
+    is_whole: bool = False
 
     def is_target(self, path: str, layer: int | None) -> bool:
         """Return whether PEFT adapts the module at `path`; `layer` is None for what lies outside all layers."""
@@ -42,14 +46,17 @@ class Targets:
         if path in self.names:
             # PEFT filters by layer only where a target matched as a suffix
             return True
-        found = any(names_module(name, path) for name in self.names)
+        found = not self.is_whole and any(names_module(name, path) for name in self.names)
         return found and (self.layers is None or layer in self.layers)
 
     def unused(self, paths: Iterable[str]) -> tuple[str, ...]:
         """Return the targets that name none of these modules, as `target_modules[name]`."""
         paths = list(paths)
         names = self.names or ()
-        return tuple(f"target_modules[{name}]" for name in names if not any(names_module(name, path) for path in paths))
+        used = {
+            name for name in names for path in paths if path == name or (not self.is_whole and names_module(name, path))
+        }
+        return tuple(f"target_modules[{name}]" for name in names if name not in used)
 
 
 NO_TARGETS = Targets(names=(), excluded=(), layers=None)

@@ -46,9 +46,10 @@ def convert_s2ft(source: Path, target: Path, options: ConvertOptions) -> None:
         name = sorted(options.declared.options)[0]
         raise InvalidOption(f"an S2FT checkpoint has no option {name[:80]!a}", param="options")
     base_dir = _need_base_dir(options)
+    is_tied = options.base.tie_word_embeddings
     with (
-        open_model(source, EXTERNAL_LIMITS, is_trusted=False) as found,
-        open_model(base_dir, CANONICAL_LIMITS, is_trusted=True) as base,
+        open_model(source, EXTERNAL_LIMITS, is_trusted=False, is_tied=is_tied) as found,
+        open_model(base_dir, CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied) as base,
     ):
         compare_config(source, base_dir)
         ignored = _compare_untrained(found, base, options)

@@ -48,7 +48,8 @@ def export_hf_model(adapter: CanonicalReader, target: Path, *, base_dir: Path) -
     manifest = adapter.manifest
     _refuse_dynamic(manifest)
     _check_base(manifest, base_dir)
-    with open_model(base_dir, CANONICAL_LIMITS, is_trusted=True) as base:
+    is_tied = manifest.base.tie_word_embeddings
+    with open_model(base_dir, CANONICAL_LIMITS, is_trusted=True, is_tied=is_tied) as base:
         changes = {base.original(name): found for name, found in _changes(adapter, base).items()}
     make_empty(target)
     for entry in sorted(base_dir.iterdir()):

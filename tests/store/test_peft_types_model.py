@@ -254,6 +254,34 @@ def test_rows_of_a_tied_base_are_those_of_both_ends(tied: Room) -> None:
     assert error.param == "ensure_weight_tying"
 
 
+@pytest.mark.parametrize("base_name", ["room", "tied"])
+def test_targets_that_peft_finds_itself_are_one_path(base_name: str, request: pytest.FixtureRequest) -> None:
+    room: Room = request.getfixturevalue(base_name)
+    saved = room.case("tokens-found", Case("TRAINABLE_TOKENS", {"token_indices": [41, 12, 7]}, None, scale=1.0))
+    assert saved.config["target_modules"] == "model.embed_tokens"
+    rows = room.convert(saved.config, saved.tensors).model_ops.token_rows
+    assert [(each.target, each.count) for each in rows] == [("both" if base_name == "tied" else "embed", 3)]
+    # PEFT matches a text with the whole path, so these name nothing
+    for text in ("embed_tokens", "tokens", "model", "model.embed_token"):
+        assert room.refusal(saved.config | {"target_modules": text}, saved.tensors).code == "no_target"
+    error = room.refusal(saved.config | {"target_modules": ".*tokens"}, saved.tensors)
+    assert (error.code, error.param) == ("unsupported_adapter", "target_modules")
+
+
+def test_a_tied_base_may_keep_its_one_table_as_the_head(tmp_path: Path) -> None:
+    room = Room(tmp_path, "smollm2-tied")
+    file = room.base_dir / "model.safetensors"
+    tensors = read_tensors(file)
+    assert "lm_head.weight" not in tensors
+    table = tensors.pop("model.embed_tokens.weight")
+    file.write_bytes(safetensors_bytes(tensors | {"lm_head.weight": table}))
+    saved = room.case("embedding", Case("LORA", {"r": 3}, ["embed_tokens"], scale=0.4))
+    assert room.convert(saved.config, saved.tensors).model_ops.embed_lowrank is not None
+    dtype, shape, raw = saved.tensors[f"{PREFIX}model.embed_tokens.base_layer.weight"]
+    other = saved.tensors | {f"{PREFIX}model.embed_tokens.base_layer.weight": (dtype, shape, raw[4:] + raw[:4])}
+    assert room.refusal(saved.config, other).code == "trained_elsewhere"
+
+
 def test_what_a_changed_base_took_is_computed_again_only_where_it_is_certain(tmp_path: Path) -> None:
     case = Case("LORA", {"r": 4, "init_lora_weights": "pissa"}, ["q_proj"])
     room = Room(tmp_path, "llama3")

@@ -154,6 +154,18 @@ def test_a_tied_head_may_be_saved_if_it_is_the_embedding(lm_head: str, tmp_path:
         assert publish(tmp_path, base, weights)[1].family == "s2ft"
 
 
+def test_a_tied_base_may_keep_its_one_table_as_the_head(tmp_path: Path) -> None:
+    def keep_the_head(weights: Weights) -> None:
+        weights["lm_head.weight"] = weights.pop("model.embed_tokens.weight")
+
+    base = TinyBase.write(tmp_path / "base", replace(MHA, tie_word_embeddings=True), keep_the_head)
+    own, _ = s2ft_checkpoint(base, SELECTIONS["down alone"])
+    table = own.pop("lm_head.weight")
+    for number, names in enumerate((["lm_head"], ["model.embed_tokens"], ["lm_head", "model.embed_tokens"])):
+        weights = own | {f"{name}.weight": table for name in names}
+        assert publish(tmp_path / str(number), base, weights)[1].family == "s2ft"
+
+
 def trains_gate(weights: Weights) -> None:
     weights[f"{stem(1, 'gate_proj')}.weight"][4, 2] += 1
 
