@@ -47,8 +47,11 @@ def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions
         observed = Observed.read(folder / OBSERVED_NAME)
         with open_source(source, options) as own, ProbeWeights(base_dir, options.base) as weights:
             reference = run_reference(read_spec(base_dir), weights, own, observed)
-    except (StoreError, StartError) as error:
-        return {"refused": str(error)}
+    except StoreError as error:
+        return {"refused": error.message}
+    except StartError:
+        # its text is for the operator and names folders
+        return {"refused": "the base's configuration cannot be read"}
     except MemoryError:
         return {"refused": "the base and the adapter need too much memory"}
     if not all(np.isfinite(rows).all() for rows in (*reference.base, *reference.adapter)):

@@ -11,7 +11,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Protocol
 
-from adapters_store.errors import ProbeFailed, ProbeNotFinite
+from adapters_store.errors import ProbeFailed, ProbeNotFinite, UnsupportedAdapter
 from serve.errors import EngineFailed, ServeError, Unavailable
 from serve.messages import Finished, Ready, SamplingParams, Started, Submit, TokenLogprobs, Tokens
 from serve.probe.observed import Answers, Position
@@ -23,6 +23,8 @@ _RETRY_AFTER_S = 5
 _TIMEOUT_S = 120.0
 # the engine names no other cause in these words
 _NOT_FINITE = "not finite"
+# what it says of an adapter that it could not load, and of a cause that may pass
+_LOAD_FAILED, _TRY_AGAIN = "adapter_load_failed", "send the request again"
 
 
 class ProbedEngine(Protocol):
@@ -69,6 +71,7 @@ async def ask(engine: ProbedEngine, carrier: Carrier, prompts: tuple[Prompt, ...
 
     Raises:
         ProbeNotFinite: the adapter's numbers are not finite. ProbeFailed: the engine could not run it.
+        UnsupportedAdapter: the engine can never load it: its device lacks an op, or its memory is too small.
         Unavailable: the engine is gone or does not answer; nothing is wrong with the adapter.
         ServeError: the engine refuses the adapter.
     """
@@ -79,6 +82,11 @@ async def ask(engine: ProbedEngine, carrier: Carrier, prompts: tuple[Prompt, ...
         raise _unavailable(f"the engine did not answer the probe within {_TIMEOUT_S:g} s") from None
     except EngineFailed as error:
         raise _cause(engine, carrier, error) from error
+    except Unavailable as error:
+        # requests may come again when an adapter does not load; an upload that never will is refused
+        if error.code == _LOAD_FAILED and _TRY_AGAIN not in error.message:
+            raise UnsupportedAdapter(f"this server cannot serve it: {error.message}", param="files") from error
+        raise
     return tuple(answers)
 
 

@@ -8,7 +8,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from adapters_store.errors import AdapterWithoutEffect, ProbeDisagrees, ProbeFailed, ProbeNotFinite
+from adapters_store.errors import (
+    AdapterWithoutEffect,
+    ProbeDisagrees,
+    ProbeFailed,
+    ProbeNotFinite,
+    UnsupportedAdapter,
+)
 from serve.errors import EngineFailed, EngineLoading, ServeError, Unavailable
 from serve.messages import Finished, FinishReason, Ready, Started, Submit, TokenLogprobs, Tokens
 from serve.probe.measure import Measured, OtherToken, Reference, measure
@@ -131,6 +137,18 @@ def test_the_engines_own_refusal_reaches_the_uploader_as_it_is() -> None:
     refusal = ServeError("this device serves no rotations", code="unsupported_adapter")
     with pytest.raises(ServeError, match="no rotations"):
         run(ScriptedEngine(adapter_error=refusal), Carrier(DIGEST))
+
+
+def test_what_can_never_be_loaded_here_is_refused_and_what_may_be_later_is_not() -> None:
+    def load_failed(reason: str) -> ScriptedEngine:
+        message = f"the adapter could not be loaded: {reason}"
+        return ScriptedEngine(adapter_error=Unavailable(message, code="adapter_load_failed", retry_after_s=1))
+
+    with pytest.raises(UnsupportedAdapter, match="device path does not compute") as refusal:
+        run(load_failed("turned inputs, which this server's device path does not compute"), Carrier(DIGEST))
+    assert (refusal.value.http_status, refusal.value.code) == (400, "unsupported_adapter")
+    with pytest.raises(Unavailable, match="send the request again"):
+        run(load_failed("the adapter could not be loaded (OSError); send the request again"), Carrier(DIGEST))
 
 
 def test_a_log_probability_that_is_not_finite_is_never_compared() -> None:
