@@ -10,6 +10,10 @@ from enum import StrEnum
 # adapters of one composition, and how far from zero a weight may lie
 MAX_COMPOSED = 8
 MAX_WEIGHT = 2.0
+# how much more or less than others a tenant may be served
+MIN_TENANT_WEIGHT = 0.01
+MAX_TENANT_WEIGHT = 100.0
+MAX_TENANT_CHARS = 128
 
 
 class FinishReason(StrEnum):
@@ -79,6 +83,10 @@ class Submit:
     num_virtual_tokens: int = 0
     # the adapter acts from this position of the prompt on; before it the base runs alone. None: everywhere
     active_from: int | None = None
+    # who competes for service, before its adapters do; "": one tenant as well
+    tenant: str = ""
+    # its part of the service, relative to others' 1
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +101,8 @@ class Embed:
     adapters: tuple[tuple[str, float], ...] = ()
     num_virtual_tokens: int = 0
     active_from: int | None = None
+    tenant: str = ""
+    tenant_weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,6 +71,8 @@ class AdapterTiers:
         # false once a wish of this walk found no room: what becomes free is for that one first
         self._has_room = True
         self.num_loads_total = 0
+        # also those that failed or are under way
+        self.num_loads_begun = 0
         self.num_evictions_total = 0
 
     @property
@@ -149,6 +151,7 @@ class AdapterTiers:
         slot = self._free_slots.pop()
         self._residents[digest] = _Resident(slot, num_bytes=num_bytes)
         self._policy.enter(digest)
+        self.num_loads_begun += 1
         self._loader.start_load(digest, slot)
         return Residency.LOADING
 

@@ -14,7 +14,8 @@ from serve.engine.lifecycle import LiveSequences
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import Row
 from serve.engine.sequence import Sequence
-from serve.messages import Embed, Failed, Submit
+from serve.engine.virtual_tokens import Payer
+from serve.messages import MAX_TENANT_CHARS, MAX_TENANT_WEIGHT, MIN_TENANT_WEIGHT, Embed, Failed, Submit
 
 # admissions past a sequence for whose adapter there is no room, before no further adapter is pinned
 MAX_PASSES = 64
@@ -42,7 +43,7 @@ def refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
     request_id, limits = command.request_id, live.limits
     if not command.prompt_token_ids:
         return Failed(request_id, "invalid_value", "the prompt has no tokens; send at least one", 400)
-    contradiction = problem(command)
+    contradiction = _tenant_problem(command) or problem(command)
     if contradiction is not None:
         return Failed(request_id, "invalid_value", contradiction, 400)
     too_long = _length_refusal(command, limits)
@@ -52,6 +53,15 @@ def refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
         message = f"{len(live.waiting)} sequences wait already, the limit is {limits.max_waiting}; send it again later"
         return Failed(request_id, "queue_full", message, 429)
     return _adapter_refusal(command, live)
+
+
+def _tenant_problem(command: Submit | Embed) -> str | None:
+    if len(command.tenant) > MAX_TENANT_CHARS:
+        return f"the tenant's name has {len(command.tenant)} characters; the limit is {MAX_TENANT_CHARS}"
+    # also false for NaN
+    if MIN_TENANT_WEIGHT <= command.tenant_weight <= MAX_TENANT_WEIGHT:
+        return None
+    return f"the tenant's weight is {command.tenant_weight}; it lies from {MIN_TENANT_WEIGHT} to {MAX_TENANT_WEIGHT:g}"
 
 
 def _length_refusal(command: Submit | Embed, limits: EngineLimits) -> str | None:
@@ -76,8 +86,10 @@ def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | N
         return Failed(command.request_id, "adapter_load_failed", reason, 503)
     takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
     if takes_no_wait and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
+        num_begun = live.tiers.num_loads_begun
         for digest in acting.digests:
             live.tiers.prefetch(digest)
+        live.served.charge(Payer.of(command), num_loads=live.tiers.num_loads_begun - num_begun)
         message = 'the adapter is not loaded yet; send it again soon, or with cold_start "wait"'
         return Failed(command.request_id, "adapter_not_loaded", message, 503)
     return None
@@ -94,7 +106,9 @@ def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_ope
     held_groups = {seq.group_id for seq in live.running if _computes_for_siblings(seq, live)}
     is_barred = False
     for seq in live.waiting.turns(held_groups):
+        num_begun = live.tiers.num_loads_begun
         residency = adapter_sets.want(live.tiers, seq.acting.digests)
+        seq.num_loads_owed += live.tiers.num_loads_begun - num_begun
         if residency is Residency.ABSENT:
             is_barred = is_barred or _is_passed_too_often(seq, live)
         if not is_open or residency is not Residency.READY or (is_barred and seq.acting.digests):

@@ -13,12 +13,13 @@ from collections.abc import Iterable
 
 from serve.engine import adapter_sets
 from serve.engine.adapter_tiers import AdapterTiers, Residency
-from serve.engine.fairness import VirtualTokens, WaitingLine
+from serve.engine.fairness import WaitingLine
 from serve.engine.kv_blocks import KvBlocks
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import Executor, Row
 from serve.engine.planned_step import PlannedStep
 from serve.engine.sequence import Sequence, SequenceState
+from serve.engine.virtual_tokens import ServedTokens
 from serve.messages import Embed, Submit
 
 
@@ -29,7 +30,7 @@ class LiveSequences:
         self.limits = limits
         self.kv = KvBlocks(limits.num_kv_blocks, limits.block_size)
         self.tiers = AdapterTiers(executor, limits.num_adapter_slots, limits.adapter_bytes)
-        self.served = VirtualTokens()
+        self.served = ServedTokens()
         self.waiting = WaitingLine(self.served)
         # by right to run: the last one is the first to be preempted
         self.running: list[Sequence] = []
@@ -73,7 +74,8 @@ class LiveSequences:
         if seq.queue_s is None:
             seq.queue_s = max(0.0, now_s - seq.arrived_s - seq.adapter_load_s)
             seq.num_cached_tokens = max(0, seq.num_computed - seq.num_virtual)
-            self.served.charge(seq.turn_key, num_input=seq.num_tokens - seq.num_computed)
+            self.served.charge(seq.payer, num_input=seq.num_tokens - seq.num_computed)
+        self._charge_loads(seq)
         seq.state = SequenceState.RUNNING
         seq.held_up_since = None
         insort(self.running, seq, key=_age)
@@ -103,6 +105,7 @@ class LiveSequences:
         """
         assert seq.state is not SequenceState.ENDED, f"sequence {seq.request_id} ends twice"
         (self.running if seq.state is SequenceState.RUNNING else self.waiting).remove(seq)
+        self._charge_loads(seq)
         seq.state = SequenceState.ENDED
         del self.by_id[seq.request_id]
         if seq.num_in_flight:
@@ -146,6 +149,7 @@ class LiveSequences:
         for seq in self.leaving:
             assert seq.state is SequenceState.ENDED and seq.num_in_flight > 0, f"{seq.request_id} leaves for ever"
         assert len(self.running) + len(self.waiting) == len(self.by_id), "a live sequence neither runs nor waits"
+        self.waiting.check_invariants()
         assert self.running == sorted(self.running, key=_age), "the running sequences are out of order"
         holders = [*self.running, *self.leaving]
         for seq in holders:
@@ -175,6 +179,15 @@ class LiveSequences:
         assert in_flight == Counter({seq: seq.num_in_flight for seq in holders if seq.num_in_flight}), (
             "the tokens in flight differ from the holders' books"
         )
+
+    def _charge_loads(self, seq: Sequence) -> None:
+        """Charge the loads that began for a sequence when it leaves the line.
+
+        Not when they begin: it would fall behind in the line, and another's wish could evict what was loaded for it.
+        """
+        if seq.num_loads_owed:
+            self.served.charge(seq.payer, num_loads=seq.num_loads_owed)
+            seq.num_loads_owed = 0
 
     def _preempt(self, seq: Sequence) -> None:
         """Take everything from a running sequence but its output; it returns to the head of its line."""

@@ -90,6 +90,6 @@ def _start(counters: Counters, seq: Sequence) -> Started:
 def _append(live: LiveSequences, counters: Counters, seq: Sequence, result: RowResult) -> Tokens:
     assert result.token_id is not None, f"the row of {seq.request_id} asked for a token and got none"
     seq.output_ids.append(result.token_id)
-    live.served.charge(seq.turn_key, num_output=1)
+    live.served.charge(seq.payer, num_output=1)
     counters.num_generated_tokens += 1
     return Tokens(seq.request_id, [result.token_id], None if result.logprobs is None else [result.logprobs])

@@ -12,6 +12,7 @@ from serve.engine.acting import Acting
 from serve.engine.kv_blocks import hash_activation, hash_block, hash_seed
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import Row, SampleSpec, virtual_id
+from serve.engine.virtual_tokens import Payer
 from serve.messages import Embed, FinishReason, SamplingParams, Submit, TokenLogprobs
 
 
@@ -33,8 +34,8 @@ class Sequence:
     request_id: str
     prompt_ids: list[int]
     acting: Acting
-    # whose turn it takes in the waiting line
-    turn_key: str | None
+    # whose turn it takes in the waiting line, and who is charged
+    payer: Payer
     arrival_index: int
     arrived_s: float
     sampling: SamplingParams | None = None
@@ -67,6 +68,8 @@ class Sequence:
     num_cached_tokens: int = 0
     adapter_load_s: float = 0.0
     load_wait_since_s: float | None = None
+    # loads that began for it and are not charged yet
+    num_loads_owed: int = 0
     # admissions so far when this sequence was first held up by full adapter slots
     held_up_since: int | None = None
 
@@ -77,7 +80,7 @@ class Sequence:
         if command.num_virtual_tokens:
             prompt_ids = [*map(virtual_id, range(command.num_virtual_tokens)), *prompt_ids]
         acting = Acting.of(command)
-        seq = Sequence(command.request_id, prompt_ids, acting, acting.turn_key, arrival_index, now_s)
+        seq = Sequence(command.request_id, prompt_ids, acting, Payer.of(command), arrival_index, now_s)
         seq.num_virtual = command.num_virtual_tokens
         if isinstance(command, Embed):
             seq.pooling = command.pooling

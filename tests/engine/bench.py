@@ -90,6 +90,8 @@ class EngineBench:
         adapters: tuple[tuple[str, float], ...] = (),
         num_virtual_tokens: int = 0,
         active_from: int | None = None,
+        tenant: str = "",
+        tenant_weight: float = 1.0,
     ) -> Submit:
         """Send one request; without `sampling` it runs to exactly `max_tokens`."""
         params = sampling or SamplingParams(max_tokens=max_tokens, seed=1, ignore_eos=True)
@@ -105,6 +107,8 @@ class EngineBench:
             adapters,
             num_virtual_tokens,
             active_from,
+            tenant,
+            tenant_weight,
         )
         return self._send(command)
 
