@@ -19,7 +19,6 @@ from serve.messages import MAX_TENANT_CHARS, MAX_TENANT_WEIGHT, MIN_TENANT_WEIGH
 
 # admissions past a sequence for whose adapter there is no room, before no further adapter is pinned
 MAX_PASSES = 64
-NO_COMPOSITION = "this server's device does not compose adapters yet; name one adapter, or ask a server on the CPU"
 
 
 @dataclass(slots=True)
@@ -79,8 +78,6 @@ def _length_refusal(command: Submit | Embed, limits: EngineLimits) -> str | None
 
 def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
     acting = Acting.of(command)
-    if acting.weights is not None and not live.limits.composes_adapters:
-        return Failed(command.request_id, "unsupported_parameter", NO_COMPOSITION, 400)
     reason = adapter_sets.refusal(live.tiers, acting.digests)
     if reason is not None:
         return Failed(command.request_id, "adapter_load_failed", reason, 503)

@@ -10,8 +10,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from adapter_kernels.gpu.composed_rows import BLOCK_COLUMNS
 from adapter_kernels.gpu.ragged import PREFILL_TILE_ROWS
-from adapter_kernels.gpu.step import DecodePart, DeviceStep, PrefillPart, StepAdapters
+from adapter_kernels.gpu.route import DeviceRoute
+from adapter_kernels.gpu.route_forms import block_rows_for
+from adapter_kernels.gpu.step import (
+    ComposedPart,
+    DecodePart,
+    DeviceStep,
+    PrefillPart,
+    StepAdapters,
+    StepComposition,
+)
+from serve.engine.composed_packing import PairFields, composed_words, max_pairs_for
 from serve.engine.device_sampler import DeviceWords
 from serve.engine.packed_words import Words, padded_size
 from serve.engine.step_packing import PackedStep
@@ -36,6 +47,11 @@ class StepBounds:
         return min(self.max_num_seqs, self.max_step_tokens)
 
     @property
+    def max_pairs(self) -> int:
+        """Pairs of a composed row and one of its adapters in one part of a step."""
+        return max_pairs_for(self.max_step_tokens)
+
+    @property
     def num_words(self) -> int:
         """Words of the largest step, without its sampling."""
         num_tiles = self.max_step_tokens // PREFILL_TILE_ROWS + self.max_num_seqs
@@ -45,6 +61,7 @@ class StepBounds:
             + per_seq * padded_size(self.max_num_seqs + 1)
             + per_tile * padded_size(num_tiles)
             + padded_size(self.max_num_seqs * self.max_blocks_per_seq + 1)
+            + composed_words(self.max_step_tokens)
         )
 
 
@@ -88,7 +105,28 @@ class WordBuffers:
         return host.to(self._device_words.device)
 
 
-def device_step(packed: PackedStep, words: DeviceWords, adapters: StepAdapters | None) -> DeviceStep:
+def composed_part(fields: PairFields, words: DeviceWords) -> ComposedPart:
+    """View one part's words as what the kernels read."""
+    slots = words.ints(fields.slots)
+    block_rows = block_rows_for(slots.shape[0])
+    route = DeviceRoute(
+        slots=slots,
+        perm=words.ints(fields.perm),
+        block_slot=slots if block_rows == 1 else words.ints(fields.block_slot),
+        block_start=words.ints(fields.block_start),
+        block_len=words.ints(fields.block_len),
+        block_rows=block_rows,
+    )
+    blocks = words.ints(fields.blocks).view(-1, BLOCK_COLUMNS)
+    return ComposedPart(route, words.ints(fields.row_of), words.floats(fields.weights), blocks)
+
+
+def device_step(
+    packed: PackedStep,
+    words: DeviceWords,
+    adapters: StepAdapters | None,
+    composition: StepComposition | None = None,
+) -> DeviceStep:
     """View a step's words as what the kernels read."""
     fields = packed.fields
     block_begins, block_ids = words.ints(fields.block_begins), words.ints(fields.block_ids)
@@ -119,4 +157,5 @@ def device_step(packed: PackedStep, words: DeviceWords, adapters: StepAdapters |
         decodes=decodes,
         prefills=prefills,
         adapters=adapters,
+        composition=composition,
     )

@@ -128,7 +128,15 @@ class DeviceExecutor:
         assert len(self._in_flight) < MAX_IN_FLIGHT, f"{MAX_IN_FLIGHT} steps are in flight already"
         spec = self._forward.decoder.spec
         step_words, sampling_words = Words(), Words()
-        packed = pack_step(plan.rows, self._buckets, self._previous, self._tables, self._block_size, step_words)
+        packed = pack_step(
+            plan.rows,
+            self._buckets,
+            self._previous,
+            self._tables,
+            self._block_size,
+            step_words,
+            self._forward.max_pairs,
+        )
         groups = plan_draws(
             packed.owners, spec.dims.vocab_size, spec.eos_token_ids, self._mask, self._histories, sampling_words
         )
@@ -191,12 +199,14 @@ class DeviceExecutor:
 
     def _run(self, packed: PackedStep, sent: SentWords) -> StepOutput:
         sites = ActingSites.union(self._adapters.sites(slot) for slot in packed.adapter_slots)
-        if self._graphs is not None and packed.bucket is not None:
+        composed = ActingSites.union(self._adapters.sites(slot) for slot in packed.composed_slots)
+        # no graph knows of compositions
+        if self._graphs is not None and packed.bucket is not None and not packed.composed_slots:
             recorded = self._graphs.find(packed.bucket, site_mask(sites))
             if recorded is not None:
                 recorded.replay()
                 return recorded.output
-        return self._forward.run(packed, sent.step, sites)
+        return self._forward.run(packed, sent.step, sites, composed)
 
     def _finish(
         self, packed: PackedStep, groups: list[DrawGroup], prompt: PromptLogprobs, sent: SentWords, output: StepOutput

@@ -13,13 +13,15 @@ from torch import Tensor
 from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.route import RouteBuffers, build_route
 from adapter_kernels.gpu.sampling import chain_tokens
-from adapter_kernels.gpu.step import StepAdapters, Workspace
+from adapter_kernels.gpu.step import StepAdapters, StepComposition, Workspace
 from adapter_kernels.gpu.tables import DeviceTables
-from serve.engine.device_batch import device_step
+from serve.engine.device_batch import composed_part, device_step
 from serve.engine.device_sampler import DeviceWords, Outcome, take_argmax
 from serve.engine.step_packing import PackedStep
 from serve.model.fused_decoder import FusedDecoder
 from serve.model.kv_cache import KvCache
+
+_NOWHERE = ActingSites()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,17 +54,27 @@ class DeviceForward:
         size = (outcome.max_rows, decoder.spec.dims.vocab_size)
         self._logits = torch.empty(size, dtype=decoder.dtype, device=decoder.device)
 
+    @property
+    def max_pairs(self) -> int:
+        """Pairs of a composed row and one of its adapters that the workspace holds at a time."""
+        return self._workspace.max_pairs
+
     @torch.inference_mode()
-    def run(self, packed: PackedStep, words: DeviceWords, sites: ActingSites) -> StepOutput:
+    def run(
+        self, packed: PackedStep, words: DeviceWords, sites: ActingSites, composed: ActingSites = _NOWHERE
+    ) -> StepOutput:
         """Launch a pass; the argmax of row i of the logits goes to `outcome`.
 
         Args:
             sites: where and how adapters may act; what each adapter of the step does is covered by it.
+            composed: the same of the adapters of compositions.
         """
         fields = packed.fields
         if packed.num_decodes:
             chain_tokens(words.ints(fields.token_ids), words.ints(fields.chain), self.outcome.tokens)
-        step = device_step(packed, words, self._adapters(packed, words, sites))
+        step = device_step(
+            packed, words, self._adapters(packed, words, sites), self._composition(packed, words, composed)
+        )
         hidden = self.decoder.hidden(step, self.kv)
         last = hidden if packed.bucket else hidden.index_select(0, words.index(fields.sampled_rows))
         if len(last) == 0:
@@ -78,3 +90,9 @@ class DeviceForward:
         buffers = replace(self._route, slots=words.ints(fields.slots))
         route = build_route(words.ints(fields.local), words.ints(fields.slot_of), buffers, packed.num_rows)
         return StepAdapters(self.tables, route, sites, self._workspace)
+
+    def _composition(self, packed: PackedStep, words: DeviceWords, sites: ActingSites) -> StepComposition | None:
+        if not sites.fused:
+            return None
+        parts = tuple(composed_part(fields, words) for fields in packed.fields.pairs)
+        return StepComposition(self.tables, sites, self._workspace, parts)

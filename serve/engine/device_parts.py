@@ -128,7 +128,7 @@ class _Start:
             decoder=decoder,
             buffers=WordBuffers(bounds, device),
             outcome=Outcome.build(model.max_num_seqs, device),
-            workspace=_workspace(config, model, device),
+            workspace=_workspace(config, model, bounds, device),
         )
 
     def shares(self) -> Shares:
@@ -219,7 +219,7 @@ def prepare_capture(
 ) -> Callable[[], StepOutput]:
     """Send a step of padding and return the pass over it: every later step of the bucket lies in the same words."""
     words = Words()
-    packed = pack_step([], (key.bucket,), {}, BlockArrays(), block_size, words)
+    packed = pack_step([], (key.bucket,), {}, BlockArrays(), block_size, words, forward.max_pairs)
     sent = buffers.send(words, Words())
     sites = sites_of_mask(key.mask, forward.decoder.spec.dims.num_hidden_layers)
     return partial(forward.run, packed, sent.step, sites)
@@ -254,15 +254,18 @@ def _pinned_tiles(gpu_name: str | None) -> LaunchConfigs:
         raise StartError(f"pinned tiles: {error}; correct the file or remove it from {CONFIG_DIR}") from error
 
 
-def _workspace(config: EngineConfig, model: ModelFacts, device: torch.device) -> Workspace:
+def _workspace(config: EngineConfig, model: ModelFacts, bounds: StepBounds, device: torch.device) -> Workspace:
     dims = model.spec.dims
     widths = [dims.site_shape(site)[1] for site in SITES]
     return Workspace.build(
-        max_rows=model.max_step_tokens,
+        # a composition is spread out whole, also where steps are shorter
+        max_rows=max(model.max_step_tokens, bounds.max_pairs),
         max_splits=max(num_splits(width) for width in widths),
         max_members=max(len(members) for members in FUSED_SITES.values()),
         rank_capacity=_bridge_capacity(config),
         hidden_size=dims.hidden_size,
+        max_pairs=bounds.max_pairs,
+        max_in_width=max(widths),
         dtype=model.dtype,
         device=device,
     )

@@ -4,8 +4,10 @@ Owns the rows of those steps; measures nothing itself. Invariant: K/V goes to bl
 nothing of a trial is left in the executor.
 """
 
+from dataclasses import replace
+
 from adapter_kernels.gpu.acting_sites import ActingSites
-from adapter_kernels.gpu.route import LARGEST_OF_FORM
+from adapter_kernels.gpu.route_forms import LARGEST_OF_FORM
 from serve.engine.device_batch import StepBounds
 from serve.engine.plan import Executor, LoadResult, Row, SampleSpec, StepPlan
 from serve.messages import SamplingParams
@@ -15,6 +17,12 @@ _NUM_TARGETS = 64
 _NUM_LOGPROBS = 20
 # of `RanklessAdapters`
 TRIAL_SLOTS = (0, 1)
+# what acts on the rows of a step: nothing, an adapter, an adapter with a weight
+_ACTING: tuple[tuple[int | None, tuple[tuple[int, float], ...]], ...] = (
+    (None, ()),
+    *((slot, ()) for slot in TRIAL_SLOTS),
+    *((None, ((slot, 0.5),)) for slot in TRIAL_SLOTS),
+)
 
 
 class RanklessAdapters:
@@ -49,20 +57,21 @@ class RanklessAdapters:
 
 
 def run_trial(executor: Executor, bounds: StepBounds, max_model_len: int) -> None:
-    """Run a step of chunks and one of decodes, each as large as can be, without adapters and with them.
+    """Run a step of chunks and one of decodes, each as large as can be: bare, with an adapter, composed.
 
     And one of chunks for each smaller form of the route: its kernels are compiled for their rows per block.
     """
     budgets = {min(largest, bounds.max_step_tokens): None for largest in (*LARGEST_OF_FORM, bounds.max_step_tokens)}
-    for adapter_slot in (None, *TRIAL_SLOTS):
-        chunks = [_chunks(budget, bounds, max_model_len, adapter_slot) for budget in reversed(budgets)]
-        for rows in (*chunks, _decodes(bounds, adapter_slot)):
-            executor.execute(StepPlan(rows, {} if adapter_slot is None else {adapter_slot: ""}))
+    for adapter_slot, composed in _ACTING:
+        chunks = [_chunks(budget, bounds, max_model_len) for budget in reversed(budgets)]
+        for bare in (*chunks, _decodes(bounds)):
+            rows = [replace(row, adapter_slot=adapter_slot, composed=composed) for row in bare]
+            executor.execute(StepPlan(rows, dict.fromkeys((slot for row in rows for slot in row.slots), "")))
             for row in rows:
                 executor.release_request(row.request_id)
 
 
-def _chunks(budget: int, bounds: StepBounds, max_model_len: int, adapter_slot: int | None) -> list[Row]:
+def _chunks(budget: int, bounds: StepBounds, max_model_len: int) -> list[Row]:
     rows: list[Row] = []
     while budget and len(rows) < bounds.max_num_seqs:
         length = min(budget, max_model_len)
@@ -74,7 +83,7 @@ def _chunks(budget: int, bounds: StepBounds, max_model_len: int, adapter_slot: i
                 token_ids=[0] * length,
                 start=0,
                 block_table=[0] * bounds.max_blocks_per_seq,
-                adapter_slot=adapter_slot,
+                adapter_slot=None,
                 sample=_spec(len(rows)),
                 num_prompt_logprobs=None if targets is None else _NUM_LOGPROBS,
                 prompt_targets=targets,
@@ -83,10 +92,9 @@ def _chunks(budget: int, bounds: StepBounds, max_model_len: int, adapter_slot: i
     return rows
 
 
-def _decodes(bounds: StepBounds, adapter_slot: int | None) -> list[Row]:
+def _decodes(bounds: StepBounds) -> list[Row]:
     return [
-        Row(f"trial-{i}", [0], 0, [0] * bounds.max_blocks_per_seq, adapter_slot, _spec(i))
-        for i in range(bounds.max_decodes)
+        Row(f"trial-{i}", [0], 0, [0] * bounds.max_blocks_per_seq, None, _spec(i)) for i in range(bounds.max_decodes)
     ]
 
 

@@ -24,8 +24,6 @@ class EngineLimits:
     num_adapter_slots: int
     eos_token_ids: tuple[int, ...]
     enable_prefix_cache: bool = True
-    # whether the executor takes rows on which several adapters act
-    composes_adapters: bool = True
 
     def __post_init__(self) -> None:
         counts = {

@@ -1,7 +1,8 @@
 """A `StepPlan`'s rows as the flat arrays that the device reads: decodes first, then chunks, all in one run of words.
 
 Owns the order of the rows and the sizes of the arrays; numpy only. Invariant: a step of decodes alone is padded to its
-bucket, and then every array but the block ids, which come last, has a size and place that depend on the bucket alone.
+bucket, and then every array but the block ids, behind which only compositions lie, has a size and place that depend on
+the bucket alone.
 Padding rows have no adapter, slot mapping -1 and context 0: nothing is read or written for them.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from adapter_kernels.gpu.ragged import RaggedBlocks, chunk_tiles, token_positions, token_slots
+from serve.engine.composed_packing import PairFields, pack_pairs
 from serve.engine.packed_words import Field, Int32s, Words
 from serve.engine.plan import Row
 
@@ -70,6 +72,8 @@ class StepFields:
     sampled_rows: Field
     # [*]
     block_ids: Field
+    # of the rows with compositions, part by part
+    pairs: tuple[PairFields, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,8 +91,9 @@ class PackedStep:
     bucket: int | None
     # who owns row i of the step's logits: all rows of a step of decodes, else those that sample
     owners: list[Row]
-    # distinct adapter slots of the step
+    # distinct adapter slots of the rows that have one of their own, and of those that have a composition
     adapter_slots: list[int]
+    composed_slots: list[int]
     fields: StepFields
 
 
@@ -109,6 +114,7 @@ def pack_step(
     tables: BlockArrays,
     block_size: int,
     words: Words,
+    max_pairs: int,
 ) -> PackedStep:
     """Pack a step into `words`.
 
@@ -116,10 +122,9 @@ def pack_step(
         rows: of a plan; none at all makes a step of padding, as wide as the first bucket.
         buckets: sizes that steps of decodes alone are padded to, rising; the last holds every such step.
         previous: by request id, the row of the previous step's logits.
+        max_pairs: of a composed row and an adapter, in one part.
     """
     rows = order_rows(rows)
-    # refused at the door: here it would be answered by the base
-    assert not any(row.composed for row in rows), "a composition reached a device, which does not compose yet"
     lengths = [len(row.token_ids) for row in rows]
     num_decodes = lengths.count(1)
     num_chunks = len(rows) - num_decodes
@@ -136,13 +141,14 @@ def pack_step(
         bucket=bucket,
         owners=owners,
         adapter_slots=slot_of,
-        fields=_pack(rows, lengths, num_decodes, bucket, previous, slot_of, tables, block_size, words),
+        composed_slots=list(dict.fromkeys(slot for row in rows for slot, _ in row.composed)),
+        fields=_pack(rows, begins, num_decodes, bucket, previous, slot_of, tables, block_size, words, max_pairs),
     )
 
 
 def _pack(
     rows: list[Row],
-    lengths: list[int],
+    begins: list[int],
     num_decodes: int,
     bucket: int | None,
     previous: Mapping[str, int],
@@ -150,8 +156,9 @@ def _pack(
     tables: BlockArrays,
     block_size: int,
     words: Words,
+    max_pairs: int,
 ) -> StepFields:
-    starts = [row.start for row in rows]
+    starts, lengths = [row.start for row in rows], [len(row.token_ids) for row in rows]
     blocks = _blocks(rows, starts, lengths, tables, block_size)
     slot_of = [-1, *adapter_slots]
     place_of = {slot: place for place, slot in enumerate(adapter_slots, start=1)}
@@ -182,6 +189,7 @@ def _pack(
         ),
         # never empty: a captured graph needs the address
         block_ids=words.put_padded(blocks.ids, max(1, len(blocks.ids)), 0),
+        pairs=pack_pairs(rows, begins, max_pairs, words),
     )
 
 

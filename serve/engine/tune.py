@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from adapter_kernels.gpu.launch_config import LaunchConfig, LaunchConfigs, row_key, table_text
-from adapter_kernels.gpu.route import block_rows_for
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.streams import CudaSide, InlineSide, SideStream
 from serve.engine.device_timing import Timing, time_pass
 from serve.engine.random_steps import RandomAdapters, RandomStep, decode_step, prefill_step, random_kv

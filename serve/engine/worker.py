@@ -75,8 +75,6 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         num_adapter_slots=config.num_adapter_slots,
         eos_token_ids=facts.model.spec.eos_token_ids,
         enable_prefix_cache=config.enable_prefix_cache,
-        # the device's rows have one adapter each
-        composes_adapters=facts.device == "cpu",
     )
 
 

@@ -18,6 +18,7 @@ from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput
 from adapter_kernels.gpu.step import SiteAdapters, SiteInput, StepAdapters
 from adapter_kernels.gpu.tables import IN_SCALE, first_site
+from serve.model.composed_site import ComposedSite
 from serve.model.fused_step import FusedStep
 from serve.model.weight_source import SiteWeights
 
@@ -58,29 +59,37 @@ class FusedSite:
         self._members = FUSED_SITES[site]
         self._num_members = len(self._members)
         self._num_splits = num_splits(weights.weight.shape[1])
+        # behind the join nothing reads this bridge, and a sink may still read the other
+        self._composed = ComposedSite(weights, layer, site, widths, _DELTA_BRIDGE)
 
     def project(self, x: Tensor, step: FusedStep) -> Bridged:
         """Run base GEMM and, beside it, the shrink; the caller's sink expands."""
         adapters = self._acting(step)
         if adapters is None:
-            return Bridged(self._gemm(x), None)
+            y = self._gemm(x)
+            self._composed.add(x, y, step)
+            return Bridged(y, None)
         with step.side.fork():
             bridged = self._shrink(x, adapters, step, _SINK_BRIDGE)
         y = self._scaled_gemm(x, adapters)
         step.side.join()
+        self._composed.add(x, y, step)
         return Bridged(y, bridged)
 
     def project_with_delta(self, x: Tensor, step: FusedStep) -> WithDelta:
         """Run the base GEMM and, beside it, shrink and expand into the delta buffer; for sites of one member."""
         adapters = self._acting(step)
         if adapters is None:
-            return WithDelta(self._gemm(x), None)
+            y = self._gemm(x)
+            self._composed.add(x, y, step)
+            return WithDelta(y, None)
         delta = adapters.workspace.delta(x.shape[0], self._widths[0])
         with step.side.fork():
             bridged = self._shrink(x, adapters, step, _DELTA_BRIDGE)
             self.expand(bridged, delta, step, accumulate=False)
         y = self._scaled_gemm(x, adapters)
         step.side.join()
+        self._composed.add(x, y, step)
         slots, families = adapters.route.slots, bridged.families
         return WithDelta(y, DeltaInput(delta, adapters.tables, slots, self._first_site, families))
 

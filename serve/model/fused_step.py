@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adapter_kernels.gpu.launch_config import LaunchConfig, LaunchConfigs
 from adapter_kernels.gpu.paged_decode import DecodeWorkspace
-from adapter_kernels.gpu.route import block_rows_for
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.step import DeviceStep
 from adapter_kernels.gpu.streams import SideStream
 from serve.model.kv_cache import KvCache

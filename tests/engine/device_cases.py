@@ -113,6 +113,7 @@ class Talk:
     adapter_slot: int | None
     params: SamplingParams | None
     embed: str | None = None
+    composed: tuple[tuple[int, float], ...] = ()
     output: list[int] = field(default_factory=list)
     num_computed: int = 0
     # tokens sampled by steps that were not collected yet
@@ -120,10 +121,13 @@ class Talk:
     results: list[RowResult] = field(default_factory=list)
 
 
-def talk(prompt_length: int, slot: int | None, seed: int, **fields: Any) -> Talk:
+def talk(
+    prompt_length: int, slot: int | None, seed: int, composed: tuple[tuple[int, float], ...] = (), **fields: Any
+) -> Talk:
     """A sequence with a prompt of its own."""
     prompt = np.random.default_rng(seed).integers(0, VOCAB - 1, prompt_length).tolist()
-    return Talk(prompt, slot, SamplingParams(**{"max_tokens": 40, "seed": seed, "temperature": 0.0, **fields}))
+    params = SamplingParams(**{"max_tokens": 40, "seed": seed, "temperature": 0.0, **fields})
+    return Talk(prompt, slot, params, composed=composed)
 
 
 class Script:
@@ -169,7 +173,7 @@ class Script:
 
     def _plan(self, counts: Sequence[tuple[int, int]]) -> StepPlan:
         rows = [self._row(index, count) for index, count in counts]
-        slots = {row.adapter_slot for row in rows if row.adapter_slot is not None}
+        slots = {slot for row in rows for slot in row.slots}
         return StepPlan(rows, {slot: str(slot) for slot in slots})
 
     def _row(self, index: int, count: int) -> Row:
@@ -193,6 +197,7 @@ class Script:
             num_prompt_logprobs=wants,
             prompt_targets=None if wants is None else each.prompt[start + 1 : stop + 1],
             is_chained=is_chained,
+            composed=each.composed,
         )
 
     def _apply(self, plan: StepPlan, results: list[RowResult]) -> None:

@@ -1,10 +1,12 @@
 """A plan's rows as packed words, and their way to the device: order, padding, equal places, one copy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
-from serve.engine.device_batch import NUM_HOST_BUFFERS, StepBounds, WordBuffers, device_step
+from serve.engine.device_batch import NUM_HOST_BUFFERS, StepBounds, WordBuffers, composed_part, device_step
 from serve.engine.packed_words import Field, Words
 from serve.engine.plan import Row, SampleSpec
 from serve.engine.step_packing import BlockArrays, PackedStep, bucket_for, pack_step
@@ -12,6 +14,7 @@ from serve.messages import SamplingParams
 
 BUCKETS = (1, 2, 4, 8)
 BLOCK_SIZE = 4
+MAX_PAIRS = 8
 SPEC = SampleSpec(SamplingParams(max_tokens=4, seed=1), [1], [])
 BOUNDS = StepBounds(max_step_tokens=300, max_num_seqs=8, max_blocks_per_seq=20)
 
@@ -28,7 +31,7 @@ def chunk(
 
 def pack(rows: list[Row], previous: dict[str, int] | None = None) -> tuple[PackedStep, np.ndarray]:
     words = Words()
-    packed = pack_step(rows, BUCKETS, previous or {}, BlockArrays(), BLOCK_SIZE, words)
+    packed = pack_step(rows, BUCKETS, previous or {}, BlockArrays(), BLOCK_SIZE, words, MAX_PAIRS)
     array = np.full(words.size, -77, dtype=np.int32)
     words.write(array)
     return packed, array
@@ -80,11 +83,12 @@ def test_decodes_alone_are_padded_to_a_bucket_whose_places_never_change() -> Non
     assert read(array, fields.slot_of) == [-1, 2, 7, -1, -1] and read(array, fields.chain) == [-1] * 4
     for other in ([], [decode("x", 20, list(range(6)), slot=slot) for slot in range(4)]):
         words = Words()
-        again = pack_step(other, (4,), {}, BlockArrays(), BLOCK_SIZE, words).fields
-        for name in fields.__slots__:
+        again = pack_step(other, (4,), {}, BlockArrays(), BLOCK_SIZE, words, MAX_PAIRS).fields
+        assert fields.pairs == again.pairs == ()
+        for name in set(fields.__slots__) - {"pairs"}:
             field, same = getattr(fields, name), getattr(again, name)
             assert field.begin == same.begin and (name == "block_ids" or field.size == same.size), name
-    assert all(getattr(fields, name).begin % 4 == 0 for name in fields.__slots__)
+    assert all(getattr(fields, name).begin % 4 == 0 for name in set(fields.__slots__) - {"pairs"})
 
 
 def test_every_number_of_decodes_has_a_bucket() -> None:
@@ -142,14 +146,59 @@ def test_the_largest_steps_fit_the_buffer() -> None:
 
 def test_a_step_of_one_kind_has_no_part_of_the_other() -> None:
     words = Words()
-    packed = pack_step([decode("a", 5, [9, 8])], BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words)
+    packed = pack_step([decode("a", 5, [9, 8])], BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words, MAX_PAIRS)
     sent = WordBuffers(BOUNDS, torch.device("cpu")).send(words, Words())
     step = device_step(packed, sent.step, None)
     assert step.prefills is None and step.decodes is not None and step.adapters is None
     assert step.decodes.context_lens.tolist() == [6] and step.token_ids.dtype == torch.int32
     words = Words()
-    packed = pack_step([chunk("c", 0, 3, [7])], BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words)
+    packed = pack_step([chunk("c", 0, 3, [7])], BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words, MAX_PAIRS)
     sent = WordBuffers(BOUNDS, torch.device("cpu")).send(words, Words())
     step = device_step(packed, sent.step, None)
     assert step.decodes is None and step.prefills is not None
     assert (step.prefills.first_row, step.prefills.block_begins.tolist()) == (0, [0])
+
+
+def test_compositions_lie_behind_everything_in_parts() -> None:
+    rows = [
+        chunk("c", 0, 3, [7], spec=SPEC),
+        decode("a", 5, [9, 8], slot=6),
+        decode("b", 0, [3]),
+    ]
+    bare, _ = pack(rows)
+    composed = [replace(rows[0], composed=((6, 0.5), (2, -1.5))), rows[1], replace(rows[2], composed=((4, 2.0),))]
+    packed, array = pack(composed)
+    assert (packed.adapter_slots, packed.composed_slots) == ([6], [4, 6, 2])
+    assert replace(packed.fields, pairs=()) == bare.fields
+    # a, b, then the chunk's rows: b's composition alone, the chunk's adapter after adapter
+    (part,) = packed.fields.pairs
+    assert part.row_of.begin >= bare.fields.block_ids.end
+    assert read(array, part.row_of) == [1, 2, 3, 4, 2, 3, 4]
+    assert read(array, part.slots) == [4, 6, 6, 6, 2, 2, 2]
+    assert array[part.weights.begin : part.weights.end].view(np.float32).tolist() == [2, 0.5, 0.5, 0.5, *[-1.5] * 3]
+    blocks = [[0, 1, 1, 1], [1, 1, 3, 2], [2, 1, 3, 2], [3, 1, 3, 2]]
+    assert read(array, part.blocks) == [word for block in blocks for word in block]
+
+    buffers = WordBuffers(BOUNDS, torch.device("cpu"))
+    words = Words()
+    fields = pack_step(composed, BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words, MAX_PAIRS).fields
+    sent = composed_part(fields.pairs[0], buffers.send(words, Words()).step)
+    assert sent.route.block_rows == 1 and sent.route.num_blocks == 7 and sent.weights[0] == 2
+    assert sent.blocks.tolist() == blocks and sent.row_of.tolist() == [1, 2, 3, 4, 2, 3, 4]
+
+
+def test_the_largest_step_of_compositions_fits_the_words() -> None:
+    lengths = (65, 65, 40, 40, 30, 30, 29, 1)
+    for num_adapters in (1, 5, 8):
+        rows = [
+            replace(
+                chunk(str(i), 0, length, list(range(20)), spec=SPEC),
+                composed=tuple((slot, 1 + i / 64) for slot in range(num_adapters)),
+            )
+            for i, length in enumerate(lengths)
+        ]
+        words = Words()
+        packed = pack_step(rows, BUCKETS, {}, BlockArrays(), BLOCK_SIZE, words, BOUNDS.max_pairs)
+        assert packed.num_rows == BOUNDS.max_step_tokens and words.size <= BOUNDS.num_words
+        sizes = [part.row_of.size for part in packed.fields.pairs]
+        assert sum(sizes) == num_adapters * packed.num_rows and max(sizes) <= BOUNDS.max_pairs == 300

@@ -166,6 +166,64 @@ def test_chained_rows_run_ahead_of_their_tokens(both: Both) -> None:
     assert ahead.outputs == plain.outputs
 
 
+def composed_talks() -> list[Talk]:
+    """Compositions that share adapters, beside a single adapter and the base."""
+    return [
+        talk(6, None, 1, ((0, 0.75), (1, -0.5), (3, 1.5)), num_logprobs=3),
+        talk(5, 1, 2),
+        talk(1, None, 3, ((1, 2.0),), temperature=0.7, top_p=0.9),
+        talk(3, None, 4),
+        talk(4, None, 5, ((0, 1.0), (1, 1.0))),
+    ]
+
+
+def run_composed(executor: DeviceExecutor | TorchExecutor) -> list[Talk]:
+    """Chunks beside decodes, then decodes alone: pairs in blocks, and each for itself."""
+    script = Script(executor, composed_talks())
+    script.step((0, 6), (1, 5), (2, 1), (3, 3))
+    script.step((4, 4), (0, 1), (2, 1), (3, 1))
+    script.decode_all(1)
+    return script.talks
+
+
+def test_compositions_give_the_tokens_of_the_cpu(both: Both) -> None:
+    found, wanted = run_composed(both.device), run_composed(both.cpu)
+    check_same(found, wanted)
+    for index in range(5):
+        both.cpu.release_request(f"talk-{index}")
+    bare = Script(both.cpu, composed_talks())
+    for each in bare.talks:
+        each.composed = ()
+    bare.prefill_all()
+    moved = [mine.output[0] != theirs.output[0] for mine, theirs in zip(found, bare.talks, strict=True)]
+    assert moved == [True, False, True, False, True], "what acts must show, and must not where nothing acts"
+
+
+def test_composed_rows_run_ahead_of_their_tokens_and_leave_others_their_bits(both: Both) -> None:
+    def talks() -> list[Talk]:
+        composed = talk(4, None, 1, ((0, 1.25), (3, -0.75)))
+        return [composed, talk(3, 1, 2, num_logprobs=2), talk(2, None, 3, num_logprobs=2)]
+
+    plain = Script(both.cpu, talks())
+    plain.prefill_all()
+    plain.decode_all(2)
+    ahead = Script(both.device, talks())
+    ahead.submit((0, 4), (1, 3), (2, 2))
+    ahead.submit((1, 1), (0, 1), (2, 1))
+    ahead.collect()
+    ahead.submit((0, 1), (2, 1), (1, 1))
+    ahead.collect()
+    ahead.collect()
+    assert ahead.outputs == plain.outputs
+    for index in range(3):
+        both.device.release_request(f"talk-{index}")
+    without = Script(both.device, talks())
+    without.talks[0].composed = ()
+    without.prefill_all()
+    for mine, theirs in zip(ahead.talks[1:], without.talks[1:], strict=True):
+        assert mine.results[0].logprobs == theirs.results[0].logprobs
+
+
 def test_prompt_logprobs_and_embeddings(both: Both) -> None:
     def run(executor: DeviceExecutor | TorchExecutor) -> list[Talk]:
         talks = [

@@ -12,4 +12,4 @@ def test_the_start_has_compiled_whatever_serving_launches() -> None:
     child = subprocess.run(command, cwd=REPO_ROOT, env=environment, capture_output=True, text=True)
     assert child.returncode == 0, child.stderr
     *late, summary = child.stdout.splitlines()
-    assert late == [] and "0 launches" not in summary, child.stdout
+    assert late == [] and not summary.startswith("0 launches"), child.stdout

@@ -135,15 +135,6 @@ def test_commands_that_contradict_themselves_are_refused(fields: dict[str, objec
         assert (code, status) == ("invalid_value", 400) and words in message
 
 
-def test_a_device_that_does_not_compose_says_so() -> None:
-    bench = EngineBench(replace(LIMITS, composes_adapters=False))
-    bench.submit("r", PROMPT, adapters=((A, 0.5),))
-    bench.submit("one", PROMPT, adapters=((A, 1.0),))
-    bench.drain()
-    assert _refusal(bench, "r")[:2] == ("unsupported_parameter", 400)
-    assert isinstance(bench.end("one"), Finished)
-
-
 def test_compositions_share_prefixes_whatever_their_order_and_no_others() -> None:
     bench = EngineBench()
     for request_id, adapters in (

@@ -25,12 +25,12 @@ DEFAULT_EXPAND: Mapping[int, LaunchConfig] = {
     16: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=2),
     64: LaunchConfig(block_r=16, block_o=128, num_warps=4, num_stages=1),
 }
-_MAX_MEMBERS = 3
+MAX_MEMBERS = 3
 _LARGE_BLOCK = 64
 
 
 @triton.jit
-def _member_of(tile, width_0, width_1, width_2, BLOCK_O: tl.constexpr):
+def member_of(tile, width_0, width_1, width_2, BLOCK_O: tl.constexpr):
     """Return (member, tile inside it, its width, its first column): tiles lie member after member."""
     tiles_0 = tl.cdiv(width_0, BLOCK_O)
     tiles_1 = tl.cdiv(width_1, BLOCK_O)
@@ -86,7 +86,7 @@ def _expand_kernel(
     )
     if slot < 0:
         return
-    member, tile, width, out_begin = _member_of(tl.program_id(0), width_0, width_1, width_2, BLOCK_O)
+    member, tile, width, out_begin = member_of(tl.program_id(0), width_0, width_1, width_2, BLOCK_O)
     columns = tile * BLOCK_O + tl.arange(0, BLOCK_O)
     column_mask = columns < width
     mask = row_mask[:, None] & column_mask[None, :]
@@ -167,14 +167,14 @@ def expand(
         config: block_o, block_r (>= 16), num_warps, num_stages are used.
     """
     splits, num_rows, num_members, _ = bridge.shape
-    assert len(widths) == num_members <= _MAX_MEMBERS, f"{len(widths)} widths for a bridge of {num_members} members"
+    assert len(widths) == num_members <= MAX_MEMBERS, f"{len(widths)} widths for a bridge of {num_members} members"
     assert out.stride(1) == 1 and out.shape[0] == num_rows and out.shape[1] >= sum(widths), "out holds all columns"
     config = config or DEFAULT_EXPAND[route.block_rows]
     if families is not None and route.block_rows == _LARGE_BLOCK:
         # the compiler finds no registers for tiles of 16 rank rows there, on sm_100
         config = replace(config, block_r=32)
     num_tiles = sum(-(-width // config.block_o) for width in widths)
-    all_widths = widths + (0,) * (_MAX_MEMBERS - num_members)
+    all_widths = widths + (0,) * (MAX_MEMBERS - num_members)
     _expand_kernel[(num_tiles, route.num_blocks)](
         bridge,
         tables.arena,

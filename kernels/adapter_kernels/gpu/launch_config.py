@@ -12,8 +12,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 CONFIG_DIR = Path(__file__).parent / "configs"
-# the ops that take a config; a table that names another one is out of date
+# the ops that take a config and are measured by the tuner
 TUNED_OPS = ("expand", "paged_decode", "paged_prefill", "qkv_sink", "shrink", "swiglu_sink")
+# all that take one; a table that names another op is out of date
+_PINNED_OPS = (*TUNED_OPS, "compose")
 BLOCK_ROWS = (1, 16, 64)
 
 # attention knows no route: one class each, or a sequence's bits would depend on how many rows its step has
@@ -128,8 +130,8 @@ def _devices(path: Path, table: Mapping[str, object]) -> list[str]:
 
 def _rows(path: Path, ops: object) -> Iterator[tuple[tuple[str, str], LaunchConfig]]:
     for op, shapes in _items(path, "ops", ops):
-        if op not in TUNED_OPS:
-            raise LaunchConfigError(f"{path.name}: ops.{op}: no such op; there are {', '.join(TUNED_OPS)}")
+        if op not in _PINNED_OPS:
+            raise LaunchConfigError(f"{path.name}: ops.{op}: no such op; there are {', '.join(_PINNED_OPS)}")
         for shape, values in _items(path, f"ops.{op}", shapes):
             key = f"ops.{op}.{shape}"
             if _SHAPE_CLASS.fullmatch(shape) is None:

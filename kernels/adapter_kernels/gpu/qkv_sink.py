@@ -16,7 +16,8 @@ from adapter_kernels.gpu.families import add_member
 from adapter_kernels.gpu.launch_config import LaunchConfig
 from adapter_kernels.gpu.norm import scale_normed
 from adapter_kernels.gpu.rank_rows import load_block
-from adapter_kernels.gpu.route import UNUSED, block_rows_for
+from adapter_kernels.gpu.route import UNUSED
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.sink_inputs import QkNormWeights, QkvDims
 from adapter_kernels.gpu.step import SiteAdapters

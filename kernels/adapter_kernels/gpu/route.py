@@ -12,12 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from adapter_kernels.gpu.route_forms import block_rows_for
+
 # `block_slot` of a block that holds no rows (-1: its rows have no adapter; >= 0: their adapter slot)
 UNUSED = -2
-_MAX_UNGROUPED_ROWS = 16
-_MAX_SMALL_BLOCK_ROWS = 256
-# rows of the largest step of each form but the last, which has no end
-LARGEST_OF_FORM = (_MAX_UNGROUPED_ROWS, _MAX_SMALL_BLOCK_ROWS)
 # rows and blocks that one program looks at at a time
 _CHUNK = 1024
 _BLOCK_CHUNK = 128
@@ -73,13 +71,6 @@ class RouteBuffers:
             for size in (max_rows, num_blocks, num_blocks, num_blocks)
         )
         return cls(slots, perm, block_slot, block_start, block_len, max_buckets)
-
-
-def block_rows_for(num_rows: int) -> int:
-    """Return how many rows a block holds in a step of `num_rows` rows: 1 (not grouped), 16 or 64."""
-    if num_rows <= _MAX_UNGROUPED_ROWS:
-        return 1
-    return 16 if num_rows <= _MAX_SMALL_BLOCK_ROWS else 64
 
 
 def block_capacity(num_rows: int, num_buckets: int, block_rows: int) -> int:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adapter_kernels.gpu.acting_sites import ActingSites
 from adapter_kernels.gpu.ragged import PREFILL_TILE_ROWS
-from adapter_kernels.gpu.route import LARGEST_OF_FORM
+from adapter_kernels.gpu.route_forms import LARGEST_OF_FORM
 
 if TYPE_CHECKING:
     from adapter_kernels.gpu.route import DeviceRoute
@@ -67,6 +67,10 @@ class Workspace:
     delta_buffer: Tensor
     # columns of a bridge's row and member: a power of two >= 16 that holds `bridge_columns` of every adapter
     rank_capacity: int
+    # one flat buffer in the model's dtype: the inputs of a part's composed rows, once for each of their adapters
+    pair_inputs: Tensor
+    # rows of it
+    max_pairs: int
 
     @classmethod
     def build(
@@ -77,10 +81,18 @@ class Workspace:
         max_members: int,
         rank_capacity: int,
         hidden_size: int,
+        max_pairs: int = 0,
+        max_in_width: int = 0,
         dtype: torch.dtype,
         device: torch.device,
     ) -> "Workspace":
-        """Allocate for steps of up to `max_rows` rows and fused sites of up to `max_members` members."""
+        """Allocate for steps of up to `max_rows` rows and fused sites of up to `max_members` members.
+
+        Args:
+            max_pairs: of a part of composed rows, at most `max_rows`; 0: steps have none. max_in_width: input columns
+                of the widest site, asked for with them.
+        """
+        assert max_pairs <= max_rows, f"bridges of {max_rows} rows for {max_pairs} pairs"
         # the large blocks of a prefill have one plane
         planes_of_rows = max(max_splits * min(max_rows, LARGEST_OF_FORM[-1]), max_rows)
         size = planes_of_rows * max_members * rank_capacity
@@ -88,7 +100,9 @@ class Workspace:
             torch.empty(size, dtype=torch.float32, device=device),
             torch.empty(size, dtype=torch.float32, device=device),
         )
-        return cls(bridges, torch.empty(max_rows * hidden_size, dtype=dtype, device=device), rank_capacity)
+        deltas = torch.empty(max_rows * hidden_size, dtype=dtype, device=device)
+        pair_inputs = torch.empty(max_pairs * max_in_width, dtype=dtype, device=device)
+        return cls(bridges, deltas, rank_capacity, pair_inputs, max_pairs)
 
     def bridge(self, index: int, num_splits: int, num_rows: int, num_members: int) -> Tensor:
         """View buffer 0 or 1 as [num_splits, T, members, rank_capacity] fp32."""
@@ -98,6 +112,10 @@ class Workspace:
     def delta(self, num_rows: int, width: int) -> Tensor:
         """View the delta buffer as [T, width]."""
         return self.delta_buffer[: num_rows * width].view(num_rows, width)
+
+    def pair_input(self, num_pairs: int, width: int) -> Tensor:
+        """View the pairs' buffer as [P, width]."""
+        return self.pair_inputs[: num_pairs * width].view(num_pairs, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +127,31 @@ class StepAdapters:
     # at others than `sites.fused` nothing is launched
     sites: ActingSites
     workspace: Workspace
+
+
+@dataclass(frozen=True, slots=True)
+class ComposedPart:
+    """Some composed rows of a step, each spread out into pairs with its adapters; see `composed_rows.PairArrays`."""
+
+    # the pairs by adapter: what the shrink runs on
+    route: "DeviceRoute"
+    # [P] int32: the pair's row of the step
+    row_of: Tensor
+    # [P] fp32
+    weights: Tensor
+    # [B, 4] int32: by composition
+    blocks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class StepComposition:
+    """The compositions of one step: the rows they act on, in parts, and where their adapters act."""
+
+    tables: "DeviceTables"
+    # at others nothing is launched
+    sites: ActingSites
+    workspace: Workspace
+    parts: tuple[ComposedPart, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,5 +192,7 @@ class DeviceStep:
     slot_mapping: Tensor
     decodes: DecodePart | None
     prefills: PrefillPart | None
-    # None: no row of the step has an adapter
+    # None: no row of the step has one adapter of its own
     adapters: StepAdapters | None
+    # None: no row has several, or one with a weight
+    composition: StepComposition | None = None

@@ -23,7 +23,8 @@ from adapter_kernels.gpu.rank_rows import (
     load_rank_tile,
     weigh_rank_tile,
 )
-from adapter_kernels.gpu.route import UNUSED, block_rows_for
+from adapter_kernels.gpu.route import UNUSED
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.sink_arguments import adapter_arguments
 from adapter_kernels.gpu.step import SiteAdapters
 

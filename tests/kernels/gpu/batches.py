@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from adapter_kernels import reference
-from adapter_kernels.gpu.route import DeviceRoute, block_capacity, block_rows_for
+from adapter_kernels.gpu.route import DeviceRoute, block_capacity
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, SITES, DeviceTables, table_entries
 from adapter_kernels.image import AdapterImage, SiteRows
 

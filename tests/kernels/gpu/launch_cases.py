@@ -13,18 +13,21 @@ from torch import Tensor
 
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gpu.add_norm import add_norm
+from adapter_kernels.gpu.compose import compose
+from adapter_kernels.gpu.composed_rows import BLOCK_COLUMNS
 from adapter_kernels.gpu.expand import expand
 from adapter_kernels.gpu.kv_write import kv_write
 from adapter_kernels.gpu.launch_config import LaunchConfigs
 from adapter_kernels.gpu.paged_decode import DecodeWorkspace, paged_decode
 from adapter_kernels.gpu.paged_prefill import paged_prefill
 from adapter_kernels.gpu.qkv_sink import qkv_sink
-from adapter_kernels.gpu.route import DeviceRoute, RouteBuffers, block_rows_for, build_route
+from adapter_kernels.gpu.route import DeviceRoute, RouteBuffers, build_route
+from adapter_kernels.gpu.route_forms import block_rows_for
 from adapter_kernels.gpu.sampling import chain_tokens
 from adapter_kernels.gpu.scale_input import scale_input
 from adapter_kernels.gpu.shrink import num_planes, num_splits, shrink
 from adapter_kernels.gpu.sink_inputs import DeltaInput, NormWeights, QkNormWeights, QkvDims
-from adapter_kernels.gpu.step import DecodePart, PrefillPart, SiteAdapters, SiteInput
+from adapter_kernels.gpu.step import ComposedPart, DecodePart, PrefillPart, SiteAdapters, SiteInput
 from adapter_kernels.gpu.swiglu_sink import swiglu_sink
 from adapter_kernels.gpu.tables import DeviceTables
 
@@ -126,6 +129,17 @@ def expand_case(
     expand(own.bridge, own.tables, 0, widths, own.route, out, accumulate=accumulate, families=families, config=config)
 
 
+def compose_case(
+    configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, site: str, num_rows: int, *, is_scaled: bool
+) -> None:
+    own, widths = site_adapters(dtype, shape, site, num_rows, has_families=True), shape.widths[site]
+    weights = empty(num_rows, dtype=torch.float32)
+    part = ComposedPart(own.route, ints(num_rows), weights, ints(num_rows * BLOCK_COLUMNS).view(num_rows, -1))
+    y = empty(num_rows, sum(widths), dtype=dtype)
+    config = configs.pick("compose", y.shape[1], own.route.block_rows)
+    compose(own, part, widths, torch.empty_like(y) if is_scaled else None, y, config=config)
+
+
 def qkv_sink_case(
     configs: LaunchConfigs, dtype: torch.dtype, shape: Shape, num_rows: int, *, flag: str, has_norm: bool
 ) -> None:
@@ -221,6 +235,9 @@ def _lora_cases(dtype: torch.dtype, shape: Shape) -> Iterator[tuple[str, Case]]:
             yield f"expand/families/{site}/{rows}", own(expand_case, site=site, accumulate=False, has_families=True)
         yield f"expand/qkv/{rows}", own(expand_case, site="qkv", accumulate=True)
         yield f"expand/families/qkv/{rows}", own(expand_case, site="qkv", accumulate=True, has_families=True)
+        for site in FUSED_SITES:
+            yield f"compose/{site}/{rows}", own(compose_case, site=site, is_scaled=False)
+            yield f"compose/scaled/{site}/{rows}", own(compose_case, site=site, is_scaled=True)
         for flag in FLAGS:
             for norm in (False, True):
                 key = f"qkv_sink/{flag}/{'norm' if norm else 'bare'}/{rows}"
@@ -271,6 +288,8 @@ _FAMILIES = (
     "swiglu_sink/families/silu/64",
     "add_norm/families/cast_first",
 )
+# compositions run in the form for all families alone
+_COMPOSED = ("compose/scaled/qkv/1/", "compose/down/16")
 DEFAULT_CASES = [
     name
     for name in CASES
@@ -278,4 +297,5 @@ DEFAULT_CASES = [
     and "qwen" not in name
     and not any(part in name for part in _VARIANTS)
     and ("families" not in name or name.startswith(_FAMILIES))
+    and ("compose" not in name or name.startswith(_COMPOSED))
 ]

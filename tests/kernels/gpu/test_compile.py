@@ -23,7 +23,7 @@ SIDE_KERNELS = {"_shrink_kernel", "_expand_kernel"}
 SIDE_SHARED_LIMIT, SIDE_MAX_WARPS = 32 << 10, 4
 # pointer names under which kernels read rank rows, A or BT
 RANK_ROW_POINTERS = {"arena_ptr", "a_rows"}
-RANK_ROW_READERS = {"_shrink_kernel", "_expand_kernel", "_qkv_sink_kernel", "_swiglu_sink_kernel"}
+RANK_ROW_READERS = {"_shrink_kernel", "_expand_kernel", "_qkv_sink_kernel", "_swiglu_sink_kernel", "_compose_kernel"}
 VECTOR_BYTES = 16
 
 Fact = dict[str, object]

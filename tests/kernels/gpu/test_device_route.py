@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adapter_kernels import reference
-from adapter_kernels.gpu.route import UNUSED, DeviceRoute, RouteBuffers, block_capacity, block_rows_for, build_route
+from adapter_kernels.gpu.route import UNUSED, DeviceRoute, RouteBuffers, block_capacity, build_route
+from adapter_kernels.gpu.route_forms import block_rows_for
 from tests.kernels.gpu.batches import POPULARITIES, RAGGED_ROWS, Batch, batch_of, random_batch
 from tests.kernels.gpu.launches import record_launches
 
