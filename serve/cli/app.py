@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `tune`, `version`.
+"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `audit`, `tune`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -9,6 +9,7 @@ import typer
 
 from serve.cli.adapters_command import adapters_app
 from serve.cli.adapters_export import export
+from serve.cli.audit_command import audit
 from serve.cli.keys_command import keys_app
 from serve.cli.serve_command import serve
 from serve.cli.store_command import redis_acl, store_app
@@ -25,6 +26,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(tune)
+app.command()(audit)
 adapters_app.command()(export)
 app.add_typer(adapters_app)
 app.add_typer(store_app)

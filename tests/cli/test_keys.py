@@ -112,6 +112,29 @@ def test_a_pepper_of_ones_own(store_dir: Path, tmp_path: Path) -> None:
     assert "another pepper" in keys(store_dir, "list", "--pepper-file", str(pepper)).stderr
 
 
+def audit(store_dir: Path, *flags: str) -> Result:
+    return CliRunner().invoke(app, ["audit", "--store", str(store_dir), *flags])
+
+
+def test_a_log_that_is_missing_changed_or_cut_is_told_in_one_line(store_dir: Path) -> None:
+    assert "No such file" in audit(store_dir).stderr
+    create(store_dir)
+    first = audit(store_dir).stdout.split()[-1]
+    create(store_dir)
+    whole = audit(store_dir, "--head", first)
+    assert whole.exit_code == 0 and whole.stdout.startswith("2 records intact, head ")
+    head, log = whole.stdout.split()[-1], store_dir / AUDIT_FILE
+    lines = log.read_bytes().splitlines(keepends=True)
+    log.write_bytes(lines[0])
+    cut = audit(store_dir, "--head", head)
+    assert cut.exit_code == 1 and "end was cut off" in cut.stderr and cut.stderr.count("\n") == 1
+    log.write_bytes(lines[0].replace(b"acme", b"evil") + lines[1])
+    changed = audit(store_dir)
+    assert changed.exit_code == 1 and "record 1 was altered" in changed.stderr
+    log.write_bytes(b"\xff\xfe\n")
+    assert "record 1 not a record" in audit(store_dir).stderr
+
+
 def test_all_of_it_is_in_the_audit_log(store_dir: Path) -> None:
     text = create(store_dir)
     new = keys(store_dir, "rotate", text.split("_")[1]).stdout.strip()
