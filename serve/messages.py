@@ -4,8 +4,10 @@ Owns the shapes only; their bytes belong to `serve.engine.ipc`. Plain values: no
 Invariant: every `Submit` that the engine accepted is answered by exactly one terminal event (`Finished` or `Failed`).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+from serve.adapter_messages import AdapterDone, AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 
 # adapters of one composition, and how far from zero a weight may lie
 MAX_COMPOSED = 8
@@ -131,7 +133,7 @@ class Shutdown:
     """Leave the step loop after this frame."""
 
 
-Command = Submit | Embed | Abort | LoadAdapter | UnloadAdapter | Shutdown
+Command = Submit | Embed | Abort | LoadAdapter | UnloadAdapter | PinAdapter | UnpinAdapter | EvictAdapter | Shutdown
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +200,12 @@ class AdapterState:
 
     digest: str
     tier: str
+    # by running sequences
     num_pins: int
     num_bytes: int
     rank: int
+    # it goes as soon as no running sequence holds it
+    is_leaving: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,6 +232,13 @@ class Stats:
     num_steps_total: int
     # last finished loads since the previous Stats, seconds
     adapter_load_s: list[float]
+    # adapters that accepted sequences named: in memory already, or not
+    num_adapter_hits_total: int = 0
+    num_adapter_misses_total: int = 0
+    # since the previous Stats, in order: every move, and how many adapters acted in each step
+    adapter_moves: list[AdapterMove] = field(default_factory=list)
+    step_adapters: list[int] = field(default_factory=list)
+    operator_pins: list[PinState] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,4 +263,4 @@ class StartFailed:
     message: str
 
 
-Event = Started | Tokens | Embedded | Finished | Failed | Stats | Ready | StartFailed
+Event = Started | Tokens | Embedded | Finished | Failed | AdapterDone | Stats | Ready | StartFailed

@@ -1,4 +1,4 @@
-"""The routes of `/v1/adapters`: upload, list, inspect, alias, warm up, delete.
+"""The routes of `/v1/adapters`: upload, list, inspect, alias, delete.
 
 Owns the JSON shape of an adapter; the store decides, the engine holds. Invariant: 201 is answered only after the
 version is durable, and nothing here blocks the event loop on the disk.
@@ -100,23 +100,6 @@ async def set_alias(request: Request, name: str) -> Json:
     return {"name": name, "alias": body.alias, "version": body.version}
 
 
-@router.get("/{name}/status")
-async def get_status(request: Request, name: str) -> Json:
-    """Say where the adapter's image is: on disk, in host memory or on the device."""
-    state = api_state(request)
-    version = await asyncio.to_thread(state.store.get, name)
-    return _status(state, version)
-
-
-@router.post("/{name}:prefetch", status_code=202)
-async def prefetch_adapter(request: Request, name: str) -> Json:
-    """Bring the adapter's image into memory ahead of its first request; answers before it is there."""
-    state = api_state(request)
-    version = await asyncio.to_thread(state.store.get, name)
-    state.engine.load_adapter(version.digest)
-    return _status(state, version)
-
-
 async def remove_adapter(state: ApiState, name: str) -> None:
     """Delete an adapter with its grants and let the engine forget its images; raises AdapterNotFound."""
     stored = await asyncio.to_thread(state.store.owned_name, name)
@@ -149,11 +132,6 @@ def adapter_card(version: AdapterVersion) -> Json:
         "proof": version.proof,
         "not_probed": version.not_probed if version.proof is None else None,
     }
-
-
-def _status(state: ApiState, version: AdapterVersion) -> Json:
-    identity: Json = {"name": version.name, "version": version.version, "digest": f"sha256:{version.digest}"}
-    return identity | _held(state.engine, version)
 
 
 def _held(engine: EngineGateway, version: AdapterVersion) -> Json:

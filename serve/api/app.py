@@ -16,6 +16,7 @@ from fastapi.responses import HTMLResponse
 from adapters_store.store import AdapterStore
 from serve.api import (
     adapter_files,
+    adapter_memory,
     adapters,
     chat,
     compat_vllm,
@@ -44,7 +45,19 @@ from serve.metrics import Metrics
 from serve.tenants.limits import TenantLimiter
 from serve.tenants.principal import Principal
 
-_ROOMS = (chat, completions, embeddings, models, tokenize, adapters, adapter_files, grants, compat_vllm, health)
+_ROOMS = (
+    chat,
+    completions,
+    embeddings,
+    models,
+    tokenize,
+    adapters,
+    adapter_memory,
+    adapter_files,
+    grants,
+    compat_vllm,
+    health,
+)
 
 
 def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None = None) -> FastAPI:

@@ -10,6 +10,8 @@ import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable
 
+from serve.adapter_messages import AdapterDone
+from serve.api.adapter_desk import AdapterDesk
 from serve.api.request_stream import RETRY_AFTER_S, RequestStream
 from serve.config import EngineConfig, LimitsConfig, WatchdogConfig
 from serve.engine.launch import WORKER_MODULE
@@ -56,6 +58,7 @@ class EngineClient:
         self._is_draining = False
         self._has_emptied = asyncio.Event()
         self._stats: Stats | None = None
+        self.desk = AdapterDesk(self._send, self._refuse_if_down)
         self._supervisor = EngineSupervisor(
             engine,
             watchdog,
@@ -187,6 +190,7 @@ class EngineClient:
 
     def unload_adapter(self, digest: str) -> None:
         """Ask the engine to forget an adapter once its last pin is gone; returns at once."""
+        self.desk.forget(digest)
         self._send(UnloadAdapter(digest))
 
     def _open(self, request: Submit | Embed) -> RequestStream:
@@ -248,7 +252,12 @@ class EngineClient:
         for event in events:
             if isinstance(event, Stats):
                 self._stats = event
+                self.desk.saw_heartbeat(event)
                 self._metrics.observe_stats(event)
+            elif isinstance(event, Ready):
+                self.desk.engine_started()
+            elif isinstance(event, AdapterDone | Failed) and self.desk.saw(event):
+                continue
             elif isinstance(event, Started | Tokens | Embedded | Finished | Failed):
                 # an unknown id is one that was aborted a moment ago
                 stream = self._streams.get(event.request_id)
@@ -258,6 +267,7 @@ class EngineClient:
     def _lose_engine(self) -> None:
         self._outbox.clear()
         self._stats = None
+        self.desk.engine_lost()
         self._metrics.engine_lost()
         self._fail_all(_draining if self._is_draining else _stopped)
 

@@ -7,6 +7,7 @@ returns ends with `Finished` or raises a `ServeError`, and closing it early abor
 from collections.abc import AsyncGenerator
 from typing import Protocol
 
+from serve.api.adapter_desk import AdapterDesk
 from serve.messages import Embed, Finished, Ready, Started, Stats, Submit, Tokens
 
 
@@ -36,6 +37,11 @@ class EngineGateway(Protocol):
     @property
     def is_draining(self) -> bool:
         """Say whether the server is on its way down and takes no new sequences."""
+        ...
+
+    @property
+    def desk(self) -> AdapterDesk:
+        """The operator's commands on adapters in memory, and what became of them."""
         ...
 
     def admit(self, num_sequences: int) -> None:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 
 from serve.errors import (
+    Conflict,
     EngineFailed,
     InvalidRequest,
     NotFound,
@@ -31,6 +32,7 @@ _ERRORS_BY_STATUS: dict[int, type[ServeError]] = {
     400: InvalidRequest,
     404: NotFound,
     408: RequestTimeout,
+    409: Conflict,
     429: RateLimited,
     503: Unavailable,
     507: QuotaExceeded,

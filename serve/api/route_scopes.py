@@ -49,6 +49,10 @@ ROUTE_SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = MappingProxyType(
         ("GET", "/v1/adapters/{name}/files/{file}"): _READ,
         ("POST", "/v1/adapters/{name}/aliases"): _WRITE,
         ("POST", "/v1/adapters/{name}:prefetch"): _WRITE,
+        # what one tenant keeps in memory, all others lack
+        ("POST", "/v1/adapters/{name}:pin"): _ADMIN,
+        ("POST", "/v1/adapters/{name}:unpin"): _ADMIN,
+        ("POST", "/v1/adapters/{name}:evict"): _ADMIN,
         ("GET", "/v1/adapters/{name}/grants"): _READ,
         ("POST", "/v1/adapters/{name}/grants"): _WRITE,
         ("DELETE", "/v1/adapters/{name}/grants/{tenant}"): _WRITE,

@@ -7,7 +7,9 @@ last one is waited for. Invariant: every command's answers leave through `step`,
 
 from collections.abc import Callable
 
+from serve.adapter_messages import EvictAdapter, PinAdapter, UnpinAdapter
 from serve.engine.limits import EngineLimits
+from serve.engine.operator_hands import carry_out
 from serve.engine.pipeline import StepPipeline
 from serve.engine.plan import Executor
 from serve.engine.scheduler import Scheduler
@@ -35,6 +37,8 @@ class Engine:
                 self._scheduler.live.tiers.prefetch(digest)
             case UnloadAdapter(digest=digest):
                 self._scheduler.live.tiers.unload(digest)
+            case PinAdapter() | UnpinAdapter() | EvictAdapter():
+                self._events.append(carry_out(command, self._scheduler.live))
             case _:
                 # Shutdown ends the worker's loop; it is no business of the engine
                 pass
@@ -42,7 +46,7 @@ class Engine:
     def has_work(self) -> bool:
         """Say whether a step could do anything; true while a load is under way, though the step may then be empty."""
         live = self._scheduler.live
-        return bool(self._events or live.by_id or self._pipeline or live.tiers.is_loading)
+        return bool(self._events or live.by_id or self._pipeline or live.tiers.is_loading or live.tiers.has_wish)
 
     def step(self) -> list[Event]:
         """Run one step: finished loads, plans, one step's results; return all events since the last call, in order.
@@ -56,6 +60,7 @@ class Engine:
         events, self._events = self._events, []
         for load in self._executor.poll_loads():
             events += self._scheduler.finish_load(load)
+        events += self._scheduler.fail_pinned_out()
         while not self._pipeline.is_full:
             step = self._scheduler.schedule(is_ahead=bool(self._pipeline))
             if step is None:
@@ -67,9 +72,11 @@ class Engine:
         return events
 
     def stats(self) -> Stats:
-        """Describe the engine for the heartbeat; hands out the load times gathered since the last call."""
+        """Describe the engine for the heartbeat; hands out what was gathered since the last call."""
         live, counters = self._scheduler.live, self._scheduler.counters
         load_s, counters.adapter_load_s = counters.adapter_load_s, []
+        step_adapters, counters.step_adapters = counters.step_adapters, []
+        moves = live.tiers.moves
         return Stats(
             step_index=counters.num_steps,
             num_running=len(live.running),
@@ -87,6 +94,11 @@ class Engine:
             num_adapter_evictions_total=live.tiers.num_evictions_total,
             num_steps_total=counters.num_steps,
             adapter_load_s=load_s,
+            num_adapter_hits_total=moves.num_hits_total,
+            num_adapter_misses_total=moves.num_misses_total,
+            adapter_moves=moves.take_recent(),
+            step_adapters=step_adapters,
+            operator_pins=live.tiers.operator_pins.states(),
         )
 
     def check_invariants(self) -> None:

@@ -16,6 +16,7 @@ from serve.engine.adapter_tiers import Residency
 from serve.engine.admission import StepDraft, admit_waiting, refusal
 from serve.engine.lifecycle import LiveSequences
 from serve.engine.limits import EngineLimits
+from serve.engine.operator_hands import PinnedOut
 from serve.engine.outcome import Counters, finish_row
 from serve.engine.plan import Executor, LoadResult, RowResult, StepPlan
 from serve.engine.planned_step import PlannedStep
@@ -35,6 +36,7 @@ class Scheduler:
     def __init__(self, limits: EngineLimits, executor: Executor, clock: Callable[[], float]) -> None:
         self.live = LiveSequences(limits, executor)
         self.counters = Counters()
+        self._pinned_out = PinnedOut(self.live)
         self._limits = limits
         self._clock = clock
 
@@ -86,6 +88,7 @@ class Scheduler:
         """Apply a step's results, in its order; None stands for a row whose execution failed."""
         events: list[Event] = []
         self.counters.num_steps += 1
+        self.counters.step_adapters.append(len(step.plan.slot_digests))
         for seq, row, result in zip(step.seqs, step.plan.rows, results, strict=True):
             assert result is None or result.request_id == row.request_id, "results are out of the plan's order"
             events += finish_row(self.live, self.counters, seq, row, result)
@@ -113,6 +116,10 @@ class Scheduler:
                 seq.adapter_load_s = self._clock() - seq.load_wait_since_s
                 seq.load_wait_since_s = None
         return events
+
+    def fail_pinned_out(self) -> list[Event]:
+        """Fail the waiting sequences that can never run beside what the operator has pinned."""
+        return [self._fail_waiting(seq, reason) for seq, reason in self._pinned_out.sequences()]
 
     def _fail_waiting(self, seq: Sequence, message: str) -> Failed:
         self.live.end(seq)

@@ -8,9 +8,13 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from serve.errors import ServeError
+from serve.adapter_messages import AdapterDone, EvictAdapter, OperatorCommand, PinAdapter, UnpinAdapter
+from serve.api.adapter_desk import AdapterDesk
+from serve.errors import EngineLoading, ServeError
 from serve.messages import (
+    Command,
     Embed,
+    Failed,
     Finished,
     FinishReason,
     Ready,
@@ -60,6 +64,11 @@ class FakeEngine:
     unloaded: list[str] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
+    # the operator's commands, each answered at once, by 409 if the test says so
+    asked: list[OperatorCommand] = field(default_factory=list)
+    operator_refusal: str | None = None
+    num_bytes_freed: int | None = 0
+    desk: AdapterDesk = field(init=False)
     num_open: int = 0
     is_live: bool = True
     is_ready: bool = True
@@ -79,13 +88,34 @@ class FakeEngine:
         )
     )
 
+    def __post_init__(self) -> None:
+        """Open the desk."""
+        self.desk = AdapterDesk(self._answer, self._refuse_if_down)
+
     def reset(self) -> None:
         """Forget everything."""
+        self.desk = AdapterDesk(self._answer, self._refuse_if_down)
+        self.operator_refusal, self.num_bytes_freed = None, 0
+        self.asked.clear()
         self.script = Script()
         self.stats = None
         self.is_live = self.is_ready = True
         for record in (self.submits, self.embeds, self.aborted, self.unloaded, self.loaded, self.admitted):
             record.clear()
+
+    def _refuse_if_down(self) -> None:
+        if not self.is_ready:
+            raise EngineLoading("the engine is starting; send the request again", retry_after_s=2)
+
+    def _answer(self, command: Command) -> None:
+        assert isinstance(command, PinAdapter | UnpinAdapter | EvictAdapter)
+        self.asked.append(command)
+        answer: AdapterDone | Failed
+        if self.operator_refusal is not None:
+            answer = Failed(command.request_id, "conflict", self.operator_refusal, 409)
+        else:
+            answer = AdapterDone(command.request_id, self.num_bytes_freed or 0, self.num_bytes_freed is None)
+        asyncio.get_running_loop().call_soon(self.desk.saw, answer)
 
     def admit(self, num_sequences: int) -> None:
         """Admit, or refuse as scripted."""

@@ -258,7 +258,7 @@ def test_states_tell_tier_pins_bytes_and_rank() -> None:
 
 
 def test_sizes_of_adapters_are_remembered_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("serve.engine.adapter_tiers.MAX_KNOWN_SIZES", 2)
+    monkeypatch.setattr("serve.engine.adapter_moves.MAX_KNOWN_SIZES", 2)
     bench = Bench(num_slots=1, max_bytes=10)
     for digest in (A, B, C):
         bench.tiers.begin_walk()

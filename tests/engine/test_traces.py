@@ -9,6 +9,7 @@ import pytest
 from serve.engine import scheduler
 from tests.engine.planted_acting_bugs import ACTING_PLANTS
 from tests.engine.planted_bugs import PLANTS, Plant
+from tests.engine.planted_operator_bugs import OPERATOR_PLANTS
 from tests.engine.planted_overlap_bugs import OVERLAP_PLANTS
 from tests.engine.traces import run_trace
 
@@ -17,8 +18,10 @@ NUM_ASYNC_TRACES = 1000
 NUM_LONG_TRACES = 100_000
 # each planted bug was seen within 260 traces when this was written; the rest is room for changed traces
 MAX_TRACES_PER_BUG = 400
-SYNC_PLANTS = PLANTS | ACTING_PLANTS
-ASYNC_PLANTS = SYNC_PLANTS | OVERLAP_PLANTS
+BOTH_PLANTS = PLANTS | ACTING_PLANTS
+# what the operator does meets no step in flight that others would not
+SYNC_PLANTS = BOTH_PLANTS | OPERATOR_PLANTS
+ASYNC_PLANTS = BOTH_PLANTS | OVERLAP_PLANTS
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,7 @@ from serve.messages import (
 )
 from tests.engine.fake_executor import AdapterFile, FakeExecutor
 from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, Toy, run_alone
+from tests.engine.trace_operator import TraceOperator
 
 DIGESTS = tuple(f"{number:064x}" for number in range(1, 6))
 # adapters with a prompt of so many virtual tokens, and those that act from some position on
@@ -90,6 +91,7 @@ class Trace:
         self.engine = Engine(self.limits, self.executor, lambda: self.now_s)
         self.sent: dict[str, Sent] = {}
         self.broken: set[str] = set()
+        self.operator = TraceOperator(rng, self.engine, self.executor)
         stem = [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]
         self.stems = [stem, stem[:6] + stem[2:16], [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]]
 
@@ -113,14 +115,16 @@ class Trace:
     def _step(self) -> None:
         self.now_s += 0.25
         for event in self.engine.step():
-            self.sent[event.request_id].events.append(event)  # type: ignore[union-attr]
+            if not self.operator.saw(event):
+                self.sent[event.request_id].events.append(event)  # type: ignore[union-attr]
         self.engine.check_invariants()
+        self.operator.judge()
 
     def _command(self) -> None:
         kind = self.rng.random()
-        if kind < 0.62:
+        if kind < 0.59:
             self._submit()
-        elif kind < 0.70:
+        elif kind < 0.66:
             prompt, pooling = self._prompt(), self.rng.choice(("mean", "last"))
             acts = self._acts(prompt)
             self._send(
@@ -134,23 +138,28 @@ class Trace:
                     acts.active_from,
                 )
             )
-        elif kind < 0.82 and self.sent:
+        elif kind < 0.78 and self.sent:
             # an abort under rows that come back not finite is rare and worth meeting
             poisoned = [self.sent[request_id] for request_id in self.executor.poisoned_from]
             sent = self.rng.choice(poisoned if poisoned and self.rng.random() < 0.3 else list(self.sent.values()))
             sent.was_aborted = True
             self.engine.handle(Abort(sent.command.request_id))
+        elif kind < 0.83:
+            digest = self.rng.choice(DIGESTS)
+            self.operator.pinned.discard(digest)
+            self.engine.handle(UnloadAdapter(digest))
         elif kind < 0.87:
-            self.engine.handle(UnloadAdapter(self.rng.choice(DIGESTS)))
-        elif kind < 0.91:
             self.engine.handle(LoadAdapter(self.rng.choice(DIGESTS)))
-        elif kind < 0.95:
+        elif kind < 0.91:
             self.executor.num_lost_steps = 1
             self.executor.loses_at_submit = self.rng.random() < 0.3
-        elif kind < 0.97:
+        elif kind < 0.93:
             # one adapter failing alone would rightly end the engine, so something else runs beside it
             digest = self.rng.choice(DIGESTS)
             self._break(digest)
+        elif kind < 0.98:
+            self.operator.act(self.rng.choice(DIGESTS))
+            self._step()
         else:
             self._step()
 
@@ -277,7 +286,7 @@ class Trace:
             raise WrongAnswer(f"{command.request_id} failed for no reason: {end}")
 
     def _judge_rest(self) -> Stats:
-        stats = self.engine.stats()
+        stats = self.operator.judge_rest()
         if stats.num_running or stats.num_waiting or stats.num_kv_blocks_in_use or stats.num_adapter_pins:
             raise WrongAnswer(f"the engine rests and still holds something: {stats}")
         if self.executor.num_bytes_loaded > self.limits.adapter_bytes:

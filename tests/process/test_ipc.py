@@ -2,12 +2,14 @@
 
 import random
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
 import msgspec
 import pytest
 
+from serve.adapter_messages import AdapterDone, AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 from serve.config import EngineConfig
 from serve.engine.ipc import (
     MAX_FRAME_BYTES,
@@ -106,7 +108,13 @@ def test_events_come_back_as_their_own_types() -> None:
         Embedded("b", [1.0, -2.5]),
         Finished("a", FinishReason.STOP, 2),
         Failed("c", "engine_error", "é", 503),
-        Stats(1, 2, 3, 4, 5, 6, 7, [AdapterState("d", "device", 1, 2, 8)], 8, 9, 10, 11, 12, 13, 14, [0.5]),
+        AdapterDone("p", 10, is_pending=True),
+        replace(
+            Stats(1, 2, 3, 4, 5, 6, 7, [AdapterState("d", "device", 1, 2, 8)], 8, 9, 10, 11, 12, 13, 14, [0.5]),
+            adapter_moves=[AdapterMove("d", "load", 2, 0.5)],
+            step_adapters=[1, 2],
+            operator_pins=[PinState("d"), PinState("e", "too large")],
+        ),
         Ready("f", 10, 20, 16, "float32", "cpu", [0, 1], 100, 64),
         StartFailed("no model"),
     ]
@@ -118,6 +126,7 @@ def test_events_come_back_as_their_own_types() -> None:
 
 def test_commands_come_back_with_their_defaults_and_their_tuples() -> None:
     commands = [*COMMANDS, LoadAdapter("d"), UnloadAdapter("d"), Shutdown()]
+    commands += [PinAdapter("p", "d"), UnpinAdapter("p", "d"), EvictAdapter("p", "d")]
     assert {type(command) for command in commands} == set(get_args(Command))
     assert command_reader().feed(encode_frame(commands)) == commands
 

@@ -1,0 +1,65 @@
+"""The messages between the API and the engine about adapters in memory: the operator's commands, and what moved.
+
+Owns the shapes only, as `serve.messages` does. Invariant: each of the operator's commands is answered by exactly one
+`AdapterDone` or `Failed` with its `request_id`.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class PinAdapter:
+    """The operator's: load an adapter and keep it; answered by `AdapterDone` or `Failed`, before it is loaded."""
+
+    request_id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class UnpinAdapter:
+    """Give `PinAdapter` back; the adapter stays until its room is needed. Answered by `AdapterDone`."""
+
+    request_id: str
+    digest: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvictAdapter:
+    """Free an adapter's memory once no running sequence holds it; answered at once by `AdapterDone` or `Failed`."""
+
+    request_id: str
+    digest: str
+
+
+OperatorCommand = PinAdapter | UnpinAdapter | EvictAdapter
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDone:
+    """Answer to an operator's command that was carried out, or will be (`is_pending`) when running sequences let go."""
+
+    request_id: str
+    num_bytes_freed: int = 0
+    is_pending: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PinState:
+    """One adapter that the operator pinned; `error` says why it is not held in memory."""
+
+    digest: str
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMove:
+    """An adapter's way into memory (`kind` "load") or out of it.
+
+    Ways out: "room" (for another), "operator", "unload" (deleted), "no_fit" (it came and proved too large; 0 bytes).
+    """
+
+    digest: str
+    kind: str
+    num_bytes: int
+    # of a load, from its start to READY
+    seconds: float = 0.0

@@ -1,0 +1,129 @@
+"""The routes that say and change which adapters are in memory: status, prefetch, pin, unpin, evict.
+
+Owns the JSON of an adapter's place on this replica; the engine decides. Here `name` may also be `name@3`,
+`name@sha256:...` or `name:alias`, and the action is what follows the last colon. Invariant: what is said comes from the
+last heartbeat, so nothing but the operator's own commands waits for the engine.
+"""
+
+import asyncio
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse
+
+from adapters_store.errors import AdapterNotFound
+from adapters_store.store import AdapterRef
+from serve.api.engine_gateway import EngineGateway
+from serve.api.errors import error_responses
+from serve.api.json_body import show
+from serve.api.state import ApiState, api_state
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=error_responses())
+
+Json = dict[str, object]
+
+
+@router.get("/{name}/status")
+async def get_status(request: Request, name: str) -> Json:
+    """Say where the adapter's image is on this replica, who holds it there, and what became of it so far."""
+    state = api_state(request)
+    return _status(state, await _resolve(state, name))
+
+
+@router.post("/{name}:prefetch", status_code=202)
+async def prefetch_adapter(request: Request, name: str) -> Json:
+    """Bring the adapter's image into memory ahead of its first request; answers before it is there."""
+    state = api_state(request)
+    ref = await _resolve(state, name)
+    state.engine.load_adapter(ref.digest)
+    return _status(state, ref)
+
+
+@router.post("/{name}:pin", status_code=202)
+async def pin_adapter(request: Request, name: str) -> Json:
+    """Load the adapter and keep it in memory until it is unpinned or deleted; answers before it is loaded.
+
+    409 when that would leave no room for others.
+    """
+    state = api_state(request)
+    ref = await _resolve(state, name)
+    await state.engine.desk.pin(ref.digest)
+    return _status(state, ref)
+
+
+@router.post("/{name}:unpin")
+async def unpin_adapter(request: Request, name: str) -> Json:
+    """Take a pin back: the adapter stays in memory until its room is needed."""
+    state = api_state(request)
+    ref = await _resolve(state, name)
+    await state.engine.desk.unpin(ref.digest)
+    return _status(state, ref)
+
+
+@router.post("/{name}:evict", responses={202: {"description": "It goes when the last running request lets go"}})
+async def evict_adapter(request: Request, name: str) -> JSONResponse:
+    """Free the adapter's memory: `bytes_freed` at once, or, `pending`, when no running request holds it any more.
+
+    409 while it is pinned.
+    """
+    state = api_state(request)
+    ref = await _resolve(state, name)
+    done = await state.engine.desk.evict(ref.digest)
+    body = _identity(ref) | {"bytes_freed": done.num_bytes_freed, "pending": done.is_pending}
+    return JSONResponse(body, 202 if done.is_pending else 200)
+
+
+async def _resolve(state: ApiState, name: str) -> AdapterRef:
+    """Return the version that a name means.
+
+    Raises:
+        AdapterNotFound: none that this principal may see.
+    """
+    ref = await asyncio.to_thread(state.store.resolve, name)
+    if ref is None:
+        raise AdapterNotFound(f"there is no adapter {show(name)}; GET /v1/adapters lists them", param="name")
+    if state.metrics is not None:
+        state.metrics.name_adapter(ref.digest, state.store.metrics_name(ref))
+    return ref
+
+
+def _identity(ref: AdapterRef) -> Json:
+    return {"name": ref.name, "version": ref.version, "digest": f"sha256:{ref.digest}"}
+
+
+def _status(state: ApiState, ref: AdapterRef) -> Json:
+    engine, digest = state.engine, ref.digest
+    history = engine.desk.history(digest)
+    return (
+        _identity(ref)
+        | {"engine": _engine_state(engine), "state": "absent", "tier": "disk", "bytes": 0, "pins": 0}
+        | _in_memory(engine, digest)
+        | {
+            "pinned": engine.desk.is_pinned(digest),
+            "pin_error": _pin_error(engine, digest),
+            "loads": history.num_loads,
+            "evictions": history.num_evictions,
+            "last_load_seconds": history.load_s,
+        }
+    )
+
+
+def _in_memory(engine: EngineGateway, digest: str) -> Json:
+    for adapter in () if engine.stats is None else engine.stats.adapters:
+        if adapter.digest == digest:
+            is_loading = adapter.tier == "loading"
+            place = "loading" if is_loading else "leaving" if adapter.is_leaving else "ready"
+            return {"state": place, "tier": adapter.tier, "bytes": adapter.num_bytes, "pins": adapter.num_pins}
+    return {}
+
+
+def _engine_state(engine: EngineGateway) -> str:
+    if engine.is_draining:
+        return "draining"
+    if engine.is_ready:
+        return "serving"
+    return "starting" if engine.is_live else "down"
+
+
+def _pin_error(engine: EngineGateway, digest: str) -> str | None:
+    pins = () if engine.stats is None else engine.stats.operator_pins
+    return next((pin.error for pin in pins if pin.digest == digest), None)
