@@ -63,6 +63,33 @@ def test_a_missing_entry_is_named_and_its_number_not_given_again(written: Path) 
     assert living.publish(new()).version == 4
 
 
+def test_who_has_not_read_a_lost_entry_does_not_give_its_number_again(tmp_path: Path) -> None:
+    ahead, behind = open_alone(tmp_path), open_alone(tmp_path)
+    for _ in range(2):
+        ahead.publish(new())
+    entry(tmp_path, 1).unlink()
+    with pytest.raises(StorageFailed, match=r"change 1 .* missing, change 2 is there"):
+        behind.publish(new())
+    assert not entry(tmp_path, 1).exists()
+
+
+def test_a_fold_is_its_own_checkpoint_though_others_publish_meanwhile(written: Path) -> None:
+    folding, other = open_alone(written), open_alone(written)
+    held, num_times = folding._journal.lock.held, 0
+
+    def after_another() -> contextlib.AbstractContextManager[None]:
+        nonlocal num_times
+        num_times += 1
+        if num_times == 2:
+            other.publish(new("de"))
+        return held()
+
+    folding._journal.lock.held = after_another  # type: ignore[method-assign,assignment]
+    assert folding.fold(retired_since=0) == 3 and num_times == 2
+    assert open_alone(written).everything() == other.everything()
+    assert open_alone(written).publish(new()).version == 4
+
+
 def test_an_entry_in_another_place_is_named(written: Path) -> None:
     shutil.copyfile(entry(written, 1), entry(written, 2))
     with pytest.raises(StorageFailed, match=r"change 2 .* unknown form"):
