@@ -178,11 +178,10 @@ def composed_talks() -> list[Talk]:
 
 
 def run_composed(executor: DeviceExecutor | TorchExecutor) -> list[Talk]:
-    """Chunks beside decodes, then decodes alone: pairs in blocks, and each for itself."""
+    """Chunks beside decodes: pairs in blocks, then each for itself."""
     script = Script(executor, composed_talks())
     script.step((0, 6), (1, 5), (2, 1), (3, 3))
     script.step((4, 4), (0, 1), (2, 1), (3, 1))
-    script.decode_all(1)
     return script.talks
 
 

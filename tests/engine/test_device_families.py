@@ -84,26 +84,66 @@ def test_all_families_in_one_batch_get_the_tokens_of_the_cpu(both: Both) -> None
     assert sum(moved) >= 5 and not moved[7], "the adapters hardly change a token"
 
 
+def test_compositions_of_all_families_get_the_tokens_of_the_cpu(both: Both) -> None:
+    def run(executor: Executor) -> list[list[int]]:
+        script = Script(executor, [talk(1, slot, index, composed) for index, (slot, composed) in enumerate(acting)])
+        script.prefill_all()
+        return script.outputs
+
+    lora, meteora, s2ft, dora, ia3, everything = map(
+        list(family_ops()).index, ("lora", "meteora", "s2ft", "dora", "ia3", "everything")
+    )
+    acting: list[tuple[int | None, tuple[tuple[int, float], ...]]] = [
+        (None, ((meteora, 0.5), (dora, -0.75), (ia3, 2.0))),
+        (lora, ()),
+        (None, ((s2ft, 1.5), (everything, 0.5), (lora, -1.0))),
+    ]
+    found = run(both.device)
+    assert found == run(both.cpu)
+    for index in range(3):
+        both.cpu.release_request(f"talk-{index}")
+    acting = [(slot, ()) for slot, _ in acting]
+    assert [mine != theirs for mine, theirs in zip(found, run(both.cpu), strict=True)] == [True, False, True]
+
+
+def adapter_launches(both: Both, talks: list[Talk]) -> list[str]:
+    """Run a step, and name what it launches for adapters."""
+    script = Script(both.device, talks)
+    with record_launches(executed=False) as launches:
+        script.prefill_all()
+    for index in range(len(talks)):
+        both.device.release_request(f"talk-{index}")
+    names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launches]
+    return [name for name in names if name in ("shrink", "expand", "scale_input", "compose")]
+
+
+def test_a_composition_costs_a_shrink_and_a_compose_at_each_site_however_many_adapters_it_has(both: Both) -> None:
+    lora, unequal, ia3 = map(list(family_ops()).index, ("lora", "meteora-unequal", "ia3"))
+    own, several = ((lora, 0.5),), ((lora, 0.5), (unequal, -1.0))
+    composed = ["shrink", "compose"] * 4
+    assert adapter_launches(both, [talk(1, None, 0, own)]) == composed
+    assert adapter_launches(both, [talk(1, None, 0, own), talk(1, None, 1, several), talk(1, None, 2)]) == composed
+    # beside a single adapter: each site's own launches first
+    mixed = ["shrink", *composed[:2], "shrink", "expand", *composed[:2]] * 2
+    assert adapter_launches(both, [talk(1, lora, 0), talk(1, None, 1, several)]) == mixed
+    scaled = [*composed[:6], "shrink", "scale_input", "compose"]
+    assert adapter_launches(both, [talk(1, None, 0, ((lora, 0.5), (ia3, 1.5)))]) == scaled
+
+
 def test_launches_are_those_of_lora_and_one_more_for_a_scaled_input(both: Both) -> None:
-    def adapter_launches(*slots: int | None) -> list[str]:
-        script = Script(both.device, [talk(1, slot, index) for index, slot in enumerate(slots)])
-        with record_launches(executed=False) as launches:
-            script.prefill_all()
-        for index in range(len(slots)):
-            both.device.release_request(f"talk-{index}")
-        names = [launch.kernel.strip("_").removesuffix("_kernel") for launch in launches]
-        return [name for name in names if name in ("shrink", "expand", "scale_input")]
+    def launched(*slots: int | None) -> list[str]:
+        return adapter_launches(both, [talk(1, slot, index) for index, slot in enumerate(slots)])
 
     names = list(family_ops())
     every_site = ["shrink", "shrink", "expand", "shrink", "shrink", "expand"]
-    assert adapter_launches(names.index("lora")) == every_site
-    assert adapter_launches(names.index("meteora"), None) == every_site
-    assert adapter_launches(names.index("meteora"), names.index("s2ft"), names.index("lora")) == every_site
-    mixed = adapter_launches(*range(len(names)), None)
+    assert launched(names.index("lora")) == every_site
+    assert launched(names.index("meteora"), None) == every_site
+    assert launched(names.index("meteora"), names.index("s2ft"), names.index("lora")) == every_site
+    mixed = launched(*range(len(names)), None)
     assert [name for name in mixed if name != "scale_input"] == every_site
     # k and v of one adapter, o, and down of another
     assert mixed.count("scale_input") == 4
-    assert adapter_launches(None) == []
+    assert launched(None) == []
 
 
 def test_a_step_of_loras_is_compiled_without_the_other_families(both: Both) -> None:
