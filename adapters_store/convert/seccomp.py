@@ -1,9 +1,9 @@
 """A seccomp filter: from here on the kernel refuses this process the calls that a converter never needs.
 
 Owns the list of calls, their numbers and the filter program. Refused (EPERM): every socket, every new process or
-thread, every other program, every look into another process, every change of limits, links, mounts, namespaces, keys
-or clocks, and of the owner, mode, times or attributes of any file, which Landlock leaves open. Invariant: on x86_64 and
-aarch64 the filter covers every thread of the process and there is no way back.
+thread, every other program, every look into another process or at its turn, every change of limits, links, mounts,
+namespaces, keys or clocks, and of the owner, mode, times or attributes of any file, which Landlock leaves open.
+Invariant: on x86_64 and aarch64 the filter covers every thread of the process and there is no way back.
 Source: seccomp(2), linux/filter.h; numbers from the kernel's tables of the two architectures.
 """
 
@@ -57,6 +57,16 @@ REFUSED: dict[str, tuple[int, int | None]] = {
     "tkill": (200, 130),
     "rt_sigqueueinfo": (129, 138),
     "rt_tgsigqueueinfo": (297, 240),
+    "sched_setaffinity": (203, 122),
+    "sched_setscheduler": (144, 119),
+    "sched_setparam": (142, 118),
+    "sched_setattr": (314, 274),
+    "setpriority": (141, 140),
+    "ioprio_set": (251, 30),
+    "migrate_pages": (256, 238),
+    "move_pages": (279, 239),
+    "process_madvise": (440, 440),
+    "process_mrelease": (448, 448),
     "setrlimit": (160, 164),
     "prlimit64": (302, 261),
     "link": (86, None),
