@@ -126,7 +126,9 @@ CASES = {
         ("layer",),
         "model",
     ),
-    "an unknown field": Case("unknown_field", config(lora_flavour=1), config(lora_dropout=0.5), ("lora_flavour",), "remove it"),
+    "an unknown field": Case(
+        "unknown_field", config(lora_flavour=1), config(lora_dropout=0.5), ("lora_flavour",), "remove it"
+    ),
 }
 # NaN and infinity are one kind of wrong
 SHARED_CODES = {"non_finite"}
