@@ -95,7 +95,8 @@ def test_a_pinned_adapter_that_cannot_be_loaded_says_why_and_is_not_tried_for_ev
 def test_a_composition_that_no_longer_fits_beside_a_pin_fails_instead_of_waiting_for_ever() -> None:
     bench = EngineBench(TWO_SLOTS)
     bench.submit("hold", [1, 2, 3], A, max_tokens=6)
-    bench.step()
+    # until its load has ended: the end of a load judges the waiting ones, too
+    bench.step(3)
     bench.submit("pair", [1, 2, 3], adapters=((A, 0.5), (B, 0.5)))
     assert isinstance(_ask(bench, PinAdapter("p", C)), AdapterDone)
     bench.drain(50)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from serve.adapter_messages import AdapterMove, PinState
 from serve.messages import AdapterState, Finished, FinishReason, Started, Stats, Tokens
 from serve.metrics import MAX_ADAPTER_SERIES, MAX_LABEL_BYTES, Metrics
 
@@ -148,14 +149,59 @@ def test_two_resident_versions_of_one_name_are_one_series() -> None:
         metrics.name_adapter(digest, "other" if digest[0] == "b" else "same")
     tiers = {"a": "host", "b": "device", "c": "device"}
     held = [AdapterState(letter * 64, tier, pins, 100, 8) for pins, (letter, tier) in enumerate(tiers.items())]
-    metrics.observe_stats(stats(adapters=held))
+    metrics.observe_stats(stats(adapters=held, operator_pins=[PinState("c" * 64), PinState("b" * 64, "damaged")]))
     lines = metrics.render().decode().splitlines()
     loaded = [line for line in lines if line.startswith("vllm:lora_adapter_loaded{")]
     assert [line.split('"')[1::2] for line in loaded] == [
         ["same", "device", "true", "8"],
-        ["other", "device", "true", "8"],
+        ["other", "device", "false", "8"],
     ]
     assert any('running_lora_adapters="same,other"' in line for line in lines)
+
+
+def test_moves_of_adapters_are_counted_by_cause_and_in_bytes_across_restarts() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    moves = [AdapterMove("a" * 64, "load", 100, 0.5), AdapterMove("a" * 64, "room", 100), AdapterMove("b", "no_fit", 0)]
+    pins = [PinState("a" * 64), PinState("b" * 64, "damaged")]
+    metrics.observe_stats(
+        stats(adapter_moves=moves, adapter_load_s=[0.5], step_adapters=[0, 3], num_adapter_hits_total=4)
+    )
+    metrics.engine_lost()
+    metrics.observe_stats(stats(adapter_moves=moves[:2], num_adapter_hits_total=1, num_adapter_misses_total=2))
+    metrics.observe_stats(stats(operator_pins=pins, num_adapter_hits_total=1, num_adapter_misses_total=2))
+    page = series(metrics)
+    causes = {cause: page[f"chorale_adapter_drops_total{{cause={cause}}}"] for cause in ("room", "operator", "no_fit")}
+    assert causes == {"room": 2.0, "operator": 0.0, "no_fit": 1.0}
+    assert [page[f"chorale_adapter_swap_bytes_total{{direction={way}}}"] for way in ("in", "out")] == [200.0, 200.0]
+    assert (page["chorale_adapter_hits_total"], page["chorale_adapter_misses_total"]) == (5.0, 2.0)
+    assert page["chorale_adapter_load_seconds_sum{source=disk,target=device}"] == 0.5
+    assert page["vllm:lora_adapter_load_seconds_count"] == 1.0
+    assert (page["chorale_step_adapters_count"], page["chorale_step_adapters_sum"]) == (2.0, 3.0)
+    assert page["chorale_adapters_pinned"] == 1.0
+
+
+def test_among_idle_adapters_the_one_asked_for_most_often_lately_is_the_hottest() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    for digest, num_requests, age_s in (("a" * 64, 8, 600.0), ("b" * 64, 1, 0.0), ("c" * 64, 2, 0.0)):
+        clock.now = 1000.0 - age_s
+        for _ in range(num_requests):
+            metrics.open_request(digest)
+    clock.now = 1000.0
+    metrics.observe_stats(stats(adapters=[AdapterState(letter * 64, "device", 0, 100, 8) for letter in "abc"]))
+    names = ",".join(letter * 12 for letter in "cba")
+    assert f'running_lora_adapters="{names}"' in metrics.render().decode()
+
+
+def test_no_histogram_names_an_adapter() -> None:
+    metrics = Metrics()
+    metrics.name_adapter("d" * 64, "fr-legal")
+    metrics.open_request("d" * 64).close("stop")
+    metrics.observe_stats(stats(adapters=[AdapterState("d" * 64, "device", 1, 100, 8)], adapter_load_s=[0.1]))
+    families = list(text_string_to_metric_families(metrics.render().decode()))
+    named = {family.type for family in families for sample in family.samples if "fr-legal" in sample.labels.values()}
+    assert named == {"gauge", "counter"}
 
 
 def test_the_page_is_rendered_at_most_ten_times_a_second() -> None:

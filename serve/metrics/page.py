@@ -1,0 +1,96 @@
+"""The metrics page: what feeds it, and its text.
+
+Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped and
+renders at most every `RENDER_S`. Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
+`_other`; none on a histogram); counters never fall, also when the engine restarts; gauges are 0 at rest.
+"""
+
+import time
+from collections.abc import Callable
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+
+from serve.messages import Stats
+from serve.metrics.engine_page import EngineCollector
+from serve.metrics.engine_view import EngineView
+from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
+from serve.metrics.request_meter import RequestInstruments, RequestMeter
+from serve.metrics.vllm_aliases import VllmCollector
+
+RENDER_S = 0.1
+
+
+class Metrics:
+    """The registry and everything in it; created once in the composition root. Event loop only."""
+
+    def __init__(
+        self,
+        *,
+        max_adapters: int = 0,
+        compat_vllm: bool = True,
+        clock: Callable[[], float] = time.monotonic,
+        unix_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._clock = clock
+        self._rendered = b""
+        self._render_at = float("-inf")
+        # `_created` would double the series of a page that is read twenty times a second
+        disable_created_metrics()  # type: ignore[no-untyped-call]
+        self._registry = registry = CollectorRegistry()
+        self._view = EngineView()
+        self._requests = RequestInstruments(registry, clock)
+        text = "Seconds of an adapter's load from one tier to another."
+        by_tier = Histogram(
+            "chorale_adapter_load_seconds", text, ["source", "target"], buckets=TTFT_BUCKETS, registry=registry
+        )
+        # the engine's one load goes from the files (or the page cache over them) into the memory it computes from
+        self._load_s = [by_tier.labels("disk", "device")]
+        self._step_adapters = Histogram(
+            "chorale_step_adapters",
+            "Distinct adapters that acted in a step.",
+            buckets=STEP_ADAPTER_BUCKETS,
+            registry=registry,
+        )
+        self._rejected = Counter("chorale_requests_rejected", "Refusals by error code.", ["code"], registry=registry)
+        self._restarts = Counter("chorale_engine_restarts", "Engine processes lost.", registry=registry)
+        registry.register(EngineCollector(self._view, self._requests.usage))
+        if compat_vllm:
+            alias = Histogram("vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry)
+            self._load_s.append(alias)
+            registry.register(VllmCollector(self._view, self._requests.names, max_adapters, unix_clock))
+
+    def name_adapter(self, digest: str, name: str) -> None:
+        """Remember under which name an adapter's series appear."""
+        self._requests.names.set(digest, name)
+
+    def observe_stats(self, stats: Stats) -> None:
+        """Take one heartbeat."""
+        self._view.take(stats)
+        for load_s in stats.adapter_load_s:
+            for histogram in self._load_s:
+                histogram.observe(load_s)
+        for num_adapters in stats.step_adapters:
+            self._step_adapters.observe(num_adapters)
+
+    def engine_lost(self) -> None:
+        """Note that the engine process is gone: nothing runs, nothing is resident."""
+        self._view.stats = None
+        self._restarts.inc()
+
+    def count_rejection(self, code: str) -> None:
+        """Count a request that was refused before any work; `code` is one of our own error codes."""
+        self._rejected.labels(code).inc()
+
+    def open_request(self, *adapter_digests: str) -> RequestMeter:
+        """Start to measure one sequence; a composition counts for each of its adapters."""
+        for digest in adapter_digests:
+            self._requests.names.use(digest)
+        return RequestMeter(self._requests, adapter_digests)
+
+    def render(self) -> bytes:
+        """Return the exposition text, at most `RENDER_S` old."""
+        now = self._clock()
+        if now - self._render_at >= RENDER_S:
+            self._rendered = generate_latest(self._registry)
+            self._render_at = now
+        return self._rendered
