@@ -111,7 +111,8 @@ async def answer_generation(
         "system_fingerprint": fingerprint(state, generation.target),
     }
     limits = state.config.limits
-    generation = replace(generation, cache_salt=state.door.salt_of(principal_of(request)))
+    principal = principal_of(request)
+    generation = replace(generation, cache_salt=state.door.salt_of(principal), tenant=principal.tenant)
     pieces = run_generation(state.engine, state.tokenizer, generation, limits)
     usage = Usage(generation)
     share_of(request).pay_by(usage.total)

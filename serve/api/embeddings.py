@@ -14,6 +14,7 @@ import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from serve.api.auth import principal_of
 from serve.api.disconnect import unless_disconnected
 from serve.api.json_body import read_model
 from serve.api.limits import check_num_prompts
@@ -46,7 +47,8 @@ async def create_embeddings(request: Request) -> Response:
     ]
     num_tokens = sum(len(prompt) for prompt in prompts)
     share_of(request).pay_by(lambda: num_tokens)
-    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean"))
+    tenant = principal_of(request).tenant
+    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean", tenant))
     is_base64 = body.encoding_format == "base64"
     answer = {
         "object": "list",
@@ -60,7 +62,9 @@ async def create_embeddings(request: Request) -> Response:
     return Response(msgspec.json.encode(answer), headers=target.headers(), media_type="application/json")
 
 
-async def _embed_all(state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str) -> list[list[float]]:
+async def _embed_all(
+    state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str, tenant: str
+) -> list[list[float]]:
     identity = uuid.uuid4().hex
     commands = [
         Embed(
@@ -71,6 +75,7 @@ async def _embed_all(state: ApiState, prompts: Sequence[list[int]], target: Targ
             acts.adapters,
             acts.num_virtual_tokens,
             acts.active_from,
+            tenant,
         )
         for index, (prompt, acts) in enumerate((prompt, target.acts_on(prompt)) for prompt in prompts)
     ]

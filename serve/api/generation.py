@@ -40,6 +40,8 @@ class Generation:
     cold_start: str
     # whose prefixes it may share
     cache_salt: str = ""
+    # among whom the engine shares its service
+    tenant: str = ""
 
     def submits(self) -> list[Submit]:
         """Return one submit per choice: prompt by prompt, as OpenAI numbers the choices."""
@@ -72,6 +74,7 @@ class Generation:
             adapters=acts.adapters,
             num_virtual_tokens=acts.num_virtual_tokens,
             active_from=acts.active_from,
+            tenant=self.tenant,
         )
 
 
