@@ -31,8 +31,11 @@ async def resolve_target(state: ApiState, choice: ModelChoice) -> Target:
     if choice.adapters and (len(choice.adapters) > 1 or choice.adapters[0].weight != 1):
         _check_composes(state, choice)
         return Target(choice.model, None, await _resolve_shares(state, choice.adapters))
-    model = _selected_model(state, choice)
-    return Target(choice.model, await resolve_adapter(state, model))
+    model, param = _selected_model(state, choice)
+    adapter = await resolve_adapter(state, model, param=param)
+    if adapter is None and choice.adapters:
+        raise _names_base(model, param)
+    return Target(choice.model, adapter)
 
 
 async def resolve_adapter(state: ApiState, model: str, *, param: str = "model") -> AdapterRef | None:
@@ -75,7 +78,7 @@ async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter]) -> t
         param = f"adapters.{index}.name"
         ref = await resolve_adapter(state, entry.name, param=param)
         if ref is None:
-            raise InvalidValue(f"{show(entry.name)} is the base itself; 'adapters' holds adapters only", param=param)
+            raise _names_base(entry.name, param)
         if any(share.adapter.digest == ref.digest for share in shares):
             raise InvalidValue(
                 f"{show(entry.name)} names an adapter of this composition again; add its weights up", param=param
@@ -90,13 +93,18 @@ async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter]) -> t
     return tuple(shares)
 
 
+def _names_base(name: str, param: str) -> InvalidValue:
+    return InvalidValue(f"{show(name)} is the base itself; 'adapters' holds adapters only", param=param)
+
+
 def _why_alone(ref: AdapterRef) -> str | None:
     if ref.num_virtual_tokens:
         return f"puts {ref.num_virtual_tokens} virtual tokens before the prompt"
     return "acts only behind its invocation tokens" if ref.invocation_tokens else None
 
 
-def _selected_model(state: ApiState, choice: ModelChoice) -> str:
+def _selected_model(state: ApiState, choice: ModelChoice) -> tuple[str, str]:
+    """Return the one name that selects, and the field that holds it."""
     named = choice.adapter_id
     param = "adapter_id"
     if choice.adapters:
@@ -105,10 +113,10 @@ def _selected_model(state: ApiState, choice: ModelChoice) -> str:
         # one adapter of weight 1 is no composition but that adapter
         named, param = choice.adapters[0].name, "adapters"
     if named is None:
-        return choice.model
+        return choice.model, "model"
     if choice.model not in (named, state.config.served_model_name):
         raise UnsupportedParameter(
             f"'model' and {param!r} name different things; send the base's name as 'model', or leave {param!r} out",
             param=param,
         )
-    return named
+    return named, "adapters.0.name" if choice.adapters else param

@@ -50,6 +50,9 @@ def test_the_fingerprint_knows_the_weights_and_not_the_order(api: ApiServer) -> 
     ("fields", "status", "param", "words"),
     [
         ({"adapters": [*BOTH, {"name": "nobody"}]}, 404, "adapters.2.name", "'nobody' does not exist"),
+        ({"adapters": [{"name": "nobody"}]}, 404, "adapters.0.name", "'nobody' does not exist"),
+        ({"adapter_id": "nobody"}, 404, "adapter_id", "'nobody' does not exist"),
+        ({"adapters": [{"name": BASE}]}, 400, "adapters.0.name", "the base itself"),
         ({"adapters": BOTH, "model": "poet"}, 400, "model", f"send its name '{BASE}'"),
         ({"adapters": BOTH, "adapter_id": "poet"}, 400, "adapter_id", "not both"),
         ({"adapters": [{"name": "poet"}], "adapter_id": "poet"}, 400, "adapter_id", "not both"),
