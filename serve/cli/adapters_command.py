@@ -14,6 +14,7 @@ import typer
 from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
 from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows
+from serve.cli.adapters_memory import add_memory_commands
 from serve.cli.adapters_remote import RemoteAdapters
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption, Probe
@@ -22,6 +23,8 @@ from serve.errors import StartError
 adapters_app = typer.Typer(
     name="adapters", help="Add, list, show, remove and verify adapters.", no_args_is_help=True, rich_markup_mode=None
 )
+
+add_memory_commands(adapters_app)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Folder = Annotated[

@@ -58,6 +58,14 @@ class RemoteAdapters:
         """Delete an adapter."""
         self._checked(self._client.delete(f"/v1/adapters/{quote(name, safe='')}"))
 
+    def status(self, name: str) -> dict[str, object]:
+        """Return where an adapter is in this server's memory."""
+        return self._checked(self._client.get(f"/v1/adapters/{quote(name, safe='')}/status"))
+
+    def act(self, name: str, action: str) -> dict[str, object]:
+        """Pin, unpin, prefetch or evict an adapter; return the server's answer."""
+        return self._checked(self._client.post(f"/v1/adapters/{quote(name, safe='')}:{action}"))
+
     def download(self, name: str, folder: Path) -> None:
         """Fetch the canonical files of an adapter's current version into a folder; raises StartError."""
         for filename in OBJECT_FILES:
