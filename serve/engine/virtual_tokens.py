@@ -17,7 +17,7 @@ from serve.messages import Embed, Submit
 # an output token costs about twice an input token: it is a step of its own
 INPUT_PRICE = 1
 OUTPUT_PRICE = 2
-# a load takes a slot and bandwidth from others, whatever its size; as much as a short request
+# a load takes a slot and bandwidth from others, whatever its size; docs/architecture.md says why this much
 LOAD_PRICE = 32
 # counters kept of keys that do not wait, at most
 MAX_IDLE_TENANTS = 1024
