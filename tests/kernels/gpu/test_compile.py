@@ -14,6 +14,9 @@ import pytest
 
 from tests.live_server import REPO_ROOT, server_environment
 
+# the first run of a fresh clone compiles everything
+pytestmark = pytest.mark.timeout(900)
+
 KERNEL_DIR = REPO_ROOT / "kernels" / "adapter_kernels" / "gpu"
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 # what one block may have at most, in bytes
