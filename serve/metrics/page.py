@@ -1,23 +1,29 @@
 """The metrics page: what feeds it, and its text.
 
-Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped and
-renders at most every `RENDER_S`. Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
+Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped.
+Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes: a scrape then finds its page ready.
+Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
 `_other`; none on a histogram); counters never fall, also when the engine restarts; gauges are 0 at rest.
 """
 
 import time
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
 
 from serve.messages import Stats
 from serve.metrics.engine_page import EngineCollector
 from serve.metrics.engine_view import EngineView
+from serve.metrics.exposition import exposition
 from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
 from serve.metrics.request_meter import RequestInstruments, RequestMeter
 from serve.metrics.vllm_aliases import VllmCollector
 
 RENDER_S = 0.1
+# how old a page that was rendered with a heartbeat may be when it is sent; under load they come every 0.1 s
+READY_PAGE_S = 0.2
+# without a scrape for so long, heartbeats render nothing
+SCRAPED_S = 5.0
 
 
 class Metrics:
@@ -33,7 +39,8 @@ class Metrics:
     ) -> None:
         self._clock = clock
         self._rendered = b""
-        self._render_at = float("-inf")
+        self._render_at = self._scraped_at = float("-inf")
+        self._max_age_s = RENDER_S
         # `_created` would double the series of a page that is read twenty times a second
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
@@ -71,6 +78,9 @@ class Metrics:
                 histogram.observe(load_s)
         for num_adapters in stats.step_adapters:
             self._step_adapters.observe(num_adapters)
+        now = self._clock()
+        if now - self._scraped_at < SCRAPED_S and now - self._render_at >= RENDER_S:
+            self._render(now, max_age_s=READY_PAGE_S)
 
     def engine_lost(self) -> None:
         """Note that the engine process is gone: nothing runs, nothing is resident."""
@@ -88,9 +98,12 @@ class Metrics:
         return RequestMeter(self._requests, adapter_digests)
 
     def render(self) -> bytes:
-        """Return the exposition text, at most `RENDER_S` old."""
-        now = self._clock()
-        if now - self._render_at >= RENDER_S:
-            self._rendered = generate_latest(self._registry)
-            self._render_at = now
+        """Return the exposition text, at most `READY_PAGE_S` old."""
+        self._scraped_at = now = self._clock()
+        if now - self._render_at >= self._max_age_s:
+            self._render(now, max_age_s=RENDER_S)
         return self._rendered
+
+    def _render(self, now: float, *, max_age_s: float) -> None:
+        self._rendered = exposition(self._registry.collect())
+        self._render_at, self._max_age_s = now, max_age_s

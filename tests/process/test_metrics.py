@@ -2,11 +2,13 @@
 
 from dataclasses import dataclass, replace
 
+import pytest
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from serve.adapter_messages import AdapterMove, PinState
 from serve.messages import AdapterState, Finished, FinishReason, Started, Stats, Tokens
-from serve.metrics import MAX_ADAPTER_SERIES, MAX_LABEL_BYTES, Metrics
+from serve.metrics import MAX_ADAPTER_SERIES, MAX_LABEL_BYTES, Metrics, page
 
 REST = ("chorale_kv_blocks_in_use", "chorale_requests_running", "chorale_requests_waiting", "chorale_adapter_pins")
 ALIASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -212,6 +214,43 @@ def test_the_page_is_rendered_at_most_ten_times_a_second() -> None:
     assert metrics.render() is first
     clock.now += 0.1
     assert b"chorale_requests_running 5.0" in metrics.render()
+
+
+def test_a_scraper_finds_the_page_that_the_heartbeat_has_rendered_and_nobody_is_rendered_for_in_vain(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rendered: list[bytes] = []
+
+    def render(families: object) -> bytes:
+        rendered.append(b"%d" % (len(rendered) + 1))
+        return rendered[-1]
+
+    monkeypatch.setattr(page, "exposition", render)
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    metrics.observe_stats(stats())
+    assert rendered == []
+    assert metrics.render() == b"1"
+    clock.now = 0.1
+    metrics.observe_stats(stats())
+    clock.now = 0.25
+    assert metrics.render() == b"2"
+    # no heartbeat: the scrape renders
+    clock.now = 0.35
+    assert metrics.render() == b"3"
+    clock.now = 10.0
+    metrics.observe_stats(stats())
+    assert len(rendered) == 3
+
+
+def test_the_page_is_written_as_the_client_library_writes_it() -> None:
+    metrics = Metrics(unix_clock=lambda: 1763750000.25)
+    for digest, name in (("a" * 64, 'quo"te\\back'), ("b" * 64, "line\nbreak")):
+        metrics.name_adapter(digest, name)
+        metrics.open_request(digest).close("stop")
+    held = [AdapterState(letter * 64, "device", 0, 123_456_789, 8) for letter in "ab"]
+    metrics.observe_stats(stats(adapters=held, adapter_load_s=[1e-7, 3.5, 1e9], num_prompt_tokens_total=10**7))
+    assert metrics.render() == generate_latest(metrics._registry)
 
 
 def test_aliases_can_be_switched_off() -> None:
