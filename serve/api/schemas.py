@@ -132,6 +132,9 @@ class StreamOptions(Part):
 class WeightedAdapter(Part):
     """One entry of the extension field `adapters`: its change of the base's outputs counts `weight` times."""
 
+    # a misspelt weight would act with the default one
+    model_config = ConfigDict(extra="forbid")
+
     name: Annotated[str, Field(min_length=1, max_length=256)]
     weight: Annotated[Number, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT)] = 1.0
 

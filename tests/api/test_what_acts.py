@@ -63,6 +63,7 @@ def test_the_fingerprint_knows_the_weights_and_not_the_order(api: ApiServer) -> 
         ({"adapters": [{"name": "poet", "weight": -2.01}]}, 400, "adapters.0.weight", "greater than or equal to -2"),
         ({"adapters": [{"name": "poet", "weight": True}]}, 400, "adapters.0.weight", "not a boolean"),
         ({"adapters": [{"name": "poet", "weight": "1"}]}, 400, "adapters.0.weight", "number"),
+        ({"adapters": [{"name": "poet", "wieght": 0.5}]}, 400, "adapters.0.wieght", "not permitted"),
         ({"adapters": [{"weight": 1}]}, 400, "adapters.0.name", "required"),
         ({"adapters": [{"name": f"a{i}"} for i in range(9)]}, 400, "adapters", "at most 8"),
         ({"adapters": [{"name": "prompted"}, BOTH[0]]}, 400, "adapters.0.name", "puts 3 virtual tokens"),
