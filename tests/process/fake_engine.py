@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from serve.adapter_messages import AdapterDone, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 from serve.config import EngineConfig
 from serve.engine.step_loop import BuiltEngine, run_worker
 from serve.errors import StartError
@@ -55,6 +56,7 @@ class FakeEngine:
         self._sequences: dict[str, FakeSequence] = {}
         self._answers: list[Event] = []
         self._adapters: dict[str, None] = {}
+        self._pins: dict[str, None] = {}
         self._num_steps = 0
         self._num_tokens = 0
 
@@ -68,10 +70,25 @@ class FakeEngine:
             self._answers.append(Embedded(command.request_id, [float(t) for t in command.prompt_token_ids]))
         elif isinstance(command, Abort):
             self._sequences.pop(command.request_id, None)
+        elif isinstance(command, PinAdapter | UnpinAdapter | EvictAdapter):
+            self._operate(command)
         elif isinstance(command, LoadAdapter):
             self._adapters[command.digest] = None
         elif isinstance(command, UnloadAdapter):
             self._adapters.pop(command.digest, None)
+
+    def _operate(self, command: PinAdapter | UnpinAdapter | EvictAdapter) -> None:
+        """Do as the operator asks; an adapter called "silent" is never answered for, "refused" is."""
+        if command.digest == "silent":
+            return
+        if command.digest == "refused":
+            self._answers.append(Failed(command.request_id, "conflict", "no room for this pin", 409))
+            return
+        if isinstance(command, PinAdapter):
+            self._pins[command.digest] = None
+        elif isinstance(command, UnpinAdapter):
+            self._pins.pop(command.digest, None)
+        self._answers.append(AdapterDone(command.request_id, num_bytes_freed=7))
 
     def has_work(self) -> bool:
         """Say whether a sequence runs or an answer waits."""
@@ -106,6 +123,7 @@ class FakeEngine:
             num_adapter_evictions_total=0,
             num_steps_total=self._num_steps,
             adapter_load_s=[],
+            operator_pins=[PinState(digest) for digest in self._pins],
         )
 
     def _advance(self, request_id: str, sequence: FakeSequence) -> list[Event]:
