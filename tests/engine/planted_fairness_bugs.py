@@ -61,6 +61,11 @@ def _requests_counted_instead_of_tokens(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ServedTokens, "charge", wrong)
 
 
+def _most_served_adapter_first(patch: pytest.MonkeyPatch) -> None:
+    of_adapters = ServedTokens.of_adapters
+    patch.setattr(ServedTokens, "of_adapters", lambda self, payer: -of_adapters(self, payer))
+
+
 FAIRNESS_PLANTS: dict[str, Plant] = {
     plant.__name__.strip("_"): plant
     for plant in (
@@ -71,6 +76,7 @@ FAIRNESS_PLANTS: dict[str, Plant] = {
         _input_not_charged,
         _weights_ignored,
         _requests_counted_instead_of_tokens,
+        _most_served_adapter_first,
     )
 }
 
@@ -84,11 +90,6 @@ def _most_served_tenant_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ServedTokens, "of_tenant", lambda self, tenant: -of_tenant(self, tenant))
 
 
-def _most_served_adapter_first(patch: pytest.MonkeyPatch) -> None:
-    of_adapters = ServedTokens.of_adapters
-    patch.setattr(ServedTokens, "of_adapters", lambda self, payer: -of_adapters(self, payer))
-
-
 def _latest_arrival_first(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(fairness, "_rank", lambda seq: (not seq.was_admitted, -seq.arrival_index))
 
@@ -98,7 +99,6 @@ WAIT_PLANTS: dict[str, Plant] = {
     for plant in (
         _passed_for_ever,
         _most_served_tenant_first,
-        _most_served_adapter_first,
         _latest_arrival_first,
     )
 }

@@ -24,6 +24,10 @@ MAX_INPUT, MAX_OUTPUT = 24, 24
 MAX_POLLS = 4
 
 
+# a tenant, or what acts for one of its requests; None: the base
+Rival = str | tuple[str, str | None]
+
+
 @dataclass(slots=True)
 class Tenant:
     """What one tenant sends, and how many requests it keeps open."""
@@ -88,7 +92,8 @@ class TenantLoad:
             # nothing but the scheduler itself ever frees a slot
             self.tenants = [replace(tenant, pause=0.0) for tenant in self.tenants]
         self.num_steps = 0
-        self.service: defaultdict[str, float] = defaultdict(float)
+        # priced tokens by tenant and what acted
+        self.service: defaultdict[tuple[str, str | None], float] = defaultdict(float)
         self._sent: dict[str, tuple[Tenant, Submit]] = {}
         self._is_started: set[str] = set()
         self._num_sent: Counter[str] = Counter()
@@ -110,12 +115,15 @@ class TenantLoad:
         num_queues = sum(len(tenant.adapters) for tenant in self.tenants)
         longest_input = max(tenant.max_input for tenant in self.tenants)
         longest_output = max(tenant.max_output for tenant in self.tenants)
-        turn = 2 * self.longest_price * max(weights) / min(weights)
+        ratio, num_tenants = max(weights) / min(weights), len(weights)
+        turn = 2 * self.longest_price * ratio
         passes = MAX_PASSES * (INPUT_PRICE * longest_input + OUTPUT_PRICE * longest_output)
         # the running ones end, one adapter is loaded; meanwhile only the base's requests may come
         num_drain_steps = longest_output + -(-limits.max_num_seqs * longest_input // limits.max_step_tokens) + MAX_POLLS
         drain = num_drain_steps * (INPUT_PRICE * limits.max_step_tokens + OUTPUT_PRICE * limits.max_num_seqs)
-        return (num_queues + len(self.tenants)) * turn + passes + num_queues * drain
+        held_up = passes + num_queues * drain
+        # each other tenant may have been held up as long before, and then catches up
+        return (num_queues + num_tenants) * turn + held_up + (num_tenants - 1) * held_up * ratio
 
     def waiting(self) -> list[Sequence]:
         """Return the sequences that wait for admission."""
@@ -124,6 +132,10 @@ class TenantLoad:
     def tenant_of(self, request_id: str) -> str:
         """Return who sent a request."""
         return self._sent[request_id][0].name
+
+    def service_of(self, tenant: str) -> float:
+        """Return the priced tokens that a tenant was served."""
+        return sum(tokens for (name, _), tokens in self.service.items() if name == tenant)
 
     def step(self) -> None:
         """Let the tenants send, run one step, and count who was served what."""
@@ -138,9 +150,9 @@ class TenantLoad:
             self.bench.engine.check_invariants()
         self._count_input()
         for event in events:
-            tenant, _ = self._sent[event.request_id]  # type: ignore[union-attr]
+            tenant, submit = self._sent[event.request_id]  # type: ignore[union-attr]
             if isinstance(event, Tokens):
-                self.service[tenant.name] += OUTPUT_PRICE * len(event.token_ids) / tenant.weight
+                self.service[tenant.name, submit.adapter_digest] += OUTPUT_PRICE * len(event.token_ids)
             elif not hasattr(event, "num_cached_tokens"):
                 tenant.open_ids.discard(event.request_id)  # type: ignore[union-attr]
 
@@ -170,7 +182,7 @@ class TenantLoad:
                     self._is_started.add(row.request_id)
                     tenant, submit = self._sent[row.request_id]
                     num_input = len(submit.prompt_token_ids) - row.start
-                    self.service[tenant.name] += INPUT_PRICE * num_input / tenant.weight
+                    self.service[tenant.name, submit.adapter_digest] += INPUT_PRICE * num_input
         self.bench.executor.plans.clear()
 
     def _load(self, digests: list[str]) -> None:
@@ -182,32 +194,46 @@ class TenantLoad:
 
 
 class ServiceGaps:
-    """The largest difference of service between any two tenants, over intervals in which both have someone waiting."""
+    """The largest gap of service between rivals, over intervals in which both have someone waiting.
 
-    def __init__(self) -> None:
+    Rivals are any two tenants, per weight, and any two adapters of one tenant.
+    """
+
+    def __init__(self, load: TenantLoad) -> None:
+        self._load = load
+        self._weights = {tenant.name: tenant.weight for tenant in load.tenants}
         # of each pair that waits now: the smallest and the largest lead of the first since both wait
-        self._leads: dict[tuple[str, str], tuple[float, float]] = {}
+        self._leads: dict[tuple[Rival, Rival], tuple[float, float]] = {}
+        # tokens, of a tenant of the smallest weight
         self.widest = 0.0
 
-    def look(self, load: TenantLoad) -> None:
+    def look(self) -> None:
         """Take one step into account."""
-        waiting = sorted({load.tenant_of(seq.request_id) for seq in load.waiting()})
-        leads = {pair: load.service[pair[0]] - load.service[pair[1]] for pair in combinations(waiting, 2)}
-        self._leads = {pair: self._widened(pair, lead) for pair, lead in leads.items()}
+        waiting = {(self._load.tenant_of(seq.request_id), seq.acting.name) for seq in self._load.waiting()}
+        tenants = sorted({tenant for tenant, _ in waiting})
+        pairs: list[tuple[Rival, Rival]] = list(combinations(tenants, 2))
+        for tenant in tenants:
+            pairs += combinations(sorted((rival for rival in waiting if rival[0] == tenant), key=str), 2)
+        self._leads = {pair: self._widened(pair, self._served(pair[0]) - self._served(pair[1])) for pair in pairs}
         self.widest = max([self.widest, *(high - low for low, high in self._leads.values())])
 
-    def _widened(self, pair: tuple[str, str], lead: float) -> tuple[float, float]:
+    def _served(self, rival: Rival) -> float:
+        if isinstance(rival, str):
+            return self._load.service_of(rival) * min(self._weights.values()) / self._weights[rival]
+        return self._load.service[rival]
+
+    def _widened(self, pair: tuple[Rival, Rival], lead: float) -> tuple[float, float]:
         low, high = self._leads.get(pair, (lead, lead))
         return min(low, lead), max(high, lead)
 
 
 def widest_gap(seed: int, num_steps: int, *, is_async: bool) -> Iterator[tuple[float, float]]:
     """Run one load with every adapter in memory; yield the widest gap so far and the bound, after each step."""
-    load, gaps = TenantLoad(seed, is_async=is_async), ServiceGaps()
-    bound = 2 * load.longest_price / min(tenant.weight for tenant in load.tenants)
+    load = TenantLoad(seed, is_async=is_async)
+    gaps, bound = ServiceGaps(load), 2 * load.longest_price
     for _ in range(num_steps):
         load.step()
-        gaps.look(load)
+        gaps.look()
         yield gaps.widest, bound
 
 
@@ -226,7 +252,7 @@ class HeadWaits:
             key = (load.tenant_of(seq.request_id), seq.acting.name)
             if key not in heads or seq.arrival_index < heads[key].arrival_index:
                 heads[key] = seq
-        total = sum(load.service[tenant.name] * tenant.weight for tenant in load.tenants)
+        total = sum(load.service.values())
         self._since = {seq.request_id: self._since.get(seq.request_id, total) for seq in heads.values()}
         self.longest = max([self.longest, *(total - since for since in self._since.values())])
 

@@ -1,9 +1,9 @@
 """The bounds of fairness over random loads of tenants, and the proof that the measures see planted bugs.
 
 Owns the numbers of loads; what a load and a bound is, is `tenant_load`'s. The gap of service between two tenants that
-both wait is at most twice U / weight, U = max(INPUT_PRICE * longest input, OUTPUT_PRICE * tokens that run at once);
-a request that comes first of its tenant's adapter waits for its turn, for MAX_PASSES admissions past it, and for the
-running ones to make room, no more.
+both wait is at most 2 U / weight, between two adapters of one tenant 2 U, with U = max(INPUT_PRICE * longest input,
+OUTPUT_PRICE * tokens that run at once). A request that comes first of its tenant's adapter waits for its turn, for
+MAX_PASSES admissions past it, for the running ones to make room, and for tenants that were held up so before, no more.
 """
 
 import pytest
@@ -17,16 +17,16 @@ NUM_LONG_LOADS = 1000
 NUM_STEPS = 400
 # passed over for ever is seen late: slots must stay taken for long
 NUM_WAIT_STEPS = 1000
-NUM_PLANTED_STEPS = 3000
-# loads with several adapters per slot: each planted bug was seen in the first two
-PLANTED_WAIT_LOADS = (5, 2, 1, 7)
+NUM_PLANTED_STEPS = 6000
+# in this load two adapters want one slot; each planted bug was seen within 4,200 steps
+PLANTED_WAIT_LOAD = 2
 
 
 def _check_gaps(seeds: range) -> None:
     for seed in seeds:
         gap, bound = 0.0, 0.0
         for gap, bound in widest_gap(seed, NUM_STEPS, is_async=bool(seed % 2)):
-            assert gap <= bound, f"load {seed}: a tenant is {gap} tokens per weight ahead, the bound is {bound}"
+            assert gap <= bound, f"load {seed}: a rival is {gap} tokens ahead, the bound is {bound}"
         # a load in which nobody is ever ahead would prove nothing
         assert gap > 0, f"load {seed} shows no gap at all"
 
@@ -69,5 +69,5 @@ def test_the_gaps_show_a_planted_bug(plant: Plant, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize("plant", WAIT_PLANTS.values(), ids=WAIT_PLANTS.keys())
 def test_the_waits_show_a_planted_bug(plant: Plant, monkeypatch: pytest.MonkeyPatch) -> None:
     plant(monkeypatch)
-    loads = (longest_wait(seed, NUM_PLANTED_STEPS, is_async=bool(seed % 2)) for seed in PLANTED_WAIT_LOADS)
-    assert any(wait > bound for load in loads for wait, bound in load)
+    load = longest_wait(PLANTED_WAIT_LOAD, NUM_PLANTED_STEPS, is_async=False)
+    assert any(wait > bound for wait, bound in load)
