@@ -23,7 +23,8 @@ class TraceOperator:
     executor: FakeExecutor
     asked: PinAdapter | UnpinAdapter | EvictAdapter | None = None
     pinned: set[str] = field(default_factory=set)
-    loaded_before: set[str] = field(default_factory=set)
+    # pinned and in memory when it was last looked at
+    held_before: set[str] = field(default_factory=set)
     num_bytes: int = 0
 
     def act(self, digest: str) -> None:
@@ -53,9 +54,11 @@ class TraceOperator:
         stats, loaded = self.engine.stats(), self.executor.loaded
         pins = {pin.digest: pin.error for pin in stats.operator_pins}
         assert pins.keys() == self.pinned, f"pinned are {pins.keys()}, asked for were {self.pinned}"
-        gone = {digest for digest in self.loaded_before - loaded if digest in pins and pins[digest] is None}
+        held = {digest for digest, error in pins.items() if error is None}
+        # what was dropped and pinned since is on its way back
+        gone = (self.held_before & held) - loaded
         assert not gone, f"{gone} were pinned and in memory, and were dropped"
-        self.loaded_before = set(loaded)
+        self.held_before = held & loaded
         self.num_bytes += sum(move.num_bytes * (1 if move.kind == "load" else -1) for move in stats.adapter_moves)
         assert self.num_bytes == sum(state.num_bytes for state in stats.adapters if state.tier == "device"), (
             "adapter bytes that came and went do not add up"
