@@ -69,7 +69,7 @@ def test_a_foreign_adapter_is_proven_and_answers_as_its_own_code(name: str, http
     response = http.upload(name, made)
     assert response.status_code == 201, response.text
     proof = response.json()["proof"]
-    assert proof["max_error"] <= proof["tolerance"]["max_error"] < 1e-3
+    assert proof["typical_error"] <= proof["tolerance"]["typical_error"] < 1e-3
     choice = http.server.complete(name, prompt=PROMPT, max_tokens=1, temperature=0, echo=True, logprobs=1)
     logprobs = choice["logprobs"]
     assert isinstance(logprobs, dict)
