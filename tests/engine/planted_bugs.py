@@ -181,13 +181,13 @@ def _pinned_adapter_evicted(patch: pytest.MonkeyPatch) -> None:
 def _unload_ignores_the_last_user(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: AdapterTiers, digest: str) -> None:
         if digest in self._residents and self._residents[digest].is_ready:
-            self._drop(digest)
+            self._drop(digest, "unload")
 
     patch.setattr(AdapterTiers, "unload", wrong)
 
 
 def _adapter_bytes_not_counted(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(AdapterTiers, "_too_large", lambda self, num_bytes: None)
+    patch.setattr(AdapterTiers, "_too_large", lambda self, digest, num_bytes: None)
     patch.setattr(AdapterTiers, "_num_bytes", property(lambda self: 0))
 
 
