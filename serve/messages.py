@@ -105,6 +105,8 @@ class Embed:
     active_from: int | None = None
     tenant: str = ""
     tenant_weight: float = 1.0
+    # seeds the prefix hashes together with what acts, as in `Submit`
+    cache_salt: str = ""
 
 
 @dataclass(frozen=True, slots=True)

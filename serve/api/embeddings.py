@@ -28,6 +28,7 @@ from serve.api.tenant_share import charge_tokens, share_of
 from serve.api.tokenizer import TextTokenizer
 from serve.errors import Unavailable
 from serve.messages import Embed, Ready
+from serve.tenants.principal import Principal
 
 router = APIRouter()
 
@@ -47,8 +48,8 @@ async def create_embeddings(request: Request) -> Response:
     ]
     num_tokens = sum(len(prompt) for prompt in prompts)
     share_of(request).pay_by(lambda: num_tokens)
-    tenant = principal_of(request).tenant
-    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean", tenant))
+    principal = principal_of(request)
+    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean", principal))
     is_base64 = body.encoding_format == "base64"
     answer = {
         "object": "list",
@@ -63,7 +64,7 @@ async def create_embeddings(request: Request) -> Response:
 
 
 async def _embed_all(
-    state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str, tenant: str
+    state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str, principal: Principal
 ) -> list[list[float]]:
     identity = uuid.uuid4().hex
     commands = [
@@ -75,7 +76,8 @@ async def _embed_all(
             acts.adapters,
             acts.num_virtual_tokens,
             acts.active_from,
-            tenant,
+            principal.tenant,
+            cache_salt=state.door.salt_of(principal),
         )
         for index, (prompt, acts) in enumerate((prompt, target.acts_on(prompt)) for prompt in prompts)
     ]

@@ -82,13 +82,13 @@ class Sequence:
         acting = Acting.of(command)
         seq = Sequence(command.request_id, prompt_ids, acting, Payer.of(command), arrival_index, now_s)
         seq.num_virtual = command.num_virtual_tokens
+        seq.cache_salt = command.cache_salt
         if isinstance(command, Embed):
             seq.pooling = command.pooling
             seq.row_edges = seq._edges()
             return seq
         seq.sampling = command.sampling
         seq.row_edges = seq._edges()
-        seq.cache_salt = command.cache_salt
         seq.priority = command.priority
         seq.group_id = command.group_id
         seq.needs_last_token = _needs_last_token(command.sampling)

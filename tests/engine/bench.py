@@ -120,9 +120,12 @@ class EngineBench:
         digest: str | None = None,
         *,
         num_virtual_tokens: int = 0,
+        cache_salt: str = "",
     ) -> Embed:
         """Send one embedding request."""
-        return self._send(Embed(request_id, prompt, pooling, digest, num_virtual_tokens=num_virtual_tokens))
+        return self._send(
+            Embed(request_id, prompt, pooling, digest, num_virtual_tokens=num_virtual_tokens, cache_salt=cache_salt)
+        )
 
     def _send(self, command: CommandT) -> CommandT:
         self.executor.toys[command.request_id] = Toy.of(command)

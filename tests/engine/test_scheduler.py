@@ -245,6 +245,16 @@ def test_an_embedding_is_the_same_in_chunks_and_with_a_cached_prefix(pooling: st
         assert bench.events[name][1:] == [Embedded(name, vector)]
 
 
+def test_an_embedding_hits_no_prefix_of_another_salt() -> None:
+    bench = EngineBench()
+    prompt = [(5 * index) % 13 for index in range(30)]
+    for name, salt, num_hits in (("first", "acme", 0), ("other", "bob", 0), ("again", "acme", 28)):
+        before = bench.engine.stats().num_prefix_hit_tokens_total
+        bench.embed(name, prompt, "last", cache_salt=salt)
+        bench.drain()
+        assert bench.engine.stats().num_prefix_hit_tokens_total - before == num_hits
+
+
 def test_logprobs_of_output_tokens_are_passed_on() -> None:
     bench = EngineBench()
     bench.submit("r", [1, 2], sampling=SamplingParams(2, seed=1, ignore_eos=True, num_logprobs=0))

@@ -236,6 +236,9 @@ def test_prefixes_are_a_tenants_own(api: TenantApi) -> None:
         first, second = api.api.engine.submits[-2:]
         assert first.cache_salt == second.cache_salt and len(first.cache_salt) == 64
         salts[name] = first.cache_salt
+        # what is only embedded is kept as prefixes too
+        assert api[name].http.post("/v1/embeddings", json={"model": BASE, "input": "Hi"}).status_code == 200
+        assert api.api.engine.embeds[-1].cache_salt == first.cache_salt
     assert salts["local"] == salts["admin"] and len(set(salts.values())) == 3
 
 
