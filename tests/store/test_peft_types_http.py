@@ -42,11 +42,6 @@ def first_of_each_type() -> dict[str, str]:
 
 
 FIRST = first_of_each_type()
-# one of every op here; all others in the long run, and in one step of the executor in `test_peft_types.py`
-ALWAYS = {
-    *("lora", "road", "shira", "ln", "tokens", "lora-embeddings"),
-    *("lora-saved", "alora", "prompt", "multitask", "prefix"),
-}
 
 
 @dataclass(frozen=True)
@@ -93,9 +88,7 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Answers]:
         stop_server(server)
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in ALWAYS else [pytest.mark.slow]) for name in ALL_CASES]
-)
+@pytest.mark.parametrize("name", ALL_CASES)
 def test_a_folder_of_pefts_answers_over_http_as_in_peft(name: str, answers: Answers) -> None:
     case = ALL_CASES[name]
     expected = answers.expected(name, case, seed=list(ALL_CASES).index(name))
@@ -119,7 +112,7 @@ def test_a_folder_of_pefts_answers_over_http_as_in_peft(name: str, answers: Answ
 
 @pytest.mark.parametrize(
     "peft_type",
-    [pytest.param(name, marks=[] if name in FIRST or name == "XLORA" else [pytest.mark.slow]) for name in REGISTERED],
+    REGISTERED,
 )
 def test_every_type_that_peft_registers_is_covered_here_or_refused_with_a_reason(
     peft_type: str, answers: Answers
