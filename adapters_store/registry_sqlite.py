@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
+from adapters_store.durable_sqlite import connect, transaction
 from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
 from adapters_store.manifest import Report
 from adapters_store.registry import AdapterVersion, NewVersion
@@ -42,10 +43,10 @@ class SqliteRegistry:
     def __init__(self, path: Path) -> None:
         self._writing, self._reading = threading.Lock(), threading.Lock()
         with _storage_errors():
-            self._writer = _connect(path)
+            self._writer = connect(path, busy_timeout_s=_BUSY_TIMEOUT_S)
             try:
                 self._writer.executescript(_SCHEMA)
-                self._reader = _connect(path)
+                self._reader = connect(path, busy_timeout_s=_BUSY_TIMEOUT_S)
             except sqlite3.Error:
                 self._writer.close()
                 raise
@@ -177,27 +178,8 @@ class SqliteRegistry:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._writing, _storage_errors():
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                # a failed COMMIT may have ended the transaction by itself
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
+        with self._writing, _storage_errors(), transaction(self._writer) as db:
+            yield db
 
 
 def _version(number: int, facts: str) -> AdapterVersion:

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from adapters_store.durable_sqlite import connect, transaction
 from serve.errors import StartError, Unavailable
 from serve.tenants.key_store import Grant, KeyNotFound, KeySnapshot, ends_by
 from serve.tenants.keys import KeyRecord
@@ -47,13 +48,13 @@ class SqliteKeyStore:
         self._writing, self._reading = threading.Lock(), threading.Lock()
         with _storage_errors():
             _create_private(path)
-            self._writer = _connect(path)
+            self._writer = connect(path, busy_timeout_s=_BUSY_TIMEOUT_S)
         try:
             with _storage_errors():
                 self._writer.executescript(_SCHEMA)
             self._check_pepper(pepper)
             with _storage_errors():
-                self._reader = _connect(path)
+                self._reader = connect(path, busy_timeout_s=_BUSY_TIMEOUT_S)
         except BaseException:
             self._writer.close()
             raise
@@ -133,32 +134,13 @@ class SqliteKeyStore:
 
     @contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._writing, _storage_errors():
-            self._writer.execute("BEGIN IMMEDIATE")
-            try:
-                yield self._writer
-                self._writer.execute("COMMIT")
-            except BaseException:
-                # a failed COMMIT may have ended the transaction by itself
-                if self._writer.in_transaction:
-                    self._writer.execute("ROLLBACK")
-                raise
+        with self._writing, _storage_errors(), transaction(self._writer) as db:
+            yield db
 
 
 def _create_private(path: Path) -> None:
     """Make the file before SQLite does, so that nobody else can ever read it."""
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600))
-
-
-def _connect(path: Path) -> sqlite3.Connection:
-    connection = sqlite3.connect(path, timeout=_BUSY_TIMEOUT_S, isolation_level=None, check_same_thread=False)
-    try:
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=FULL")
-    except sqlite3.Error:
-        connection.close()
-        raise
-    return connection
 
 
 def _version(db: sqlite3.Connection) -> int:
