@@ -225,10 +225,9 @@ def test_three_replicas_through_200_faults(replicas: Callable[[int], Replicas], 
         assert answer.status_code == 201
         three.wait_visible("last", answer.json()["version"])
     print(f"{num_refused} of {NUM_FAULTS} refused; converged after at most {max(converged_s):.2f} s")
-    # asked one after the other over HTTP, which a busy machine delays at times by itself
     nearly_all_s = sorted(three.delays_s)[int(0.9 * len(three.delays_s))]
     print(f"visible on all after {nearly_all_s:.2f} s at the 90th percentile, at most {max(three.delays_s):.2f} s")
-    assert max(converged_s) <= CONVERGED_S and nearly_all_s <= VISIBLE_S
+    assert max(converged_s) <= CONVERGED_S and max(three.delays_s) <= VISIBLE_S
 
 
 def fault(choose: random.Random, redis_server: RedisServer) -> None:
