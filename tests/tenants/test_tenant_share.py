@@ -9,7 +9,7 @@ import pytest
 from serve.api.state import ApiState
 from serve.cli.serve_command import read_tenant_limits
 from serve.config import TenantLimits
-from serve.errors import EngineFailed, StartError
+from serve.errors import EngineFailed, RateLimited, StartError
 from serve.tenants.limits import TenantLimiter
 from tests.api.api_server import wait_until
 from tests.api.byte_tokenizer import write_model_dir
@@ -161,6 +161,9 @@ def test_tenants_do_not_share_an_account() -> None:
     limiter = TenantLimiter(LIMITS, now_us=lambda: next(ticks))
     for tenant in ("a", "b"):
         limiter.charge(tenant, 1000)
+    for tenant in ("a", "b"):
+        with pytest.raises(RateLimited):
+            limiter.charge(tenant, 1000)
 
 
 @pytest.mark.parametrize(
