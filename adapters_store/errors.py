@@ -49,7 +49,7 @@ class UnsupportedAdapter(AdapterRefused):
 
 
 class UnsupportedFormat(AdapterRefused):
-    """400 `unsupported_format`: a file kind that is never opened, such as a pickle."""
+    """400 `unsupported_format`: a file kind that the declared format does not have, or that is never opened."""
 
     default_code = "unsupported_format"
 
