@@ -69,7 +69,7 @@ class LiveServer:
         rows = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, value in rows}
 
-    def wait_for_rest(self, timeout_s: float = 10.0) -> None:
+    def wait_for_rest(self, timeout_s: float = 60.0) -> None:
         """Return once all rest gauges have read 0 for longer than a heartbeat; fail with what they read otherwise."""
         deadline = time.monotonic() + timeout_s
         rest_since = time.monotonic()
@@ -83,7 +83,7 @@ class LiveServer:
             time.sleep(0.05)
         raise AssertionError(f"not at rest after {timeout_s} s: {busy}")
 
-    def wait_for_work(self, timeout_s: float = 10.0) -> dict[str, float]:
+    def wait_for_work(self, timeout_s: float = 60.0) -> dict[str, float]:
         """Return the rest gauges once none of those that a running adapter request moves is 0."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:

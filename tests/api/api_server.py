@@ -67,7 +67,7 @@ class ApiServer:
         return self.http.post("/v1/completions", json={"model": BASE, "prompt": prompt, **fields})
 
 
-def wait_until(is_true: Callable[[], bool], what: str, *, timeout_s: float = 5.0) -> None:
+def wait_until(is_true: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:
     """Poll until a condition of another thread holds."""
     end = time.monotonic() + timeout_s
     while not is_true():

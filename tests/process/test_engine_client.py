@@ -182,7 +182,7 @@ def test_draining_ends_what_outlives_its_deadline_with_one_error() -> None:
             await eventually(lambda: client.num_in_flight == 1)
             started_at = time.monotonic()
             await client.drain(0.2)
-            assert time.monotonic() - started_at < 10.0
+            assert time.monotonic() - started_at < 30.0
             with pytest.raises(Unavailable, match="shutting down"):
                 await running
 

@@ -112,7 +112,7 @@ def test_an_idle_worker_sends_heartbeats(worker: Worker) -> None:
     for _ in range(3):
         worker.receive_until(lambda event: isinstance(event, Stats))
     # three times 0.5 s were promised; the rest is for a loaded machine
-    assert time.monotonic() - started_at < 6.0
+    assert time.monotonic() - started_at < 30.0
 
 
 def test_the_gauges_are_zero_in_the_heartbeat_that_follows_the_last_sequence(worker: Worker) -> None:

@@ -60,7 +60,7 @@ def replica(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable[...,
         yield open_one
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
     """Return once it holds; fail after the time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
