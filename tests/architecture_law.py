@@ -32,6 +32,7 @@ FLOORS = {
     "serve.engine": 3,
     "serve.probe": 3,
     "serve.model": 2,
+    "serve.text": 2,
     "serve.tenants": 2,
     "adapters_store": 1,
     "adapter_kernels": 1,
@@ -337,7 +338,7 @@ def _is_torch_free(name: str) -> bool:
         return name.split(".")[2] not in TORCH_ENGINE
     if name == PICKLE_READER:
         return False
-    rooms = {"serve.__main__", "serve.api", "serve.cli", "serve.console", "serve.probe", "serve.tenants"}
+    rooms = {"serve.__main__", "serve.api", "serve.cli", "serve.console", "serve.probe", "serve.tenants", "serve.text"}
     return _room(name) in {*rooms, "adapters_store", "loadtest"}
 
 

@@ -29,7 +29,7 @@ from serve.api import (
 )
 from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
-from serve.api.chat_encoder import ChatEncoder
+from serve.text.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
@@ -38,7 +38,7 @@ from serve.api.request_context import RequestContext
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
 from serve.config import ApiConfig
 from serve.metrics import Metrics

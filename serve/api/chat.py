@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.answer import Json, Output, answer_generation
-from serve.api.chat_encoder import require_template
+from serve.text.chat_encoder import require_template
 from serve.api.generation import Generation
 from serve.api.json_body import read_model
 from serve.api.limits import check_limits
@@ -25,7 +25,7 @@ from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
 from serve.api.tools import ToolPlan, plan_tools

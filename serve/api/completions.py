@@ -25,7 +25,7 @@ from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.messages import Grammar
 
 DEFAULT_MAX_TOKENS = 16

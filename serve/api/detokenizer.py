@@ -8,7 +8,7 @@ no character becomes one U+FFFD.
 import codecs
 from collections.abc import Iterable
 
-from serve.api.token_bytes import TokenBytes
+from serve.text.token_bytes import TokenBytes
 
 
 class Detokenizer:

@@ -25,7 +25,7 @@ from serve.api.selection import resolve_target
 from serve.api.state import ApiState, api_state
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens, share_of
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.errors import Unavailable
 from serve.messages import Embed, Ready
 from serve.tenants.principal import Principal

@@ -15,7 +15,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
 from serve.api.sampling import choice_seed
 from serve.api.target import Acts, Target
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
 from serve.messages import SamplingParams, Started, Submit

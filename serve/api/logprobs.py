@@ -7,7 +7,7 @@ shape is its text in the other.
 from collections.abc import Sequence
 
 from serve.api.detokenizer import Detokenizer
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.messages import TokenLogprobs
 
 Json = dict[str, object]

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from serve.api.detokenizer import Detokenizer
 from serve.api.schemas import GenerationRequest
 from serve.api.stop_strings import StopStrings
-from serve.api.token_bytes import TokenBytes
+from serve.text.token_bytes import TokenBytes
 from serve.errors import EngineFailed
 from serve.messages import Finished, FinishReason, Ready, Started, TokenLogprobs, Tokens
 

@@ -11,11 +11,11 @@ from fastapi import Request
 
 from adapters_store.proof import Proving
 from serve.api.auth import Door
-from serve.api.chat_encoder import ChatEncoder
+from serve.text.chat_encoder import ChatEncoder
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
 from serve.api.owned_adapters import OwnedAdapters
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
 from serve.api.uploads import UploadPool
 from serve.config import ApiConfig

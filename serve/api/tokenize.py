@@ -8,7 +8,7 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
-from serve.api.chat_encoder import require_template
+from serve.text.chat_encoder import require_template
 from serve.api.errors import error_responses
 from serve.api.json_body import read_model
 from serve.api.openapi import json_endpoint

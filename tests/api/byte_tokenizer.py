@@ -6,7 +6,7 @@ Owns test data only. Invariant: for plain text the ids are its UTF-8 bytes, so t
 import json
 from pathlib import Path
 
-from serve.api.token_bytes import byte_level_alphabet
+from serve.text.token_bytes import byte_level_alphabet
 
 IM_START, IM_END, END_OF_TEXT, THINK, TOOL_CALL = 256, 257, 258, 259, 260
 VOCAB_SIZE = 261

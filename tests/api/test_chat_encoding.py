@@ -8,10 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.api import chat_template
-from serve.api.chat_encoder import ChatEncoder, require_template
-from serve.api.chat_template import ChatTemplate
-from serve.api.special_text import SpecialText
-from serve.api.tokenizer import TextTokenizer
+from serve.text.chat_encoder import ChatEncoder, require_template
+from serve.text.chat_template import ChatTemplate
+from serve.text.special_text import SpecialText
+from serve.text.tokenizer import TextTokenizer
 from serve.errors import InvalidRequest, StartError
 from tests.api.byte_tokenizer import IM_END, TEMPLATE, THINK, write_model_dir
 from tests.api.test_detokenizer import BYTE_LEVEL, SENTENCEPIECE

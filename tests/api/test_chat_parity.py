@@ -3,8 +3,8 @@
 import pytest
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from serve.api.chat_encoder import ChatEncoder, require_template
-from serve.api.tokenizer import TextTokenizer
+from serve.text.chat_encoder import ChatEncoder, require_template
+from serve.text.tokenizer import TextTokenizer
 from tests.live_server import REPO_ROOT
 
 Chat = list[dict[str, str]]

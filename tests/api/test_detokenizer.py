@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from serve.api.detokenizer import Detokenizer
-from serve.api.token_bytes import TokenBytes, byte_level_alphabet
+from serve.text.token_bytes import TokenBytes, byte_level_alphabet
 from tests.api.byte_tokenizer import IM_END, THINK, VOCAB_SIZE, tokenizer_json
 
 SETTINGS = settings(max_examples=200, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])

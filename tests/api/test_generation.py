@@ -11,7 +11,7 @@ from serve.api.generation import Generation, run_generation
 from serve.api.output import OutputRules
 from serve.api.sampling import choice_seed
 from serve.api.target import Target
-from serve.api.tokenizer import TextTokenizer
+from serve.text.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
 from serve.messages import AdapterState, Finished, SamplingParams, Started, Submit, Tokens

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.api.output import OutputReader, OutputRules, Piece
-from serve.api.token_bytes import TokenBytes
+from serve.text.token_bytes import TokenBytes
 from serve.errors import EngineFailed
 from serve.messages import Finished, FinishReason, Tokens
 from tests.api.byte_tokenizer import IM_END, IM_START

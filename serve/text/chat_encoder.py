@@ -8,9 +8,9 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
-from serve.api.chat_template import ChatTemplate, read_chat_template
-from serve.api.special_text import SpecialText
-from serve.api.tokenizer import TextTokenizer
+from serve.text.chat_template import ChatTemplate, read_chat_template
+from serve.text.special_text import SpecialText
+from serve.text.tokenizer import TextTokenizer
 from serve.errors import InvalidRequest
 
 Json = dict[str, object]

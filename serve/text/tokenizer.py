@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from serve.api.token_bytes import TokenBytes
+from serve.text.token_bytes import TokenBytes
 from serve.errors import StartError
 
 _QWEN2_SPLIT = (
