@@ -5,6 +5,7 @@ Invariant: whatever ends the command (also Ctrl-C), a server started here is sto
 """
 
 import argparse
+import signal
 import subprocess
 import sys
 import time
@@ -38,8 +39,8 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
 
 
 def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server, gently first."""
-    server.terminate()
+    """End the server, gently first; no load balancer stands before it."""
+    server.send_signal(signal.SIGINT)
     try:
         server.wait(STOP_TIMEOUT_S)
     except subprocess.TimeoutExpired:

@@ -121,9 +121,20 @@ class WatchdogConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class DrainConfig:
+    """How the server leaves after SIGTERM."""
+
+    # not ready, but what still comes is served: load balancers hear of it late. SIGINT (Ctrl-C) has no such window
+    delay_s: float = 5.0
+    # from the signal to the end, the window included: what runs longer is cut
+    timeout_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
 class ServeConfig:
     """Everything `chorale serve` starts with."""
 
     api: ApiConfig
     engine: EngineConfig
     watchdog: WatchdogConfig = field(default_factory=WatchdogConfig)
+    drain: DrainConfig = field(default_factory=DrainConfig)

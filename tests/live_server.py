@@ -156,7 +156,8 @@ def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str
     command += ["--port", "0"]
     # tiny models gain nothing from more threads, and their barriers lose milliseconds each on a busy machine
     # and what is uploaded for other reasons need not be proven each time
-    command += ["--num-threads", "1", "--probe", "off", *options]
+    # and no load balancer stands before them
+    command += ["--num-threads", "1", "--probe", "off", "--drain-delay-s", "0", *options]
     with log_path.open("w") as log:
         process = subprocess.Popen(
             command,

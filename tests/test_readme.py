@@ -7,6 +7,7 @@ block that is not meant to be run is not fenced as bash, and no other shell lang
 import os
 import re
 import select
+import signal
 import socket
 import subprocess
 import time
@@ -83,7 +84,7 @@ class Stranger:
     def leave(self) -> None:
         """Stop the server as Ctrl-C would."""
         if self.server is not None:
-            self.server.terminate()
+            self.server.send_signal(signal.SIGINT)
             try:
                 self.server.wait(30.0)
             finally:

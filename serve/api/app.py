@@ -30,6 +30,7 @@ from serve.api import (
 from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
 from serve.text.chat_encoder import ChatEncoder
+from serve.api.drain import Drain, DrainGate
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
@@ -60,13 +61,19 @@ _ROOMS = (
 )
 
 
-def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None = None) -> FastAPI:
+def build_app(
+    config: ApiConfig,
+    engine: EngineGateway,
+    store: AdapterStore,
+    metrics: Metrics | None = None,
+    drain: Drain | None = None,
+) -> FastAPI:
     """Build the application over an engine and a store, both of which the caller starts and closes.
 
     Raises:
         StartError: the model's tokenizer or chat template cannot be used, the keys cannot, or a route has no scope.
     """
-    state = _build_state(config, engine, store, metrics)
+    state = _build_state(config, engine, store, metrics, drain or Drain())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
@@ -93,11 +100,14 @@ def build_app(config: ApiConfig, engine: EngineGateway, store: AdapterStore, met
     for router in routers:
         app.include_router(router)
     app.add_middleware(BodyGuard, limits=config.limits)
+    app.add_middleware(DrainGate, drain=state.drain)
     app.add_middleware(RequestContext)
     return app
 
 
-def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None) -> ApiState:
+def _build_state(
+    config: ApiConfig, engine: EngineGateway, store: AdapterStore, metrics: Metrics | None, drain: Drain
+) -> ApiState:
     door = Door.open(config)
     tokenizer = TextTokenizer.load(config.model_dir)
     encoder = ChatEncoder.load(config.model_dir, tokenizer)
@@ -116,6 +126,7 @@ def _build_state(config: ApiConfig, engine: EngineGateway, store: AdapterStore, 
         metrics=metrics,
         version=_version(),
         started=int(time.time()),
+        drain=drain,
     )
 
 

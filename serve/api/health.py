@@ -1,12 +1,14 @@
-"""What probes and scrapers read: alive, ready, metrics.
+"""What probes and scrapers read: started, alive, ready, metrics.
 
-Owns the answers only; the heartbeat is the engine client's, the numbers are the metrics'. Invariant: nothing here waits
-for the engine, so a probe is answered in time however busy it is.
+Owns the answers only; the heartbeat is the engine client's, the numbers are the metrics'. Probes: `/startupz`, was the
+model loaded once; `/livez`, would a restart help; `/readyz`, may requests come. Invariant: nothing here waits for
+the engine, so a probe is answered in time however busy it is.
 """
 
 from fastapi import APIRouter, Request
 from fastapi.responses import PlainTextResponse, Response
 
+from serve.api.drain import Phase, draining
 from serve.api.errors import error_responses
 from serve.api.state import api_state
 from serve.errors import EngineLoading, NotFound, Unavailable
@@ -24,13 +26,22 @@ async def livez(request: Request) -> dict[str, str]:
     return {"status": "ok"}
 
 
+@router.get("/startupz")
+async def startupz(request: Request) -> dict[str, str]:
+    """200 once the engine has been ready for the first time, and from then on."""
+    if api_state(request).engine.ready is None:
+        raise EngineLoading("the engine is loading the model", retry_after_s=2)
+    return {"status": "ok"}
+
+
 @router.get("/readyz")
 @router.get("/health")
 async def readyz(request: Request) -> dict[str, str]:
     """200 while requests are accepted and make progress."""
-    engine = api_state(request).engine
-    if engine.is_draining:
-        raise Unavailable("the server is shutting down", code="draining", retry_after_s=2)
+    state = api_state(request)
+    engine = state.engine
+    if engine.is_draining or state.drain.phase > Phase.OPEN:
+        raise draining()
     if not engine.is_ready:
         raise EngineLoading("the engine is not ready to take requests", retry_after_s=2)
     return {"status": "ok"}

@@ -26,6 +26,7 @@ _ADMIN = frozenset({Scope.ADMIN})
 ROUTE_SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = MappingProxyType(
     {
         ("GET", "/livez"): OPEN,
+        ("GET", "/startupz"): OPEN,
         ("GET", "/readyz"): OPEN,
         ("GET", "/health"): OPEN,
         ("GET", "/version"): _ANY,

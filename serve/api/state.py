@@ -12,6 +12,7 @@ from fastapi import Request
 from adapters_store.proof import Proving
 from serve.api.auth import Door
 from serve.text.chat_encoder import ChatEncoder
+from serve.api.drain import Drain
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
 from serve.api.owned_adapters import OwnedAdapters
@@ -47,6 +48,7 @@ class ApiState:
     metrics: Metrics | None
     version: str
     started: int
+    drain: Drain
     uploads: UploadPool = field(default_factory=UploadPool)
 
     @property

@@ -211,8 +211,27 @@ Preload = Annotated[
         envvar="CHORALE_PRELOAD", help="Folder of PEFT folders; names the store lacks are published at start."
     ),
 ]
-GraceS = Annotated[
-    float, typer.Option(envvar="CHORALE_GRACE_S", min=0.0, help="Seconds that running requests get after SIGTERM.")
+DrainDelayS = Annotated[
+    float,
+    typer.Option(
+        "--drain-delay-s",
+        "--drain-delay",
+        envvar="CHORALE_DRAIN_DELAY_S",
+        min=0.0,
+        help="Seconds after SIGTERM in which the server is not ready but still takes requests, until load balancers "
+        "have noticed.",
+    ),
+]
+DrainTimeoutS = Annotated[
+    float,
+    typer.Option(
+        "--drain-timeout-s",
+        "--drain-timeout",
+        "--grace-s",
+        envvar="CHORALE_DRAIN_TIMEOUT_S",
+        min=0.0,
+        help="Seconds from SIGTERM to the end, the delay included; what runs longer is cut.",
+    ),
 ]
 MetricsCompatOption = Annotated[
     MetricsCompat,

@@ -14,7 +14,7 @@ from pathlib import Path
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
-from serve.config import ApiConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
+from serve.config import ApiConfig, DrainConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
 from serve.errors import StartError
 from serve.model.download import resolve_model_dir
 
@@ -23,6 +23,7 @@ _API = ApiConfig(model_dir=Path(), store_dir=Path(), served_model_name="")
 _ENGINE = EngineConfig(model_dir=Path(), store_dir=Path())
 _LIMITS = LimitsConfig()
 _WATCHDOG = WatchdogConfig()
+_DRAIN = DrainConfig()
 
 
 def serve(
@@ -57,7 +58,8 @@ def serve(
     heartbeat_timeout_s: options.HeartbeatTimeoutS = _WATCHDOG.heartbeat_timeout_s,
     start_timeout_s: options.StartTimeoutS = _WATCHDOG.start_timeout_s,
     preload: options.Preload = None,
-    grace_s: options.GraceS = 30.0,
+    drain_delay_s: options.DrainDelayS = _DRAIN.delay_s,
+    drain_timeout_s: options.DrainTimeoutS = _DRAIN.timeout_s,
     probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
@@ -83,8 +85,7 @@ def serve(
         engine = replace(engine, max_adapter_rank=max_rank, enable_prefix_cache=prefix_cache)
         engine = replace(engine, gpu_memory_utilization=gpu_memory_utilization)
         watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
-        config = ServeConfig(api, engine, watchdog)
-        run_server(config, preload=preload, grace_s=grace_s)
+        run_server(ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s)), preload=preload)
 
 
 def read_tenant_limits(values: Iterable[str]) -> TenantLimits:

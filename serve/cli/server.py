@@ -3,6 +3,9 @@
 Owns the order of start and stop and the signals; decides nothing about requests. Invariants: stdout carries the ready
 line and nothing else; whatever way the server ends, the engine process and the socket are gone before `run_server`
 returns; a first SIGINT or SIGTERM drains, a second one ends at once.
+
+The drain: not ready at once; SIGTERM (a load balancer may stand before us) leaves the door open for a while; then new
+requests are refused, running ones are finished, and what takes too long is cut.
 """
 
 import asyncio
@@ -23,6 +26,7 @@ from adapters_store.quotas import OwnerQuota
 from adapters_store.redis_url import masked
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
+from serve.api.drain import Drain, Phase
 from serve.api.engine_client import EngineClient
 from serve.api.http_guard import guarded_protocol
 from serve.cli.redis_extra import open_shared
@@ -40,14 +44,11 @@ _BACKLOG = 1024
 _FLUSH_S = 5
 
 
-def run_server(
-    config: ServeConfig, *, preload: Path | None, grace_s: float, worker_module: str = WORKER_MODULE
-) -> None:
+def run_server(config: ServeConfig, *, preload: Path | None, worker_module: str = WORKER_MODULE) -> None:
     """Serve until a signal; returns after a clean end.
 
     Args:
         preload: folder of PEFT folders; those whose name the store lacks are published before the ready line.
-        grace_s: how long running requests may take to end after the first signal.
         worker_module: what the engine process runs; tests pass a fake.
     Raises:
         StartError, StoreError: the server cannot start; the message is for the operator.
@@ -57,7 +58,7 @@ def run_server(
         contextlib.closing(_open_store(config, spec)) as store,
         bound_socket(config.api.host, config.api.port) as listener,
     ):
-        uvloop.run(Server(config, store, listener, worker_module).run(preload, grace_s))
+        uvloop.run(Server(config, store, listener, worker_module).run(preload))
 
 
 def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
@@ -91,11 +92,13 @@ class Server:
         store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
         self._listener = listener
         self._host = config.api.host
+        self._delay_s = config.drain.delay_s
         metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)
         self._engine = EngineClient(
             config.engine, config.api.limits, config.watchdog, metrics, worker_module=worker_module
         )
-        app = build_app(config.api, self._engine, store, metrics)
+        self._drain = Drain()
+        app = build_app(config.api, self._engine, store, metrics, self._drain)
         self._http = SilentServer(
             uvicorn.Config(
                 app,
@@ -110,23 +113,21 @@ class Server:
             )
         )
 
-    async def run(self, preload: Path | None, grace_s: float) -> None:
+    async def run(self, preload: Path | None) -> None:
         """Start, serve, drain, stop."""
-        first, second = asyncio.Event(), asyncio.Event()
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, lambda: second.set() if first.is_set() else first.set())
+        signals = Signals(asyncio.get_running_loop())
+        first, second = signals.first, signals.second
         self._engine.start()
         http = asyncio.create_task(self._http.serve(sockets=[self._listener]))
-        http.add_done_callback(lambda _: first.set())
+        # without it nothing can be drained
+        http.add_done_callback(lambda _: signals.end_at_once())
         try:
             if await _finished_before(self._prepare(preload), first):
                 self._say_ready()
                 # the one place where the merged configuration is shown: a start that fails says one line
                 logger.info("%s", _without_secrets(self._config))
                 await first.wait()
-                logger.info("draining: running requests get %g s; a second signal ends at once", grace_s)
-                await _finished_before(self._engine.drain(grace_s), second)
+                await _finished_before(self._drain_out(0.0 if signals.is_interrupt else self._delay_s), second)
         finally:
             # a client that does not read must not keep the process
             self._http.force_exit = second.is_set()
@@ -141,9 +142,47 @@ class Server:
             proving = proving_on(self._engine, is_on=self._config.api.probe_adapters)
             await asyncio.to_thread(publish, self._store, folders, proving)
 
+    async def _drain_out(self, delay_s: float) -> None:
+        timeout_s = self._config.drain.timeout_s
+        # cut streams are told so, and slow clients must be gone inside the time too
+        cut_at = asyncio.get_running_loop().time() + timeout_s - min(_FLUSH_S, timeout_s / 6)
+        delay_s = min(delay_s, timeout_s)
+        logger.info("leaving: not ready, taking requests for %g s, ending within %g s", delay_s, timeout_s)
+        self._drain.move_to(Phase.LEAVING)
+        await asyncio.sleep(delay_s)
+        self._drain.move_to(Phase.REFUSING)
+        logger.info("draining: %d requests run; a second signal ends at once", self._drain.num_open)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(cut_at):
+                await self._drain.wait_empty()
+        await self._engine.drain(0.0)
+
     def _say_ready(self) -> None:
         host = f"[{self._host}]" if ":" in self._host else self._host
         print(f"chorale ready http://{host}:{self._listener.getsockname()[1]}", flush=True)
+
+
+class Signals:
+    """SIGINT and SIGTERM as two events: the first one of them, and the second one. Event loop only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.first, self.second = asyncio.Event(), asyncio.Event()
+        # Ctrl-C: somebody waits before the screen, and no load balancer is told
+        self.is_interrupt = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, self._take, number)
+
+    def end_at_once(self) -> None:
+        """Act as if both had come."""
+        self.first.set()
+        self.second.set()
+
+    def _take(self, number: signal.Signals) -> None:
+        if self.first.is_set():
+            self.second.set()
+        else:
+            self.is_interrupt = number == signal.SIGINT
+            self.first.set()
 
 
 def _without_secrets(config: ServeConfig) -> ServeConfig:

@@ -104,7 +104,7 @@ def test_every_route_but_the_probes_wants_a_key(locked: ApiServer) -> None:
         path = template.replace("{model_id:path}", "poet").replace("{name}", "poet").replace("{file}", "adapter.json")
         answer = locked.http.request(method, path)
         assert (answer.status_code == 401) is (scopes != OPEN), (method, path, answer.status_code)
-        assert (scopes == OPEN) is (template in ("/livez", "/readyz", "/health"))
+        assert (scopes == OPEN) is (template in ("/livez", "/readyz", "/health", "/startupz"))
 
 
 @pytest.mark.parametrize(

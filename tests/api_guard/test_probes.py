@@ -23,6 +23,17 @@ def test_liveness_and_readiness_follow_the_engine(
             assert answer.json()["error"]["type"] == "server_error"
 
 
+def test_started_means_ready_once_and_stays(api: WholeApi) -> None:
+    assert api.http.get("/startupz").status_code == 200
+    api.engine.is_live = api.engine.is_ready = False
+    assert api.http.get("/startupz").status_code == 200
+    ready, api.engine.ready = api.engine.ready, None
+    try:
+        assert api.http.get("/startupz").status_code == 503
+    finally:
+        api.engine.ready = ready
+
+
 def test_metrics_are_plain_text_and_rest_at_zero(api: WholeApi) -> None:
     answer = api.http.get("/metrics")
     assert answer.status_code == 200 and answer.headers["content-type"].startswith("text/plain; version=0.0.4")

@@ -14,9 +14,9 @@ def start_fake(tmp_path: Path) -> Iterator[StartFake]:
     """Hand out a function that starts fake servers; all are ended with the test."""
     servers: list[FakeServer] = []
 
-    def start(*, grace_s: float = 20.0) -> FakeServer:
+    def start(*, delay_s: float = 0.0, timeout_s: float = 60.0) -> FakeServer:
         model_dir = write_tiny_model(tmp_path / f"model{len(servers)}")
-        servers.append(FakeServer(model_dir, tmp_path / "store", grace_s))
+        servers.append(FakeServer(model_dir, tmp_path / "store", delay_s, timeout_s))
         return servers[-1]
 
     try:

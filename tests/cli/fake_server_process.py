@@ -19,8 +19,9 @@ StartFake = Callable[..., "FakeServer"]
 class FakeServer:
     """A running fake server and its address."""
 
-    def __init__(self, model_dir: Path, store_dir: Path, grace_s: float) -> None:
-        command = [sys.executable, "-m", "tests.cli.fake_server", str(model_dir), str(store_dir), str(grace_s)]
+    def __init__(self, model_dir: Path, store_dir: Path, delay_s: float, timeout_s: float) -> None:
+        command = [sys.executable, "-m", "tests.cli.fake_server", str(model_dir), str(store_dir)]
+        command += [str(delay_s), str(timeout_s)]
         self.process = subprocess.Popen(
             command,
             cwd=REPO_ROOT,

@@ -65,15 +65,36 @@ def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_
     )
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
-    assert int(refused.headers["retry-after"]) > 0
+    assert int(refused.headers["retry-after"]) > 0 and refused.headers["connection"] == "close"
+    assert server.get("/livez").status_code == server.get("/startupz").status_code == 200
     reader.join(30.0)
     assert reader.finish_reasons == ["length"]
     status, out, err = server.end()
     assert (status, out, err) == (0, "", "")
 
 
+def test_ctrl_c_waits_for_no_load_balancer(start_fake: StartFake) -> None:
+    server = start_fake(delay_s=600.0, timeout_s=600.0)
+    server.process.send_signal(signal.SIGINT)
+    assert server.end()[0] == 0
+
+
+def test_what_load_balancers_still_send_is_served_on_connections_that_end(start_fake: StartFake) -> None:
+    # ten minutes of window: what is asked here is certainly inside it
+    server = start_fake(delay_s=600.0, timeout_s=600.0)
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=30.0) as kept:
+        assert "connection" not in kept.get("/v1/models").headers
+        server.process.send_signal(signal.SIGTERM)
+        assert wait_for_status(server, "/readyz", 503)
+        taken = kept.post("/v1/completions", json={"model": "fake", "prompt": [0], "max_tokens": 4})
+        assert taken.status_code == 200 and taken.headers["connection"] == "close"
+        assert kept.get("/livez").status_code == 200
+    server.process.send_signal(signal.SIGTERM)
+    assert server.end()[0] == 0
+
+
 def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake: StartFake) -> None:
-    server = start_fake(grace_s=0.3)
+    server = start_fake(timeout_s=0.6)
     reader = begin_stream(server, 1_000)
     server.process.send_signal(signal.SIGINT)
     status, _, _ = server.end()
@@ -85,7 +106,7 @@ def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake:
 
 
 def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> None:
-    server = start_fake(grace_s=600.0)
+    server = start_fake(timeout_s=600.0)
     reader = begin_stream(server, 4_000)
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)

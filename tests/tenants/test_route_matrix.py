@@ -235,5 +235,5 @@ def test_the_table_names_real_routes_only_and_probes_alone_are_open() -> None:
         check_routes(routes)
     assert {*ROUTE_SCOPES} - {*endpoints(routes)} == {("GET", "/docs"), ("GET", "/openapi.json")}
     opened = {template for (_, template), scopes in ROUTE_SCOPES.items() if scopes == OPEN}
-    assert opened == {"/livez", "/readyz", "/health"}
+    assert opened == {"/livez", "/readyz", "/health", "/startupz"}
     assert required_scopes("GET", "/nowhere") is None and required_scopes("PUT", "/livez") is None
