@@ -16,6 +16,8 @@ MAX_WEIGHT = 2.0
 MIN_TENANT_WEIGHT = 0.01
 MAX_TENANT_WEIGHT = 100.0
 MAX_TENANT_CHARS = 128
+# a part of `Failed.message` where a model's results were NaN or infinite, and nowhere else
+NOT_FINITE = "numbers that are not finite"
 
 
 class FinishReason(StrEnum):
@@ -188,7 +190,10 @@ class Finished:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """Terminal: the sequence failed alone. `code` and `http_status` become the HTTP error."""
+    """Terminal: the sequence failed alone. `code` and `http_status` become the HTTP error.
+
+    `message` holds `NOT_FINITE` when that is the cause, so that an adapter's probe can tell it from others.
+    """
 
     request_id: str
     code: str
@@ -198,16 +203,19 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class AdapterState:
-    """One adapter as the engine holds it: `tier` is "host", "device" or "loading"."""
+    """One adapter as the engine holds it: `tier` is "fetching" (disk to host), "host", "loading" or "device"."""
 
     digest: str
     tier: str
     # by running sequences
     num_pins: int
+    # on the device
     num_bytes: int
     rank: int
     # it goes as soon as no running sequence holds it
     is_leaving: bool = False
+    # of its image in host memory; 0: none is there
+    num_host_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,11 +240,14 @@ class Stats:
     num_adapter_loads_total: int
     num_adapter_evictions_total: int
     num_steps_total: int
-    # last finished loads since the previous Stats, seconds
+    # last finished loads to the device since the previous Stats, seconds
     adapter_load_s: list[float]
-    # adapters that accepted sequences named: in memory already, or not
+    # adapters that accepted sequences named: on the device already, in host memory alone, or only on disk
     num_adapter_hits_total: int = 0
     num_adapter_misses_total: int = 0
+    num_adapter_host_hits_total: int = 0
+    num_adapter_fetches_total: int = 0
+    num_adapter_host_evictions_total: int = 0
     # since the previous Stats, in order: every move, and how many adapters acted in each step
     adapter_moves: list[AdapterMove] = field(default_factory=list)
     step_adapters: list[int] = field(default_factory=list)

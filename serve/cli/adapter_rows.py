@@ -74,4 +74,16 @@ def proof_lines(row: AdapterRow) -> list[str]:
         f"KL {proof['kl']}",
         f"  effect: {proof['served_effect']} as served, {proof['source_effect']} by the source, gain {proof['gain']}",
         f"  first differing token: {differing}",
+        *_size_lines(proof),
     ]
+
+
+def _size_lines(proof: dict[str, Json]) -> list[str]:
+    """Return how much the adapter changes the base; nothing for proofs older than that measure."""
+    change, warnings = proof.get("largest_change"), proof.get("warnings")
+    size = (
+        [f"  largest change: {change['ratio']} of the base at layers.{change['layer']} {change['site']}"]
+        if (isinstance(change, dict))
+        else []
+    )
+    return size + [f"  warning: {text}" for text in (warnings if isinstance(warnings, list) else [])]

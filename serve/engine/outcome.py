@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from serve.engine.lifecycle import LiveSequences
 from serve.engine.plan import Row, RowResult
 from serve.engine.sequence import Sequence, SequenceState
-from serve.messages import Embedded, Event, Failed, Finished, FinishReason, Started, Tokens
+from serve.messages import NOT_FINITE, Embedded, Event, Failed, Finished, FinishReason, Started, Tokens
 
 
 @dataclass(slots=True)
@@ -61,7 +61,7 @@ def finish_row(
 
 def _fail(live: LiveSequences, seq: Sequence, *, is_lost: bool) -> Failed:
     live.end(seq)
-    cause = "the engine could not run this step" if is_lost else "the model produced numbers that are not finite"
+    cause = "the engine could not run this step" if is_lost else f"the model produced {NOT_FINITE}"
     message = f"{cause} for {seq.acting} at token {seq.num_computed}; other requests go on"
     return Failed(seq.request_id, "engine_error", message, 500)
 

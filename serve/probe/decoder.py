@@ -17,6 +17,7 @@ from adapters_store.float_bits import Float32
 from serve.model.families import NormKind, NormPlacement, QkNorm
 from serve.model.spec import ModelSpec
 from serve.probe.arithmetic import activate, attend, causal_mask, log_softmax, rms_norm, rotate
+from serve.probe.change import Watch
 from serve.probe.weights import ProbeWeights
 
 Float64 = npt.NDArray[np.float64]
@@ -58,7 +59,16 @@ _BASE = SourceModel()
 class ReferenceDecoder:
     """One pass over a checkpoint for a few lanes."""
 
-    def __init__(self, spec: ModelSpec, weights: ProbeWeights, lanes: Sequence[Lane], *, max_model_len: int) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: ProbeWeights,
+        lanes: Sequence[Lane],
+        *,
+        max_model_len: int,
+        watch: Watch | None = None,
+    ) -> None:
+        self._watch = watch
         self._spec = spec
         self._weights = weights
         self._lanes = lanes
@@ -114,6 +124,8 @@ class ReferenceDecoder:
 
     def _linear(self, layer: int, site: str, rows: Rows) -> Rows:
         weight, bias = self._weights.site(layer, site)
+        if self._watch is not None:
+            self._watch(layer, site, weight)
         return [self._linear_lane(index, layer, site, x, weight, bias) for index, x in enumerate(rows)]
 
     def _linear_lane(

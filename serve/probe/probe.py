@@ -25,6 +25,7 @@ from adapters_store.proof import NotProbed, Proof, Proving, Staged
 from adapters_store.strict_json import Json
 from serve.errors import EngineLoading
 from serve.messages import Ready
+from serve.probe.change import SiteChange
 from serve.probe.measure import Measured, OtherToken
 from serve.probe.observed import OBSERVED_NAME, Observed
 from serve.probe.prompts import MAX_OWN_TOKENS, Prompt, Wishes, choose_prompts
@@ -66,9 +67,9 @@ class EngineProbe:
     def _prove(self, staged: Staged) -> Proof:
         ready, observed = self._run(self._observe(staged))
         check_effect(observed)
-        measured = _measure(staged, observed)
+        measured, change = _measure(staged, observed)
         check_agreement(measured, observed.dtype)
-        return proof_of(measured, observed, ready.device)
+        return proof_of(measured, observed, ready.device, change)
 
     def _run(self, work: Coroutine[object, object, Result]) -> Result:
         return asyncio.run_coroutine_threadsafe(work, self.loop).result()
@@ -134,7 +135,7 @@ def _trained_tokens(image: OpenAdapter) -> tuple[int, ...]:
     return tuple(sorted(found))[:MAX_OWN_TOKENS]
 
 
-def _measure(staged: Staged, observed: Observed) -> Measured:
+def _measure(staged: Staged, observed: Observed) -> tuple[Measured, SiteChange | None]:
     """Have the reference process compare; raises ProbeFailed, ProbeNotFinite."""
     options = staged.options
     if options.base_dir is None:
@@ -149,7 +150,8 @@ def _measure(staged: Staged, observed: Observed) -> Measured:
             raise ProbeFailed(f"the source's own formula cannot be computed: {outcome['refused']}")
         if not outcome["is_finite"]:
             raise ProbeNotFinite("by its own formula in float32 the adapter gives numbers that are not finite")
-        return _measured(outcome["measured"])
+        change = outcome["largest_change"]
+        return _measured(outcome["measured"]), None if change is None else SiteChange(**change)
     except (ConversionFailed, ValueError, KeyError, TypeError) as error:
         raise ProbeFailed(
             "the reference process of the probe ended without an answer; nothing was stored, see the server's log"

@@ -20,6 +20,7 @@ from adapters_store.errors import StoreError
 from adapters_store.float_bits import FILE_DTYPES, ROUNDOFF, Float32, decode, encode
 from serve.errors import StartError
 from serve.model.spec import ModelSpec, read_spec
+from serve.probe.change import ChangeWatch, Watch
 from serve.probe.decoder import Lane, ReferenceDecoder, Rounding
 from serve.probe.measure import Measured, Reference, measure
 from serve.probe.observed import OBSERVED_NAME, Observed
@@ -46,7 +47,8 @@ def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions
     try:
         observed = Observed.read(folder / OBSERVED_NAME)
         with open_source(source, options) as own, ProbeWeights(base_dir, options.base) as weights:
-            reference = run_reference(read_spec(base_dir), weights, own, observed)
+            watch = ChangeWatch(own)
+            reference = run_reference(read_spec(base_dir), weights, own, observed, watch)
     except StoreError as error:
         return {"refused": error.message}
     except StartError:
@@ -56,10 +58,13 @@ def _outcome(source: Path, folder: Path, base_dir: Path, options: ConvertOptions
         return {"refused": "the base and the adapter need too much memory"}
     if not all(np.isfinite(rows).all() for rows in (*reference.base, *reference.adapter)):
         return {"is_finite": False}
-    return {"is_finite": True, "measured": asdict(_measure(observed, reference))}
+    change = None if watch.largest is None else asdict(watch.largest)
+    return {"is_finite": True, "measured": asdict(_measure(observed, reference)), "largest_change": change}
 
 
-def run_reference(spec: ModelSpec, weights: ProbeWeights, source: SourceModel, observed: Observed) -> Reference:
+def run_reference(
+    spec: ModelSpec, weights: ProbeWeights, source: SourceModel, observed: Observed, watch: Watch | None = None
+) -> Reference:
     """Run base and source over the prompts, and once more as rounded twins; raises StoreError."""
     is_faithful = observed.dtype != "float32"
     dtype = FILE_DTYPES[observed.dtype]
@@ -67,7 +72,7 @@ def run_reference(spec: ModelSpec, weights: ProbeWeights, source: SourceModel, o
     lanes = [
         lane for rounding in roundings for own in (SourceModel(), source) for lane in _lanes(own, observed, rounding)
     ]
-    decoder = ReferenceDecoder(spec, weights, lanes, max_model_len=observed.max_model_len)
+    decoder = ReferenceDecoder(spec, weights, lanes, max_model_len=observed.max_model_len, watch=watch)
     found = decoder.logprobs()
     count = len(observed.prompts)
     parts = [found[begin : begin + count] for begin in range(0, len(found), count)]

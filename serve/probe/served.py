@@ -13,7 +13,7 @@ from typing import Protocol
 
 from adapters_store.errors import ProbeFailed, ProbeNotFinite, UnsupportedAdapter
 from serve.errors import EngineFailed, ServeError, Unavailable
-from serve.messages import Finished, Ready, SamplingParams, Started, Submit, TokenLogprobs, Tokens
+from serve.messages import NOT_FINITE, Finished, Ready, SamplingParams, Started, Submit, TokenLogprobs, Tokens
 from serve.probe.observed import Answers, Position
 from serve.probe.prompts import Prompt
 
@@ -21,8 +21,6 @@ _NUM_TOP = 20
 _RETRY_AFTER_S = 5
 # the adapter's load and a few short prompts, behind whatever else the engine does
 _TIMEOUT_S = 120.0
-# the engine names no other cause in these words
-_NOT_FINITE = "not finite"
 # what it says of an adapter that it could not load, and of a cause that may pass
 _LOAD_FAILED, _TRY_AGAIN = "adapter_load_failed", "send the request again"
 
@@ -134,7 +132,7 @@ def _position(entry: TokenLogprobs, carrier: Carrier) -> Position:
 
 def _cause(engine: ProbedEngine, carrier: Carrier, error: EngineFailed) -> Exception:
     """Tell numbers that are not finite from a step that cannot run, and both from an engine that is gone."""
-    if _NOT_FINITE in error.message:
+    if NOT_FINITE in error.message:
         return _not_finite(carrier)
     if not engine.is_ready:
         return _unavailable("the engine stopped while it ran the probe")

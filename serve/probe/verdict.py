@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from adapters_store.errors import AdapterWithoutEffect, ProbeDisagrees
 from adapters_store.proof import Proof
 from adapters_store.strict_json import Json
+from serve.probe.change import SiteChange, change_warnings
 from serve.probe.measure import Measured
 from serve.probe.observed import Observed
 
@@ -97,7 +98,7 @@ def check_agreement(measured: Measured, dtype: str) -> None:
         )
 
 
-def proof_of(measured: Measured, observed: Observed, device: str) -> Proof:
+def proof_of(measured: Measured, observed: Observed, device: str, change: SiteChange | None) -> Proof:
     """Return what is stored with the version, numbers to three digits."""
     allowed = tolerance(measured, observed.dtype)
     return {
@@ -106,6 +107,8 @@ def proof_of(measured: Measured, observed: Observed, device: str) -> Proof:
         "prompts": [list(prompt) for prompt in observed.prompts],
         **{key: _shown(value) for key, value in asdict(measured).items()},
         "tolerance": {key: _shown(value) for key, value in asdict(allowed).items()},
+        "largest_change": None if change is None else {**asdict(change), "ratio": _shown(change.ratio)},
+        "warnings": change_warnings(change),
     }
 
 

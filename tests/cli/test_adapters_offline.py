@@ -68,6 +68,7 @@ def test_with_the_base_at_hand_an_adapter_is_proven_on_it(store_dir: Path, base:
     assert run_json("show", "voice", "--store", store_dir) == [added]
     shown = run("show", "voice", "--store", store_dir).stdout
     assert f"largest error {proof['max_error']} (allowed" in shown and "first differing token: none" in shown
+    assert f"largest change: {proof['largest_change']['ratio']} of the base at layers." in shown
 
 
 def test_an_adapter_without_proof_says_why(store_dir: Path, base: Path, voice: Path) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapters_store.base import read_base_dims
+from adapters_store.base import SITES, read_base_dims
 from tests.live_server import LiveServer, start_server, stop_server
 from tests.probe.faults import FAULTS, RSLORA_LOST
 from tests.probe.planted_server import FAULT_NAME
@@ -119,6 +119,8 @@ def test_an_honest_conversion_carries_its_proof_everywhere(live: Live, rslora: P
     assert proof["max_error"] <= proof["tolerance"]["max_error"] < 1e-2 < proof["served_effect"]
     assert proof["typical_error"] <= proof["tolerance"]["typical_error"] < 3e-4
     assert proof["gain"] == 1.0 and proof["first_differing_token"] is None and proof["kl"] < 1e-4
+    assert proof["largest_change"]["ratio"] > 0 and proof["largest_change"]["site"] in SITES
+    assert (proof["warnings"] == []) == (proof["largest_change"]["ratio"] <= 1)
     assert card["report"]["refused"] == [] and len(card["report"]["applied"]) == 7 * NUM_LAYERS
     with live.server.client() as client:
         assert client.get("/v1/adapters/voice").json()["proof"] == proof

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from adapters_store.convert.source_model import Floats, SourceModel
 from adapters_store.errors import (
     AdapterWithoutEffect,
     ProbeDisagrees,
@@ -17,6 +18,7 @@ from adapters_store.errors import (
 )
 from serve.errors import EngineFailed, EngineLoading, ServeError, Unavailable
 from serve.messages import Finished, FinishReason, Ready, Started, Submit, TokenLogprobs, Tokens
+from serve.probe.change import ChangeWatch, SiteChange, change_warnings
 from serve.probe.measure import Measured, OtherToken, Reference, measure
 from serve.probe.observed import Answers, Observed, Position
 from serve.probe.probe import proving_on
@@ -239,10 +241,43 @@ def test_a_gain_that_noise_could_feign_is_not_held_against_the_adapter() -> None
 
 def test_the_proof_is_plain_json_of_three_digits() -> None:
     observed = Observed(((1, 2),), ((),), ((),), "float32", 64)
-    proof = proof_of(replace(GOOD, max_error=1.23456e-5, first_differing_token=OtherToken(0, 1, 2, 3)), observed, "cpu")
+    measured = replace(GOOD, max_error=1.23456e-5, first_differing_token=OtherToken(0, 1, 2, 3))
+    proof = proof_of(measured, observed, "cpu", SiteChange(1, "q_proj", 0.123456))
     assert proof["max_error"] == 1.23e-5 and proof["prompts"] == [[1, 2]] and proof["device"] == "cpu"
     assert proof["first_differing_token"] == {"prompt": 0, "position": 1, "served": 2, "source": 3}
     assert proof["tolerance"] == {"max_error": 2e-4, "rms_error": 5e-5, "typical_error": 3e-5, "gain_error": 0.01}
+    assert proof["largest_change"] == {"layer": 1, "site": "q_proj", "ratio": 0.123} and proof["warnings"] == []
+
+
+class _PlusLowRank(SourceModel):
+    """Adds a matrix to one site of the base."""
+
+    def __init__(self, delta: Floats) -> None:
+        self.delta = delta
+
+    def linear(self, layer: int, site: str, x: Floats, weight: Floats, bias: Floats | None) -> Floats:
+        own = weight + self.delta if (layer, site) == (1, "o_proj") else weight
+        return super().linear(layer, site, x, own, bias)
+
+
+@pytest.mark.parametrize("times", [0.25, 0.9, 1.2, 40.0])
+def test_a_change_larger_than_the_layer_is_named_and_a_smaller_one_is_not(times: float) -> None:
+    random = np.random.default_rng(1)
+    weights = {(layer, site): random.standard_normal((24, 64)) for layer in range(3) for site in ("q_proj", "o_proj")}
+    delta = random.standard_normal((24, 4)) @ random.standard_normal((4, 64))
+    delta *= times * np.linalg.norm(weights[1, "o_proj"]) / np.linalg.norm(delta)
+    watch = ChangeWatch(_PlusLowRank(delta))
+    for _ in range(2):
+        for (layer, site), weight in weights.items():
+            watch(layer, site, weight.astype(np.float32))
+    change = watch.largest
+    assert change is not None and (change.layer, change.site) == (1, "o_proj")
+    # 16 rows through rank 4: within a fifth
+    assert change.ratio == pytest.approx(times, rel=0.2)
+    assert len(change_warnings(change)) == (times > 1) and change_warnings(None) == []
+    if times > 1:
+        (text,) = change_warnings(change)
+        assert f"{change.ratio:.3g} times" in str(text) and "lora_alpha" in str(text)
 
 
 def test_equal_answers_are_no_effect() -> None:
