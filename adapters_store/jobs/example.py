@@ -17,12 +17,29 @@ _MAX_MESSAGES, _MAX_TASK = 2048, 200
 
 
 @dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of an answer and its task."""
+
+    text: str
+    task: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Message:
-    """One message; `fields` is what the chat template sees of it, `is_learnt` whether its tokens count."""
+    """One message; `fields` is what the chat template sees of it, `is_learnt` whether its tokens count.
+
+    `parts` cut an answer's text where its task changes; without any the whole answer has `task`.
+    """
 
     fields: Mapping[str, Json]
     is_learnt: bool
     task: str | None = None
+    parts: tuple[Part, ...] = ()
+
+    @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """Return the labels of the answer's pieces."""
+        return tuple(part.task for part in self.parts) or (self.task,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,12 +53,13 @@ class Example:
     @property
     def tasks(self) -> tuple[str, ...]:
         """Return the labels of the answers that are learnt."""
-        return tuple(message.task for message in self.messages if message.is_learnt and message.task is not None)
+        labels = (task for message in self.messages if message.is_learnt for task in message.tasks)
+        return tuple(task for task in labels if task is not None)
 
     @property
     def is_labelled(self) -> bool:
         """Has every answer that is learnt a task?"""
-        return all(message.task is not None for message in self.messages if message.is_learnt)
+        return all(None not in message.tasks for message in self.messages if message.is_learnt)
 
 
 def read_example(line: dict[str, Json]) -> Example:
@@ -86,13 +104,30 @@ def _read_message(value: Json, index: int, task: str | None) -> Message:
         raise CorruptUpload(f"{where}: only an assistant's message has a weight or a task")
     if "tool_calls" in value and (role != "assistant" or not isinstance(value["tool_calls"], list)):
         raise CorruptUpload(f"{where}.tool_calls must be a list in an assistant's message")
-    content = value.get("content")
+    _encodable(value, where)
+    content, own = value.get("content"), _task(value.get("task")) or task
+    parts = _parts(content, f"{where}.content", own) if isinstance(content, list) else ()
+    if parts:
+        content = "".join(part.text for part in parts)
     if not (content is None and value.get("tool_calls")):
         _text(content, f"{where}.content")
-    _encodable(value, where)
-    fields = {key: inner for key, inner in value.items() if key not in ("weight", "task")}
-    own = _task(value.get("task")) or task
-    return Message(MappingProxyType(fields), is_learnt=role == "assistant" and weight == 1, task=own)
+    if role != "assistant" and any(part.task != own for part in parts):
+        raise CorruptUpload(f"{where}: only an assistant's message has a task")
+    fields = {key: inner for key, inner in value.items() if key not in ("weight", "task", "content")}
+    is_learnt = role == "assistant" and weight == 1
+    return Message(MappingProxyType({**fields, "content": content}), is_learnt, own, parts)
+
+
+def _parts(given: list[Json], where: str, task: str | None) -> tuple[Part, ...]:
+    if not 0 < len(given) <= _MAX_MESSAGES:
+        raise CorruptUpload(f"{where} must be a string or a list of 1 to {_MAX_MESSAGES} parts")
+    parts = []
+    for index, part in enumerate(given):
+        if not isinstance(part, dict) or part.get("type") != "text":
+            raise CorruptUpload(f"{where}[{index}] must be an object of type text")
+        _only(part, {"type", "text", "task"}, f"{where}[{index}]")
+        parts.append(Part(_text(part.get("text"), f"{where}[{index}].text"), _task(part.get("task")) or task))
+    return tuple(parts)
 
 
 def _task(value: Json) -> str | None:

@@ -6,8 +6,11 @@ what changes (state, progress, result, error) changes in transactions of `Jobs`,
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Generic, TypeVar
 
 from adapters_store.strict_json import Json
+
+Item = TypeVar("Item")
 
 
 class JobState(StrEnum):
@@ -71,7 +74,6 @@ class NewJob:
     seed: int
     spec: dict[str, Json]
     hyperparameters: dict[str, Json]
-    has_method: bool
     metadata: dict[str, str] | None
     promotion: Promotion | None
     inputs: dict[str, str] = field(default_factory=dict)
@@ -193,7 +195,7 @@ class Parcel:
 
 
 @dataclass(frozen=True, slots=True)
-class JobPage[Item]:
+class JobPage(Generic[Item]):
     """Part of a list, newest first."""
 
     items: tuple[Item, ...]

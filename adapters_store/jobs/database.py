@@ -1,0 +1,90 @@
+"""The file that jobs and data files are kept in: `training.sqlite` in the store's folder.
+
+Owns the tables, the connection and the turning of SQLite's errors into the store's. Invariant: every change is one
+transaction that is durable before the call returns.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from adapters_store.durable_sqlite import connect, transaction
+from adapters_store.errors import StorageFailed, StoreFull, storage_errors
+
+TRAINING_FILE = "training.sqlite"
+# another process holds the write lock for one small transaction at most
+_BUSY_TIMEOUT_S = 30.0
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, base TEXT NOT NULL,
+    state TEXT NOT NULL, created REAL NOT NULL, finished REAL, model_name TEXT NOT NULL, fine_tuned_model TEXT,
+    facts TEXT NOT NULL, token INTEGER NOT NULL DEFAULT 0, worker TEXT, lease_until REAL,
+    num_lost INTEGER NOT NULL DEFAULT 0, best_step INTEGER NOT NULL DEFAULT 0,
+    progress TEXT, trained TEXT, result_files TEXT, error TEXT
+);
+CREATE INDEX IF NOT EXISTS jobs_by_state ON jobs (state);
+CREATE INDEX IF NOT EXISTS jobs_by_tenant ON jobs (tenant);
+CREATE TABLE IF NOT EXISTS events (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, created REAL NOT NULL,
+    level TEXT NOT NULL, message TEXT NOT NULL, data TEXT, series TEXT, step INTEGER
+);
+CREATE INDEX IF NOT EXISTS events_by_job ON events (job, number);
+CREATE UNIQUE INDEX IF NOT EXISTS metrics_once ON events (job, series, step) WHERE series IS NOT NULL;
+CREATE TABLE IF NOT EXISTS checkpoints (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, job TEXT NOT NULL, step INTEGER NOT NULL,
+    created REAL NOT NULL, export TEXT NOT NULL, metrics TEXT NOT NULL, state TEXT NOT NULL, UNIQUE (job, step)
+);
+CREATE TABLE IF NOT EXISTS files (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, created REAL NOT NULL,
+    purpose TEXT NOT NULL, num_bytes INTEGER NOT NULL, expires REAL, facts TEXT NOT NULL
+);
+CREATE INDEX IF NOT EXISTS files_by_tenant ON files (tenant);
+"""
+
+
+class TrainingDatabase:
+    """One connection to the file. Thread-safe; several processes may have the same file open."""
+
+    def __init__(self, store_dir: Path, clock: Callable[[], float]) -> None:
+        """Open or create the file; raises StorageFailed, StoreFull."""
+        self._lock = threading.Lock()
+        self.clock = clock
+        with storage_errors():
+            store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with _sqlite_errors():
+            self._connection = connect(store_dir / TRAINING_FILE, busy_timeout_s=_BUSY_TIMEOUT_S)
+            try:
+                self._connection.row_factory = sqlite3.Row
+                self._connection.executescript(_SCHEMA)
+            except sqlite3.Error:
+                self._connection.close()
+                raise
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Hold the connection for reading; raises StorageFailed."""
+        with self._lock, _sqlite_errors():
+            yield self._connection
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Run the block as one transaction; raises StorageFailed, StoreFull."""
+        with self._lock, _sqlite_errors(), transaction(self._connection) as db:
+            yield db
+
+    def close(self) -> None:
+        """Give back the connection."""
+        with self._lock:
+            self._connection.close()
+
+
+@contextmanager
+def _sqlite_errors() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_FULL":
+            raise StoreFull("the store's disk is full; delete adapters or data files, or ask the operator") from error
+        raise StorageFailed("the store's training jobs cannot be read or written; try again later") from error

@@ -1,0 +1,185 @@
+"""Where the trainer's files lie under the store: data files, what is arriving, and a folder per job.
+
+    training/staging/<random>/       a data file on its way in; gone when its owner is
+    training/files/<file id>         a data file, never changed
+    training/jobs/<job id>/inputs/   what the job reads: links, so that nothing can be deleted under it
+    training/jobs/<job id>/run-<n>/  what the worker with fencing token n writes, and nobody else
+    training/jobs/<job id>/exports/  adapters that wait to be published
+
+Owns these paths and the moves between them. Invariant: taking over a run renames its folder, so a worker whose token is
+void finds nothing to write to; an export appears whole or not at all.
+"""
+
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from adapters_store.errors import StorageFailed, storage_errors
+from adapters_store.file_system import FileSystem, open_regular
+from adapters_store.locks import lock_folder
+
+# what no row names and is older than this was left by a crash
+_ORPHAN_S = 3600.0
+_MAX_EXPORT_FILES = 512
+_COPY_BYTES = 1 << 20
+
+
+class TrainingFolders:
+    """The folders of one store."""
+
+    def __init__(self, store_dir: Path, files: FileSystem | None = None) -> None:
+        """Create what is missing; raises StorageFailed, StoreFull."""
+        self.store_dir = store_dir
+        self.staging, self.data_files = store_dir / "training" / "staging", store_dir / "training" / "files"
+        self.jobs = store_dir / "training" / "jobs"
+        self._files = files or FileSystem()
+        with storage_errors():
+            for folder in (self.staging, self.data_files, self.jobs):
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def job(self, job_id: str) -> Path:
+        """Return a job's folder."""
+        return self.jobs / job_id
+
+    def inputs(self, job_id: str) -> Path:
+        """Return the folder of what a job reads."""
+        return self.job(job_id) / "inputs"
+
+    def make_job(self, job_id: str, inputs: Mapping[str, str]) -> None:
+        """Create a job's folder with links to what it reads.
+
+        Args:
+            inputs: path inside `inputs/` to path inside the store.
+        Raises:
+            FileNotFoundError: one of them is gone. StorageFailed, StoreFull: the disk.
+        """
+        try:
+            for name, source in inputs.items():
+                target = self.inputs(job_id) / name
+                with storage_errors():
+                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _link(self.store_dir / source, target)
+        except BaseException:
+            self.remove_job(job_id)
+            raise
+
+    def begin_run(self, job_id: str, token: int) -> Path:
+        """Return the folder of the run with this token, which continues the newest run before it; raises StorageFailed.
+
+        The folder of the run before is renamed: its worker, if it still lives, can name nothing in it any more.
+        """
+        ours = self.job(job_id) / f"run-{token}"
+        with storage_errors():
+            runs = {int(path.name[4:]): path for path in self.job(job_id).glob("run-*") if path.name[4:].isdigit()}
+            before = max((number for number in runs if number < token), default=None)
+            if before is None:
+                ours.mkdir(mode=0o700, parents=True, exist_ok=True)
+            else:
+                os.rename(runs[before], ours)
+            return ours
+
+    def keep_export(self, job_id: str, name: str, exported: Path) -> str:
+        """Copy an exported adapter out of a run; return its path inside the job's folder.
+
+        What the walled process wrote is taken as a stranger's: regular files of one name, a bounded number of them.
+
+        Raises:
+            StorageFailed, StoreFull: it is not readable, or the disk is full.
+        """
+        exports = self.job(job_id) / "exports"
+        target, partial = exports / name, exports / f".{name}.{os.getpid()}"
+        with storage_errors():
+            exports.mkdir(mode=0o700, exist_ok=True)
+            if target.is_dir():
+                return f"exports/{name}"
+            shutil.rmtree(partial, ignore_errors=True)
+            _copy_tree(exported, partial, self._files)
+            try:
+                os.rename(partial, target)
+            except OSError:
+                # an earlier worker of the job got there first, with the same bytes
+                if not target.is_dir():
+                    raise
+                self._files.remove_tree(partial)
+            self._files.sync_dir(exports)
+        return f"exports/{name}"
+
+    def lock_job(self, job_id: str) -> int | None:
+        """Take a job folder's lock and return the descriptor that holds it; None if somebody else has it."""
+        try:
+            return lock_folder(self.job(job_id))
+        except FileNotFoundError:
+            return None
+
+    def remove_job(self, job_id: str) -> None:
+        """Remove a job's folder; what cannot be removed now is left to the next sweep."""
+        with suppress(OSError):
+            self._files.remove_tree(self.job(job_id))
+
+    def sweep(self, unneeded_jobs: Callable[[list[str]], list[str]], known_files: Callable[[], set[str]]) -> None:
+        """Remove what ended or died: folders of ended jobs, data files that no row names, staging without an owner.
+
+        Raises:
+            StorageFailed: the folders cannot be listed.
+        """
+        with storage_errors():
+            old_jobs = [entry.name for entry in os.scandir(self.jobs)]
+            for job_id in unneeded_jobs(old_jobs):
+                if _is_old(self.job(job_id)) or (self.job(job_id) / "inputs").is_dir():
+                    self.remove_job(job_id)
+            known = known_files()
+            for entry in list(os.scandir(self.data_files)):
+                if entry.name not in known and _is_old(Path(entry.path)):
+                    self._files.unlink(Path(entry.path))
+            for entry in list(os.scandir(self.staging)):
+                self._sweep_staging(Path(entry.path))
+
+    def _sweep_staging(self, folder: Path) -> None:
+        with suppress(OSError):
+            lock = lock_folder(folder)
+            if lock is not None:
+                try:
+                    self._files.remove_tree(folder)
+                finally:
+                    os.close(lock)
+
+
+def _is_old(path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > _ORPHAN_S
+    return False
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name, or copy it where the disk cannot; raises FileNotFoundError, StorageFailed."""
+    try:
+        os.link(source, target, follow_symlinks=False)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        with storage_errors():
+            shutil.copyfile(source, target)
+
+
+def _copy_tree(source: Path, target: Path, files: FileSystem) -> None:
+    """Copy a flat or nested folder of regular files durably; raises OSError, StorageFailed."""
+    files.make_dir(target)
+    entries = sorted(os.scandir(source), key=lambda entry: entry.name)
+    if len(entries) > _MAX_EXPORT_FILES:
+        raise StorageFailed(f"the exported adapter has {len(entries)} files; the limit is {_MAX_EXPORT_FILES}")
+    for entry in entries:
+        if entry.is_dir(follow_symlinks=False):
+            _copy_tree(Path(entry.path), target / entry.name, files)
+            continue
+        with open_regular(Path(entry.path)) as file:
+            descriptor = files.create(target / entry.name)
+            try:
+                while chunk := file.read(_COPY_BYTES):
+                    files.write(descriptor, chunk)
+            finally:
+                files.close(descriptor)
+        files.sync_file(target / entry.name)
+    files.sync_dir(target)
