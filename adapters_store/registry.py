@@ -1,4 +1,4 @@
-"""What a registry of names, versions and aliases promises; SQLite implements it, others may follow.
+"""What a registry of names, versions and what points to them promises; two implement it.
 
 Owns the value types that leave the store. Invariant: a version, once published, never changes and its number is never
 given again, not even after its name was deleted; `publish` returns only when the version is durable.
@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from adapters_store.base import BaseDims
+from adapters_store.canary import StickyId, place_of
 from adapters_store.manifest import Manifest, Report
 from adapters_store.names import parse_selector
+from adapters_store.pointers import Choose, Decide, Move, Pointers, What
 from adapters_store.strict_json import Json
 
 BaseFacts = dict[str, str | int | bool]
@@ -69,6 +71,9 @@ class AdapterVersion:
     invocation_tokens: tuple[int, ...] = ()
     proof: dict[str, Json] | None = None
     not_probed: str = NOT_PROBED_BEFORE
+    # who uploaded it, and whether it was to wait for its promotion
+    by: str = ""
+    staged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +93,8 @@ class NewVersion:
     invocation_tokens: tuple[int, ...] = ()
     proof: dict[str, Json] | None = None
     not_probed: str = ""
+    by: str = ""
+    staged: bool = False
 
     @classmethod
     def of(cls, name: str, manifest: Manifest, *, created: int) -> "NewVersion":
@@ -135,11 +142,29 @@ class AdapterRef:
         )
 
 
+def move_of(version: AdapterVersion) -> Move:
+    """Return the move that a version's publication is."""
+    what = What.STAGE if version.staged else What.PUBLISH
+    return Move(what, version.version, version.created, version.by)
+
+
+@dataclass(frozen=True, slots=True)
+class Traffic:
+    """Which versions the plain name's requests get: `canary` gets `pointers.share` of them."""
+
+    current: AdapterVersion
+    canary: AdapterVersion | None
+    pointers: Pointers
+
+
 class Registry(Protocol):
-    """Names -> numbered versions -> digests, and aliases. Thread-safe; raises StoreError only."""
+    """Names -> numbered versions -> digests, and pointers to them. Thread-safe; raises StoreError only."""
 
     def publish(self, new: NewVersion) -> AdapterVersion:
-        """Give the next number, make it the name's current version, return when durable. NameTaken on a case twin."""
+        """Give the next number and return when durable; NameTaken on a case twin.
+
+        The name means the version from then on, unless it is `staged` and the name means another one already.
+        """
         ...
 
     def check_free(self, name: str) -> None:
@@ -166,8 +191,24 @@ class Registry(Protocol):
         """Return the current version of every name, by name."""
         ...
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point `name:alias` to an existing version."""
+    def traffic(self, name: str) -> Traffic | None:
+        """Return what the plain name means, canary included, as of one moment."""
+        ...
+
+    def pointers(self, name: str) -> Pointers | None:
+        """Return where a name points and how it came to that."""
+        ...
+
+    def move(self, name: str, decide: Decide) -> Pointers:
+        """Let `decide` see the name with nothing else moving, make its move, return the pointers when durable.
+
+        Raises:
+            AdapterNotFound: no such name. What `decide` raises.
+        """
+        ...
+
+    def retire(self, name: str, choose: Choose, *, now: int) -> list[AdapterVersion]:
+        """Forget the versions that `choose` names and return them; their digests count as retired from `now` on."""
         ...
 
     def delete(self, name: str, *, now: int) -> None:
@@ -183,9 +224,13 @@ class Registry(Protocol):
         ...
 
 
-def find_version(registry: Registry, model: str) -> AdapterVersion | None:
-    """Return the version that `name`, `name@3`, `name@sha256:...` or `name:alias` means; an exact name always wins."""
-    found = registry.current(model)
+def find_version(registry: Registry, model: str, sticky: StickyId | None = None) -> AdapterVersion | None:
+    """Return the version that `name`, `name@3`, `name@sha256:...` or `name:alias` means; an exact name always wins.
+
+    Args:
+        sticky: whose request it is; the plain name then gives some of them the canary. None: never.
+    """
+    found = registry.current(model) if sticky is None else _drawn(registry.traffic(model), sticky)
     if found is not None:
         return found
     selector = parse_selector(model)
@@ -196,3 +241,10 @@ def find_version(registry: Registry, model: str) -> AdapterVersion | None:
         return registry.version(selector.name, selector.version)
     matching = [version for version in registry.versions(selector.name) if version.digest == selector.digest]
     return matching[-1] if matching else None
+
+
+def _drawn(traffic: Traffic | None, sticky: StickyId) -> AdapterVersion | None:
+    if traffic is None or traffic.canary is None:
+        return None if traffic is None else traffic.current
+    place = place_of(traffic.canary.digest, traffic.canary.name, sticky.of(traffic.pointers.sticky))
+    return traffic.canary if place < traffic.pointers.share else traffic.current

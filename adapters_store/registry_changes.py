@@ -8,7 +8,17 @@ import json
 from dataclasses import asdict, dataclass, field
 
 from adapters_store.errors import StorageFailed
+from adapters_store.json_values import integer, json_list, json_object, text
 from adapters_store.manifest import Report
+from adapters_store.pointers import (
+    Move,
+    Pointers,
+    What,
+    move_json,
+    pointers_before_moves,
+    read_move,
+    read_pointers,
+)
 from adapters_store.registry import AdapterVersion
 from adapters_store.strict_json import Json, canonical_json
 
@@ -28,12 +38,20 @@ class Published:
 
 
 @dataclass(frozen=True, slots=True)
-class Aliased:
-    """`name:alias` points to a version from here on."""
+class Moved:
+    """A pointer of a name moved."""
 
     name: str
-    alias: str
-    version: int
+    move: Move
+
+
+@dataclass(frozen=True, slots=True)
+class Retired:
+    """Versions of a name went at `now` (unix seconds); the name stays."""
+
+    name: str
+    versions: tuple[int, ...]
+    now: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +68,13 @@ class Everything:
 
     store_id: str
     versions: tuple[AdapterVersion, ...] = ()
-    # name -> its current version, (name, alias) -> version, folded name -> last number given, digest -> retired when
-    current: dict[str, int] = field(default_factory=dict)
-    aliases: dict[tuple[str, str], int] = field(default_factory=dict)
+    # by name; folded name -> last number given, digest -> retired when
+    pointers: dict[str, Pointers] = field(default_factory=dict)
     last_numbers: dict[str, int] = field(default_factory=dict)
     retired: dict[str, int] = field(default_factory=dict)
 
 
-Change = Founded | Published | Aliased | Deleted | Everything
+Change = Founded | Published | Moved | Retired | Deleted | Everything
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +123,10 @@ def _body(change: Change) -> dict[str, Json]:
             return {"kind": "founded", "store": store_id}
         case Published(version):
             return {"kind": "published", "version": asdict(version)}
-        case Aliased(name, alias, number):
-            return {"kind": "aliased", "name": name, "alias": alias, "version": number}
+        case Moved(name, move):
+            return {"kind": "moved", "name": name, "move": move_json(move)}
+        case Retired(name, numbers, now):
+            return {"kind": "retired", "name": name, "versions": [*numbers], "now": now}
         case Deleted(name, now):
             return {"kind": "deleted", "name": name, "now": now}
         case Everything():
@@ -115,8 +134,13 @@ def _body(change: Change) -> dict[str, Json]:
                 "kind": "everything",
                 "store": change.store_id,
                 "versions": [asdict(version) for version in change.versions],
-                "current": {**change.current},
-                "aliases": [[name, alias, number] for (name, alias), number in sorted(change.aliases.items())],
+                "current": {name: each.current for name, each in change.pointers.items()},
+                "aliases": [
+                    [name, alias, number]
+                    for name, each in sorted(change.pointers.items())
+                    for alias, number in sorted(each.aliases.items())
+                ],
+                "pointers": {name: each.to_json() for name, each in change.pointers.items()},
                 "last_numbers": {**change.last_numbers},
                 "retired": {**change.retired},
             }
@@ -129,16 +153,22 @@ def _change(fields: dict[str, Json]) -> Change:
             return Founded(str(values["store"]))
         case "published":
             return Published(version_of(values["version"]))  # type: ignore[arg-type]
+        case "moved":
+            return Moved(str(values["name"]), read_move(values["move"]))
         case "aliased":
-            return Aliased(**values)  # type: ignore[arg-type]
+            # as releases before the moves wrote it
+            move = Move(What.ALIAS, int(values["version"]), 0, "", alias=str(values["alias"]))  # type: ignore[arg-type]
+            return Moved(str(values["name"]), move)
+        case "retired":
+            return Retired(str(values["name"]), tuple(values["versions"]), int(values["now"]))  # type: ignore[arg-type]
         case "deleted":
             return Deleted(**values)  # type: ignore[arg-type]
         case "everything":
+            versions = tuple(version_of(facts) for facts in values["versions"])  # type: ignore[union-attr,arg-type]
             return Everything(
                 store_id=str(values["store"]),
-                versions=tuple(version_of(facts) for facts in values["versions"]),  # type: ignore[union-attr,arg-type]
-                current=values["current"],  # type: ignore[arg-type]
-                aliases=_aliases(values["aliases"]),
+                versions=versions,
+                pointers=_pointers(values, versions),
                 last_numbers=values["last_numbers"],  # type: ignore[arg-type]
                 retired=values["retired"],  # type: ignore[arg-type]
             )
@@ -146,7 +176,16 @@ def _change(fields: dict[str, Json]) -> Change:
             raise ValueError(f"unknown kind {kind!r}")
 
 
-def _aliases(rows: Json) -> dict[tuple[str, str], int]:
-    if not isinstance(rows, list):
-        raise ValueError("aliases are no list")
-    return {(row[0], row[1]): row[2] for row in rows}  # type: ignore[misc,index]
+def _pointers(values: dict[str, Json], versions: tuple[AdapterVersion, ...]) -> dict[str, Pointers]:
+    aliases: dict[str, dict[str, int]] = {}
+    for row in map(json_list, json_list(values["aliases"])):
+        aliases.setdefault(text(row[0]), {})[text(row[1])] = integer(row[2])
+    known = json_object(values.get("pointers", {}))
+    found = {}
+    for name, current in json_object(values["current"]).items():
+        if name in known:
+            found[name] = read_pointers(known[name], aliases.get(name, {}))
+        else:
+            numbers = [version.version for version in versions if version.name == name]
+            found[name] = pointers_before_moves(integer(current), numbers, aliases.get(name, {}))
+    return found

@@ -6,7 +6,6 @@ decides who gets a number, so two replicas can never publish one version twice, 
 reads come from memory and need neither Redis nor the folder; without Redis nothing changes, since nobody would hear.
 """
 
-import hashlib
 import threading
 import uuid
 from collections.abc import Callable
@@ -15,18 +14,20 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
-from adapters_store.errors import RegistryUnavailable, StorageFailed, storage_errors
+from adapters_store.errors import RegistryUnavailable, StorageFailed
 from adapters_store.journal import NOTHING_BEFORE, Journal, LinkingFileSystem
-from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.journal_reader import JournalReader
+from adapters_store.pointers import Choose, Decide, Pointers
+from adapters_store.registry import AdapterVersion, NewVersion, Traffic
 from adapters_store.registry_changes import (
-    Aliased,
     Change,
     Deleted,
     Entry,
     Everything,
     Founded,
+    Moved,
     Published,
-    read_entry,
+    Retired,
     write_entry,
 )
 from adapters_store.registry_state import RegistryState
@@ -67,12 +68,11 @@ class SharedRegistry:
         self._head: Head | None = None
         self._before_close: Callable[[], None] | None = None
         self._is_away = False
-        # one at a time follows or changes; `_reading` is held for moments only, so no request waits for the disk
-        self._changing, self._reading = threading.RLock(), threading.Lock()
-        self._state = RegistryState()
-        self._number, self._last = -1, NOTHING_BEFORE
+        # one at a time follows or changes
+        self._changing = threading.RLock()
+        self._known = JournalReader(journal)
         self._found()
-        self._catch_up_wholly()
+        self._known.catch_up_wholly()
 
     @classmethod
     def open(cls, store: Path) -> "SharedRegistry":
@@ -82,12 +82,12 @@ class SharedRegistry:
     @property
     def store_id(self) -> str:
         """Return the store's identity, which its key in Redis carries."""
-        return self._state.store_id
+        return self._known.read(lambda state: state.store_id)
 
     @property
     def number(self) -> int:
         """Return the number of the newest change that this process knows."""
-        return self._number
+        return self._known.number
 
     @property
     def is_away(self) -> bool:
@@ -113,14 +113,27 @@ class SharedRegistry:
         assert entry is not None and isinstance(entry.change, Published)
         return entry.change.version
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point `name:alias` to an existing version."""
+    def move(self, name: str, decide: Decide) -> Pointers:
+        """Let `decide` see the name with nothing else moving, make its move, return the pointers when durable."""
 
-        def decide(state: RegistryState) -> Change:
-            state.check_alias(name, alias, version)
-            return Aliased(name, alias, version)
+        def decided(state: RegistryState) -> Change | None:
+            move = decide(state.named(name))
+            return None if move is None else Moved(name, move)
 
-        self._change(decide)
+        self._change(decided)
+        return self._known.read(lambda state: state.pointers(name)) or Pointers()
+
+    def retire(self, name: str, choose: Choose, *, now: int) -> list[AdapterVersion]:
+        """Forget the versions that `choose` names and return them; their digests count as retired from `now` on."""
+        gone: list[AdapterVersion] = []
+
+        def decided(state: RegistryState) -> Change | None:
+            numbers = tuple(choose(state.named(name)))
+            gone[:] = [version for version in state.versions(name) if version.version in numbers]
+            return Retired(name, numbers, now) if numbers else None
+
+        self._change(decided)
+        return gone
 
     def delete(self, name: str, *, now: int) -> None:
         """Forget a name with its versions and aliases; their digests count as retired from `now` on."""
@@ -139,33 +152,35 @@ class SharedRegistry:
         """Raise NameTaken as `Registry` says; RegistryUnavailable early, before somebody sends gigabytes in vain."""
         if self._head is None or self._is_away:
             raise RegistryUnavailable()
-        with self._reading:
-            self._state.check_free(name)
+        self._known.read(lambda state: state.check_free(name))
 
     def current(self, name: str) -> AdapterVersion | None:
         """Return the name's current version."""
-        with self._reading:
-            return self._state.current(name)
+        return self._known.read(lambda state: state.current(name))
 
     def version(self, name: str, version: int) -> AdapterVersion | None:
         """Return one version by number."""
-        with self._reading:
-            return self._state.version(name, version)
+        return self._known.read(lambda state: state.version(name, version))
 
     def aliased(self, name: str, alias: str) -> AdapterVersion | None:
         """Return the version that `name:alias` points to."""
-        with self._reading:
-            return self._state.aliased(name, alias)
+        return self._known.read(lambda state: state.aliased(name, alias))
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """Return all versions of a name, oldest first."""
-        with self._reading:
-            return self._state.versions(name)
+        return self._known.read(lambda state: state.versions(name))
 
     def all_current(self) -> list[AdapterVersion]:
         """Return the current version of every name, by name."""
-        with self._reading:
-            return self._state.all_current()
+        return self._known.read(lambda state: state.all_current())
+
+    def pointers(self, name: str) -> Pointers | None:
+        """Return where a name points and how it came to that."""
+        return self._known.read(lambda state: state.pointers(name))
+
+    def traffic(self, name: str) -> Traffic | None:
+        """Return what the plain name means, canary included, as of one moment."""
+        return self._known.read(lambda state: state.traffic(name))
 
     def digests(self, *, retired_since: int) -> set[str]:
         """Return every digest that some version points to, or that was retired at or after that time.
@@ -180,19 +195,16 @@ class SharedRegistry:
                 top = self._head.top()
         self.catch_up()
         self._check_not_behind(top)
-        with self._reading:
-            return self._state.digests(retired_since=retired_since)
+        return self._known.read(lambda state: state.digests(retired_since=retired_since))
 
     def everything(self) -> Everything:
         """Return all that is known, as one change."""
-        with self._reading:
-            return self._state.everything()
+        return self._known.read(lambda state: state.everything())
 
     def catch_up(self) -> None:
         """Follow the journal to its end; raises StorageFailed."""
         with self._changing:
-            while self._follow() or self._jump():
-                continue
+            self._known.catch_up()
 
     def close(self) -> None:
         """Give back the connections."""
@@ -206,13 +218,13 @@ class SharedRegistry:
         if self._head is None:
             raise RegistryUnavailable()
         self._head.forget()
-        self._head.announce(self._number)
+        self._head.announce(self.number)
 
     def adopt(self, everything: Everything) -> None:
         """Begin with what another registry knew; raises StorageFailed if this one has changes of its own."""
 
         def decide(state: RegistryState) -> Change:
-            if self._number > 0:
+            if self.number > 0:
                 raise StorageFailed("the store's journal has changes of its own; nothing was taken over")
             return replace(everything, store_id=state.store_id)
 
@@ -226,18 +238,18 @@ class SharedRegistry:
         top = self._head.top()
         with self._changing, self._journal.lock.held():
             while True:
-                self._catch_up_wholly()
+                self._known.catch_up_wholly()
                 self._check_not_behind(top)
-                change = decide(self._state)
+                change = self._known.read(decide)
                 if change is None:
                     return None
-                entry = Entry(self._number + 1, self._last, change)
+                entry = Entry(self._known.number + 1, self._known.last, change)
                 if self._journal.append(entry.number, write_entry(entry)):
                     break
             self.catch_up()
             # durable, so it happened: if Redis went just now, the others hear of it when it is back
             with suppress(RegistryUnavailable):
-                self._head.announce(self._number)
+                self._head.announce(self.number)
         return entry
 
     def _found(self) -> None:
@@ -245,51 +257,10 @@ class SharedRegistry:
             with self._journal.lock.held():
                 self._journal.append(0, write_entry(Entry(0, NOTHING_BEFORE, Founded(uuid.uuid4().hex))))
 
-    def _follow(self) -> bool:
-        payload = self._journal.read(self._number + 1)
-        if payload is None:
-            return False
-        entry = read_entry(payload, self._number + 1)
-        if entry.before != self._last:
-            raise StorageFailed(
-                f"change {entry.number} of the store's journal does not follow change {self._number}; "
-                "restore the journal folder from a backup, then restart"
-            )
-        self._take(entry, payload)
-        return True
-
-    def _jump(self) -> bool:
-        """Go on at a checkpoint, if the changes up to there are gone."""
-        number = self._journal.checkpoint()
-        if number <= self._number:
-            return False
-        payload = self._journal.read(number)
-        entry = None if payload is None else read_entry(payload, number)
-        if payload is None or entry is None or not isinstance(entry.change, Everything):
-            raise StorageFailed(f"change {number} of the store's journal, its checkpoint, is missing")
-        self._take(entry, payload)
-        return True
-
-    def _take(self, entry: Entry, payload: bytes) -> None:
-        with self._reading:
-            self._state.apply(entry.change)
-            self._number, self._last = entry.number, hashlib.sha256(payload).hexdigest()
-
-    def _catch_up_wholly(self) -> None:
-        # listed first: what others write meanwhile is no gap
-        with storage_errors():
-            newest = max(self._journal.numbers(), default=-1)
-        self.catch_up()
-        if newest > self._number:
-            raise StorageFailed(
-                f"change {self._number + 1} of the store's journal is missing, change {newest} is there; "
-                "restore the journal folder from a backup"
-            )
-
     def _check_not_behind(self, top: int) -> None:
-        if top > self._number:
+        if top > self.number:
             raise RegistryUnavailable(
-                f"Redis knows of change {top}, the shared folder shows {self._number} here; if the folder was restored "
+                f"Redis knows of change {top}, the shared folder shows {self.number} here; if the folder was restored "
                 "from a backup, run `chorale store rebuild`"
             )
 

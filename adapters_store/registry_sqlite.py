@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 
-from adapters_store.durable_sqlite import connect, transaction
+from adapters_store.durable_sqlite import connect, snapshot, transaction
 from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
 from adapters_store.manifest import Report
-from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.pointers import Choose, Decide, Named, Pointers, pointers_before_moves, read_pointers
+from adapters_store.registry import AdapterVersion, NewVersion, Traffic, move_of
 from adapters_store.registry_changes import Everything
 
 _SCHEMA = """
@@ -30,11 +31,14 @@ CREATE INDEX IF NOT EXISTS versions_by_digest ON versions (digest);
 CREATE TABLE IF NOT EXISTS aliases (
     name TEXT NOT NULL, alias TEXT NOT NULL, version INTEGER NOT NULL, PRIMARY KEY (name, alias)
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS pointers (name TEXT PRIMARY KEY, share INTEGER NOT NULL, facts TEXT NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS numbers (folded TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS retired (digest TEXT PRIMARY KEY, since INTEGER NOT NULL) WITHOUT ROWID;
 """
 # another process holds the write lock for one small transaction at most
 _BUSY_TIMEOUT_S = 30.0
+_CURRENT = "JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?"
+_ONE = "WHERE v.name = ? AND v.version = ?"
 
 
 class SqliteRegistry:
@@ -58,11 +62,13 @@ class SqliteRegistry:
             self._check_free(db, new.name)
             row = db.execute("SELECT last FROM numbers WHERE folded = ?", (folded,)).fetchone()
             number = (row[0] if row else 0) + 1
+            pointers = read_pointers_of(db, new.name) or Pointers()
             facts = asdict(new)
             db.execute("INSERT INTO versions VALUES (?, ?, ?, ?)", (new.name, number, new.digest, json.dumps(facts)))
             db.execute("INSERT OR REPLACE INTO numbers VALUES (?, ?)", (folded, number))
-            db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (new.name, folded, number))
-        return _version(number, json.dumps(facts))
+            version = _version(number, json.dumps(facts))
+            _write_pointers(db, new.name, pointers.after(move_of(version)))
+        return version
 
     def check_free(self, name: str) -> None:
         """Raise NameTaken if `name` differs only in case from another, or spells an existing `name:alias`."""
@@ -71,11 +77,11 @@ class SqliteRegistry:
 
     def current(self, name: str) -> AdapterVersion | None:
         """Return the name's current version."""
-        return self._one("JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?", name)
+        return self._one(_CURRENT, name)
 
     def version(self, name: str, version: int) -> AdapterVersion | None:
         """Return one version by number."""
-        return self._one("WHERE v.name = ? AND v.version = ?", name, version)
+        return self._one(_ONE, name, version)
 
     def aliased(self, name: str, alias: str) -> AdapterVersion | None:
         """Return the version that `name:alias` points to."""
@@ -90,21 +96,51 @@ class SqliteRegistry:
         """Return the current version of every name, by name."""
         return self._many("JOIN names n ON n.name = v.name AND n.current = v.version ORDER BY v.name")
 
-    def set_alias(self, name: str, alias: str, version: int) -> None:
-        """Point `name:alias` to an existing version."""
+    def pointers(self, name: str) -> Pointers | None:
+        """Return where a name points and how it came to that."""
+        with self._read() as db, snapshot(db):
+            return read_pointers_of(db, name)
+
+    def traffic(self, name: str) -> Traffic | None:
+        """Return what the plain name means, canary included, as of one moment."""
+        with self._read() as db, snapshot(db):
+            # the usual case has no canary and asks nothing more
+            row = db.execute("SELECT share FROM pointers WHERE name = ?", (name,)).fetchone()
+            pointers = read_pointers_of(db, name) if row is not None and row[0] else None
+            current = _select(db, _CURRENT, name)
+            canary = [] if pointers is None else _select(db, _ONE, name, pointers.canary or 0)
+        if not current:
+            return None
+        return Traffic(current[0], canary[0] if canary else None, pointers or Pointers())
+
+    def move(self, name: str, decide: Decide) -> Pointers:
+        """Let `decide` see the name with nothing else moving, make its move, return the pointers when durable."""
         with self._transaction() as db:
-            found = db.execute("SELECT 1 FROM versions WHERE name = ? AND version = ?", (name, version)).fetchone()
-            if found is None:
-                raise AdapterNotFound(f"adapter '{name}' has no version {version}", param="version")
-            if db.execute("SELECT 1 FROM names WHERE name = ?", (f"{name}:{alias}",)).fetchone():
-                raise NameTaken(f"an adapter is already called '{name}:{alias}'; choose another alias", param="alias")
-            db.execute("INSERT OR REPLACE INTO aliases VALUES (?, ?, ?)", (name, alias, version))
+            named = _named(db, name)
+            move = decide(named)
+            if move is None:
+                return named.pointers
+            pointers = named.pointers.after(move)
+            _write_pointers(db, name, pointers)
+        return pointers
+
+    def retire(self, name: str, choose: Choose, *, now: int) -> list[AdapterVersion]:
+        """Forget the versions that `choose` names and return them; their digests count as retired from `now` on."""
+        with self._transaction() as db:
+            named = _named(db, name)
+            gone = [version for number in choose(named) for version in _select(db, _ONE, name, number)]
+            for version in gone:
+                db.execute("DELETE FROM versions WHERE name = ? AND version = ?", (name, version.version))
+                db.execute("INSERT OR REPLACE INTO retired VALUES (?, ?)", (version.digest, now))
+            if gone:
+                _write_pointers(db, name, named.pointers.without(version.version for version in gone))
+        return gone
 
     def delete(self, name: str, *, now: int) -> None:
         """Forget a name with its versions and aliases; their digests count as retired from `now` on."""
         with self._transaction() as db:
             db.execute("INSERT OR REPLACE INTO retired SELECT digest, ? FROM versions WHERE name = ?", (now, name))
-            for table in ("names", "versions", "aliases"):
+            for table in ("names", "versions", "aliases", "pointers"):
                 db.execute(f"DELETE FROM {table} WHERE name = ?", (name,))
 
     def digests(self, *, retired_since: int) -> set[str]:
@@ -118,11 +154,11 @@ class SqliteRegistry:
         """Return all that the file holds, as one change of a journal."""
         with self._transaction() as db:
             versions = db.execute("SELECT version, facts FROM versions ORDER BY name, version").fetchall()
+            names = db.execute("SELECT name FROM names").fetchall()
             return Everything(
                 store_id="",
                 versions=tuple(_version(number, facts) for number, facts in versions),
-                current=dict(db.execute("SELECT name, current FROM names")),
-                aliases={(row[0], row[1]): row[2] for row in db.execute("SELECT name, alias, version FROM aliases")},
+                pointers={name: read_pointers_of(db, name) or Pointers() for (name,) in names},
                 last_numbers=dict(db.execute("SELECT folded, last FROM numbers")),
                 retired=dict(db.execute("SELECT digest, since FROM retired")),
             )
@@ -130,7 +166,7 @@ class SqliteRegistry:
     def adopt(self, everything: Everything) -> None:
         """Hold this and nothing else; returns when it is durable."""
         with self._transaction() as db:
-            for table in ("names", "versions", "aliases", "numbers", "retired"):
+            for table in ("names", "versions", "aliases", "pointers", "numbers", "retired"):
                 db.execute(f"DELETE FROM {table}")
             for version in everything.versions:
                 facts = asdict(version)
@@ -138,10 +174,8 @@ class SqliteRegistry:
                 db.execute(
                     "INSERT INTO versions VALUES (?, ?, ?, ?)", (name, number, version.digest, json.dumps(facts))
                 )
-            names = [(name, name.casefold(), current) for name, current in everything.current.items()]
-            db.executemany("INSERT INTO names VALUES (?, ?, ?)", names)
-            aliases = [(name, alias, number) for (name, alias), number in everything.aliases.items()]
-            db.executemany("INSERT INTO aliases VALUES (?, ?, ?)", aliases)
+            for name, pointers in everything.pointers.items():
+                _write_pointers(db, name, pointers)
             db.executemany("INSERT INTO numbers VALUES (?, ?)", everything.last_numbers.items())
             db.executemany("INSERT INTO retired VALUES (?, ?)", everything.retired.items())
 
@@ -168,8 +202,7 @@ class SqliteRegistry:
 
     def _many(self, clause: str, *values: str | int) -> list[AdapterVersion]:
         with self._read() as db:
-            rows = db.execute(f"SELECT v.version, v.facts FROM versions v {clause}", values).fetchall()
-        return [_version(number, facts) for number, facts in rows]
+            return _select(db, clause, *values)
 
     @contextmanager
     def _read(self) -> Iterator[sqlite3.Connection]:
@@ -180,6 +213,47 @@ class SqliteRegistry:
     def _transaction(self) -> Iterator[sqlite3.Connection]:
         with self._writing, _storage_errors(), transaction(self._writer) as db:
             yield db
+
+
+def read_pointers_of(db: sqlite3.Connection, name: str) -> Pointers | None:
+    """Return a name's pointers, those that a release without moves left included."""
+    row = db.execute("SELECT current FROM names WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        return None
+    aliases = dict(db.execute("SELECT alias, version FROM aliases WHERE name = ?", (name,)))
+    facts = db.execute("SELECT facts FROM pointers WHERE name = ?", (name,)).fetchone()
+    if facts is not None:
+        return read_pointers(json.loads(facts[0]), aliases)
+    return pointers_before_moves(row[0], _numbers(db, name), aliases)
+
+
+def _write_pointers(db: sqlite3.Connection, name: str, pointers: Pointers) -> None:
+    db.execute("INSERT OR REPLACE INTO names VALUES (?, ?, ?)", (name, name.casefold(), pointers.current))
+    db.execute("DELETE FROM aliases WHERE name = ?", (name,))
+    aliases = [(name, alias, number) for alias, number in pointers.aliases.items()]
+    db.executemany("INSERT INTO aliases VALUES (?, ?, ?)", aliases)
+    facts = json.dumps(pointers.to_json())
+    db.execute("INSERT OR REPLACE INTO pointers VALUES (?, ?, ?)", (name, pointers.share, facts))
+
+
+def _named(db: sqlite3.Connection, name: str) -> Named:
+    pointers = read_pointers_of(db, name)
+    if pointers is None:
+        raise AdapterNotFound(f"there is no adapter {ascii(name)[:140]}; GET /v1/adapters lists them", param="name")
+
+    def is_name(other: str) -> bool:
+        return db.execute("SELECT 1 FROM names WHERE name = ?", (other,)).fetchone() is not None
+
+    return Named(name, pointers, _numbers(db, name), is_name)
+
+
+def _numbers(db: sqlite3.Connection, name: str) -> tuple[int, ...]:
+    return tuple(row[0] for row in db.execute("SELECT version FROM versions WHERE name = ? ORDER BY version", (name,)))
+
+
+def _select(db: sqlite3.Connection, clause: str, *values: str | int) -> list[AdapterVersion]:
+    rows = db.execute(f"SELECT v.version, v.facts FROM versions v {clause}", values).fetchall()
+    return [_version(number, facts) for number, facts in rows]
 
 
 def _version(number: int, facts: str) -> AdapterVersion:

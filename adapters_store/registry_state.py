@@ -6,8 +6,11 @@ for names that differ only in case, deleted ones included.
 """
 
 from adapters_store.errors import AdapterNotFound, NameTaken
-from adapters_store.registry import AdapterVersion
-from adapters_store.registry_changes import Aliased, Change, Deleted, Everything, Founded, Published
+from adapters_store.pointers import Named, Pointers
+from adapters_store.registry import AdapterVersion, Traffic, move_of
+from adapters_store.registry_changes import Change, Deleted, Everything, Founded, Moved, Published, Retired
+
+_NOWHERE = Pointers()
 
 
 class RegistryState:
@@ -16,9 +19,8 @@ class RegistryState:
     def __init__(self) -> None:
         self.store_id = ""
         self._versions: dict[str, dict[int, AdapterVersion]] = {}
-        self._current: dict[str, int] = {}
+        self._pointers: dict[str, Pointers] = {}
         self._folded: dict[str, str] = {}
-        self._aliases: dict[tuple[str, str], int] = {}
         self._last_numbers: dict[str, int] = {}
         self._retired: dict[str, int] = {}
 
@@ -29,8 +31,10 @@ class RegistryState:
                 self.store_id = store_id
             case Published(version):
                 self._publish(version)
-            case Aliased(name, alias, number):
-                self._aliases[name, alias] = number
+            case Moved(name, move):
+                self._pointers[name] = self._pointers[name].after(move)
+            case Retired(name, numbers, now):
+                self._retire(name, numbers, now)
             case Deleted(name, now):
                 self._delete(name, now)
             case Everything():
@@ -43,8 +47,7 @@ class RegistryState:
             versions=tuple(
                 version for name in sorted(self._versions) for _, version in sorted(self._versions[name].items())
             ),
-            current=dict(self._current),
-            aliases=dict(self._aliases),
+            pointers=dict(self._pointers),
             last_numbers=dict(self._last_numbers),
             retired={digest: since for digest, since in self._retired.items() if since >= retired_since},
         )
@@ -61,19 +64,27 @@ class RegistryState:
                 f"adapter '{name}' differs only in case from the existing '{twin}'; choose another name", param="name"
             )
         owner, _, alias = name.rpartition(":")
-        if owner and (owner, alias) in self._aliases:
+        if owner in self._pointers and alias in self._pointers[owner].aliases:
             raise NameTaken(f"'{name}' is the alias '{alias}' of adapter '{owner}'; choose another name", param="name")
 
-    def check_alias(self, name: str, alias: str, version: int) -> None:
-        """Raise AdapterNotFound or NameTaken if the alias cannot be set."""
-        if version not in self._versions.get(name, {}):
-            raise AdapterNotFound(f"adapter '{name}' has no version {version}", param="version")
-        if f"{name}:{alias}" in self._current:
-            raise NameTaken(f"an adapter is already called '{name}:{alias}'; choose another alias", param="alias")
+    def named(self, name: str) -> Named:
+        """Return what a move of the name's pointers is decided by; raises AdapterNotFound."""
+        if name not in self._pointers:
+            raise AdapterNotFound(f"there is no adapter {ascii(name)[:140]}; GET /v1/adapters lists them", param="name")
+        return Named(name, self._pointers[name], tuple(sorted(self._versions[name])), self._pointers.__contains__)
 
     def current(self, name: str) -> AdapterVersion | None:
         """Return the name's current version."""
-        return self.version(name, self._current.get(name, 0))
+        return self.version(name, self._at(name).current)
+
+    def pointers(self, name: str) -> Pointers | None:
+        """Return where a name points."""
+        return self._pointers.get(name)
+
+    def traffic(self, name: str) -> Traffic | None:
+        """Return what the plain name means, canary included."""
+        current, pointers = self.current(name), self._at(name)
+        return None if current is None else Traffic(current, self.version(name, pointers.canary or 0), pointers)
 
     def version(self, name: str, number: int) -> AdapterVersion | None:
         """Return one version by number."""
@@ -81,7 +92,7 @@ class RegistryState:
 
     def aliased(self, name: str, alias: str) -> AdapterVersion | None:
         """Return the version that `name:alias` points to."""
-        return self.version(name, self._aliases.get((name, alias), 0))
+        return self.version(name, self._at(name).aliases.get(alias, 0))
 
     def versions(self, name: str) -> list[AdapterVersion]:
         """Return all versions of a name, oldest first."""
@@ -89,34 +100,40 @@ class RegistryState:
 
     def all_current(self) -> list[AdapterVersion]:
         """Return the current version of every name, by name."""
-        return [self._versions[name][number] for name, number in sorted(self._current.items())]
+        return [self._versions[name][pointers.current] for name, pointers in sorted(self._pointers.items())]
 
     def digests(self, *, retired_since: int) -> set[str]:
         """Return every digest that some version points to, or that was retired at or after that time."""
         pointed = {version.digest for numbered in self._versions.values() for version in numbered.values()}
         return pointed | {digest for digest, since in self._retired.items() if since >= retired_since}
 
+    def _at(self, name: str) -> Pointers:
+        return self._pointers.get(name, _NOWHERE)
+
     def _publish(self, version: AdapterVersion) -> None:
         folded = version.name.casefold()
         self._versions.setdefault(version.name, {})[version.version] = version
-        self._current[version.name] = version.version
+        self._pointers[version.name] = self._at(version.name).after(move_of(version))
         self._folded[folded] = version.name
         self._last_numbers[folded] = version.version
+
+    def _retire(self, name: str, numbers: tuple[int, ...], now: int) -> None:
+        for number in numbers:
+            self._retired[self._versions[name].pop(number).digest] = now
+        self._pointers[name] = self._pointers[name].without(numbers)
 
     def _delete(self, name: str, now: int) -> None:
         for version in self._versions.pop(name, {}).values():
             self._retired[version.digest] = now
-        if self._current.pop(name, None) is not None:
+        if self._pointers.pop(name, None) is not None:
             del self._folded[name.casefold()]
-        self._aliases = {key: number for key, number in self._aliases.items() if key[0] != name}
 
     def _replace(self, everything: Everything) -> None:
         self.store_id = everything.store_id
         self._versions = {}
         for version in everything.versions:
             self._versions.setdefault(version.name, {})[version.version] = version
-        self._current = dict(everything.current)
-        self._folded = {name.casefold(): name for name in everything.current}
-        self._aliases = dict(everything.aliases)
+        self._pointers = dict(everything.pointers)
+        self._folded = {name.casefold(): name for name in everything.pointers}
         self._last_numbers = dict(everything.last_numbers)
         self._retired = dict(everything.retired)

@@ -8,6 +8,7 @@ died is recognised by its free lock.
 import os
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -66,6 +67,14 @@ class PartWriter:
         self.close()
 
 
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What the uploader wants besides the bytes: `by` names them, `staged` leaves the name where it is."""
+
+    by: str = ""
+    staged: bool = False
+
+
 class Upload:
     """A staging folder: `source/` holds the parts, `object/` what the converter makes of them."""
 
@@ -81,6 +90,7 @@ class Upload:
         self.files = files
         self.folder = staging / uuid.uuid4().hex
         self.proving: Proving = NO_ENGINE
+        self.wish = Wish()
         self._max_bytes = max_bytes
         self._num_bytes = 0
         self._publish = publish
@@ -130,16 +140,24 @@ class Upload:
         if self._num_bytes > self._max_bytes:
             raise UploadTooLarge(f"the upload is larger than {self._max_bytes} bytes (max_upload_bytes)", param="files")
 
-    def commit(self, name: str, declared: Declared | None = None, *, proving: Proving = NO_ENGINE) -> AdapterVersion:
+    def commit(
+        self,
+        name: str,
+        declared: Declared | None = None,
+        *,
+        proving: Proving = NO_ENGINE,
+        wish: Wish | None = None,
+    ) -> AdapterVersion:
         """Convert, validate, prove and publish the upload as the next version of `name`; durable when this returns.
 
         Args:
             declared: what the uploader says about the files; nothing: their format is found by their names.
             proving: runs the adapter on the base before it becomes visible, or says why nobody does.
+            wish: nothing: the name means the version from then on.
         Raises:
             StoreError: the subclass says why; nothing was published. Or what the probe raised.
         """
-        self.proving = proving
+        self.proving, self.wish = proving, wish if wish is not None else Wish()
         for part in self._parts.values():
             part.close()
         declared = declared if declared is not None else Declared()

@@ -67,11 +67,12 @@ def test_a_rebuild_for_replicas_needs_their_redis(filled: Path) -> None:
 def test_a_store_goes_to_replicas_and_back_with_all_it_knows(filled: Path, redis_server: RedisServer) -> None:
     with closing(SqliteRegistry(filled / "registry.sqlite")) as before:
         known = before.everything()
-    assert len(known.versions) == 2 and known.aliases and known.retired and known.last_numbers == {"fr": 3}
+    assert len(known.versions) == 2 and known.pointers["fr"].aliases == {"prod": 2}
+    assert known.retired and known.last_numbers == {"fr": 3}
     result = store("rebuild", filled, "--redis-url", redis_server.url)
     assert (result.exit_code, result.stdout) == (0, "rebuilt 1 adapters, 2 versions at change 1\n")
     shared = SharedRegistry.open(filled)
-    assert shared.everything().versions == known.versions and shared.everything().aliases == known.aliases
+    assert shared.everything().versions == known.versions and shared.everything().pointers == known.pointers
     with redis_server.client() as client:
         assert client.exists(f"chorale:{shared.store_id}:head")
     # no server reads the old file any more, and it is still there

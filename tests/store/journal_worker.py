@@ -9,7 +9,7 @@ import signal
 import sys
 from pathlib import Path
 
-from tests.store.registry_cases import new, open_alone
+from tests.store.registry_cases import new, open_alone, set_alias
 
 
 def work(store: Path, log: int, name: str) -> None:
@@ -19,7 +19,7 @@ def work(store: Path, log: int, name: str) -> None:
     while True:
         for letter in "abc":
             os.write(log, f"ack {name} {registry.publish(new(name, letter)).version}\n".encode())
-        registry.set_alias(name, "prod", registry.versions(name)[-1].version)
+        set_alias(registry, name, "prod", registry.versions(name)[-1].version)
         registry.fold(retired_since=0)
 
 

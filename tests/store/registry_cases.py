@@ -8,8 +8,9 @@ from pathlib import Path
 
 from adapters_store.journal import Journal, LinkingFileSystem
 from adapters_store.manifest import Report
-from adapters_store.registry import NewVersion
+from adapters_store.registry import NewVersion, Registry
 from adapters_store.registry_redis import JOURNAL, SharedRegistry
+from adapters_store.steering import Actor, aliased
 
 NEW = NewVersion(
     name="fr",
@@ -54,3 +55,8 @@ def open_alone(store: Path, files: LinkingFileSystem | None = None) -> SharedReg
     registry = SharedRegistry(Journal(store / JOURNAL, files if files is not None else LinkingFileSystem()))
     registry.connect(Alone())
     return registry
+
+
+def set_alias(registry: Registry, name: str, alias: str, version: int) -> None:
+    """Point an alias as the store does."""
+    registry.move(name, aliased(Actor("test", 7), alias, version))

@@ -16,7 +16,7 @@ from adapters_store.redis_url import masked
 from adapters_store.registry_follower import MAX_PAUSE_S, Follower
 from adapters_store.registry_redis import SharedRegistry
 from tests.redis_server import RedisServer
-from tests.store.registry_cases import new
+from tests.store.registry_cases import new, set_alias
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def test_without_redis_names_stay_known_and_cannot_change(
     redis_server.kill()
     for change in (
         lambda: a.registry.publish(new()),
-        lambda: a.registry.set_alias("fr", "prod", 1),
+        lambda: set_alias(a.registry, "fr", "prod", 1),
         lambda: a.registry.delete("fr", now=1),
     ):
         with pytest.raises(RegistryUnavailable) as refused:
@@ -128,7 +128,7 @@ def test_a_publication_is_heard_by_the_next_round(replica: Callable[..., Replica
     assert b.knows("fr") == 0
     b.follower.round()
     assert b.knows("fr") == 1
-    a.registry.set_alias("fr", "prod", 1)
+    set_alias(a.registry, "fr", "prod", 1)
     a.registry.delete("fr", now=1)
     b.follower.round()
     assert b.registry.everything() == a.registry.everything()
@@ -196,7 +196,7 @@ def test_who_is_far_behind_goes_on_at_the_checkpoint(replica: Callable[..., Repl
     a, b = replica(), replica()
     for letter in "abc":
         a.registry.publish(new(digest=letter))
-    a.registry.set_alias("fr", "prod", 2)
+    set_alias(a.registry, "fr", "prod", 2)
     a.registry.publish(new("de", "d"))
     a.registry.delete("de", now=50)
     assert a.registry.fold(retired_since=60) == 6
@@ -255,7 +255,7 @@ def test_the_acl_line_allows_all_that_a_replica_does_and_nothing_else(
         a.registry.publish(new())
         b.follower.round()
         assert b.knows("fr") == 1
-        a.registry.set_alias("fr", "prod", 1)
+        set_alias(a.registry, "fr", "prod", 1)
         a.head.forget()
         a.follower.round()
         assert b.follower.round() == 0 and b.registry.number == 2 == a.head.top()

@@ -20,7 +20,7 @@ from adapters_store.journal import Journal, LinkingFileSystem
 from adapters_store.registry_changes import Everything
 from tests.live_server import REPO_ROOT
 from tests.store.recording import CrashModel, Event, Node, RecordingFileSystem, _file_states
-from tests.store.registry_cases import new, open_alone
+from tests.store.registry_cases import new, open_alone, set_alias
 
 NUM_KILLS = 40
 
@@ -220,7 +220,7 @@ def lost_by_power(tmp_path: Path, files: RecordingLinks) -> str:
     for change in (
         lambda: registry.publish(new("a", "1")),
         lambda: registry.publish(new("b", "2")),
-        lambda: registry.set_alias("a", "prod", 1),
+        lambda: set_alias(registry, "a", "prod", 1),
         lambda: registry.fold(retired_since=0),
         lambda: registry.publish(new("b", "3")),
     ):

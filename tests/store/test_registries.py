@@ -15,7 +15,7 @@ from adapters_store.registry import Registry, find_version
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.registry_sqlite import SqliteRegistry
 from tests.redis_server import RedisServer
-from tests.store.registry_cases import NEW, new, open_alone
+from tests.store.registry_cases import NEW, new, open_alone, set_alias
 
 Open = Callable[[], Registry]
 
@@ -71,21 +71,21 @@ def test_a_case_twin_is_refused_until_the_name_is_gone(registry: Registry) -> No
 
 def test_a_name_that_is_an_alias_is_refused_and_the_other_way_round(registry: Registry) -> None:
     registry.publish(new("fr"))
-    registry.set_alias("fr", "prod", 1)
+    set_alias(registry, "fr", "prod", 1)
     with pytest.raises(NameTaken, match="alias 'prod'"):
         registry.publish(new("fr:prod"))
     registry.publish(new("fr:beta"))
     with pytest.raises(NameTaken, match="'fr:beta'"):
-        registry.set_alias("fr", "beta", 1)
+        set_alias(registry, "fr", "beta", 1)
     assert registry.aliased("fr", "beta") is None
 
 
 def test_an_alias_needs_a_version_that_is_there(registry: Registry) -> None:
-    with pytest.raises(AdapterNotFound, match="no version 1"):
-        registry.set_alias("fr", "prod", 1)
+    with pytest.raises(AdapterNotFound, match="there is no adapter 'fr'"):
+        set_alias(registry, "fr", "prod", 1)
     registry.publish(new())
     with pytest.raises(AdapterNotFound, match="no version 2"):
-        registry.set_alias("fr", "prod", 2)
+        set_alias(registry, "fr", "prod", 2)
     assert registry.aliased("fr", "prod") is None
 
 
@@ -120,10 +120,10 @@ def test_an_alias_moves_and_goes_with_its_name(registry: Registry) -> None:
     for digest in "ab":
         registry.publish(new(digest=digest))
     for number in (1, 2, 1):
-        registry.set_alias("fr", "prod", number)
+        set_alias(registry, "fr", "prod", number)
         assert registry.aliased("fr", "prod") == registry.version("fr", number)
     registry.publish(new("fr2"))
-    registry.set_alias("fr2", "prod", 1)
+    set_alias(registry, "fr2", "prod", 1)
     registry.delete("fr", now=5)
     registry.publish(new())
     assert registry.aliased("fr", "prod") is None
@@ -142,7 +142,7 @@ def test_digests_are_kept_while_pointed_to_or_recently_retired(registry: Registr
 def test_selectors_find_the_same_in_every_registry(registry: Registry) -> None:
     for digest in "aba":
         registry.publish(new(digest=digest))
-    registry.set_alias("fr", "prod", 2)
+    set_alias(registry, "fr", "prod", 2)
     found = {
         model: version.version if (version := find_version(registry, model)) else None
         for model in (
@@ -204,7 +204,7 @@ def _answer(registry: Registry, kind: str, name: str, number: int, now: int) -> 
         if kind == "publish":
             return registry.publish(new(name, "0123456789abcdef"[now % 16]))
         if kind == "alias":
-            return registry.set_alias(name, "prod", number)  # type: ignore[func-returns-value]
+            return set_alias(registry, name, "prod", number)  # type: ignore[func-returns-value]
         return registry.delete(name, now=now)  # type: ignore[func-returns-value]
     except StoreError as error:
         return error.message

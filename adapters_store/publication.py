@@ -1,0 +1,141 @@
+"""How an upload becomes a version, and how what nobody needs goes: the order of the commit protocol.
+
+Owns the order and the lock that keeps publishing, deleting and sweeping of all processes apart; what names mean is
+`store`'s. Invariant: a name points only to an object that is whole and durable; what is acknowledged is never lost, and
+what is not acknowledged leaves no trace after the next sweep.
+"""
+
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+from adapters_store.blobs import Blobs, OpenAdapter, open_image
+from adapters_store.canonical import check_adapter
+from adapters_store.convert.options import Convert, ConvertOptions
+from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
+from adapters_store.file_system import FileSystem
+from adapters_store.formats import Declared
+from adapters_store.locks import StoreLock
+from adapters_store.manifest import Manifest
+from adapters_store.names import check_stored_name
+from adapters_store.proof import NotProbed, Probe, Proof, Staged
+from adapters_store.quotas import OwnerQuota, check_quota
+from adapters_store.registry import AdapterVersion, BaseFacts, NewVersion, Registry, base_facts, fits
+from adapters_store.staging import Staging, hold
+from adapters_store.upload import Upload
+
+# a retired version's bytes stay this long for requests that were already accepted under its digest
+GRACE_S = 3600.0
+
+
+class Publication:
+    """The commit protocol of one store. Thread-safe; several processes may run it over the same folder."""
+
+    def __init__(
+        self,
+        root: Path,
+        options: ConvertOptions,
+        registry: Registry,
+        *,
+        served_name: str,
+        max_upload_bytes: int,
+        files: FileSystem,
+        convert: Convert,
+        clock: Callable[[], float],
+    ) -> None:
+        self._options = options
+        self._registry = registry
+        self._served_name = served_name
+        self._max_upload_bytes = max_upload_bytes
+        # what one owner may hold in all; set by whoever starts the server, before the first upload
+        self.quota = OwnerQuota()
+        self._files = files
+        self._convert = convert
+        self._clock = clock
+        self._lock = StoreLock(root / "lock")
+        self._staging = Staging(root / "staging", files)
+        self._blobs = Blobs(root / "objects", files)
+        self._base_facts: BaseFacts = options.base.to_dict()
+
+    def check_name(self, name: str) -> None:
+        """Raise InvalidName, NameTaken or OwnerFull if an upload of `name` would be refused before its bytes come."""
+        check_stored_name(name, self._served_name)
+        self._registry.check_free(name)
+        current = self._registry.current(name)
+        if current is not None and not self._is_ours(current):
+            raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
+        check_quota(self._registry, self.quota, name, 0)
+
+    def stage(self) -> Upload:
+        """Begin an upload; use it as a context manager."""
+        with self._lock.held():
+            return Upload(self._staging.root, self._files, max_bytes=self._max_upload_bytes, publish=self._commit)
+
+    def open_image(self, digest: str) -> OpenAdapter:
+        """Map an adapter's verified image; raises AdapterCorrupt, or AdapterNotFound for another base's adapter."""
+        image = open_image(self._blobs.root, digest)
+        if not fits(base_facts(image.base, is_base_dependent=image.base_dependent), self._base_facts):
+            raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions or weights")
+        return image
+
+    def sweep(self) -> None:
+        """Remove staging folders whose owner died, and objects that no version points to.
+
+        Retired versions' objects stay for an hour: requests that were accepted under their digest may still load them.
+        """
+        with self._lock.held(), storage_errors():
+            self._staging.sweep()
+            for digest in sorted(self._blobs.digests() - self._needed()):
+                self._blobs.remove(digest)
+
+    def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
+        self.check_name(name)
+        options = replace(self._options, declared=declared)
+        self._convert(upload.source, upload.object, options)
+        limits = (options.largest_rank, options.dense_budget_bytes)
+        with storage_errors():
+            manifest = check_adapter(upload.object, options.base, options.dtype, *limits)
+            self._blobs.make_durable(upload.object)
+        new = NewVersion.of(name, manifest, created=int(self._clock()))
+        new = replace(new, by=upload.wish.by, staged=upload.wish.staged)
+        self.sweep()
+        try:
+            if isinstance(upload.proving, NotProbed):
+                new = replace(new, not_probed=upload.proving.reason)
+            else:
+                new = replace(new, proof=self._prove(upload, upload.proving, manifest, options))
+            with self._lock.held():
+                with storage_errors():
+                    if new.proof is None:
+                        self._blobs.publish(upload.object, new.digest)
+                self.check_name(name)
+                check_quota(self._registry, self.quota, name, new.num_bytes)
+                return self._registry.publish(new)
+        except BaseException:
+            self._abandon(upload, new.digest)
+            raise
+
+    def _prove(self, upload: Upload, probe: Probe, manifest: Manifest, options: ConvertOptions) -> Proof:
+        """Let an object be opened by its digest while its staging folder holds it, and have it proven."""
+        digest = manifest.digest()
+        with self._lock.held(), storage_errors():
+            self._files.make_dir(upload.probe_folder)
+            hold(upload.folder, digest, self._files)
+            self._blobs.publish(upload.object, digest)
+        image = partial(self.open_image, digest)
+        return probe(Staged(digest, manifest, upload.source, upload.probe_folder, options, image))
+
+    def _abandon(self, upload: Upload, digest: str) -> None:
+        """Remove an object that got no pointer; if the disk fails here too, the next sweep does it."""
+        with suppress(OSError, StoreError), self._lock.held():
+            if digest not in self._needed(but=upload.folder):
+                self._blobs.remove(digest)
+
+    def _needed(self, *, but: Path | None = None) -> set[str]:
+        """Return the digests that a version, a running request or a probe of another folder than `but` may need."""
+        return self._registry.digests(retired_since=int(self._clock() - GRACE_S)) | self._staging.held(but=but)
+
+    def _is_ours(self, version: AdapterVersion) -> bool:
+        return fits(version.base, self._base_facts)
