@@ -1,0 +1,80 @@
+"""What the server holds when nobody asks anything of it: read before and after, and compared.
+
+Owns the readings. Invariant: a reading is taken at rest; what the campaign did not give back shows as a difference.
+"""
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.live_server import HEARTBEAT_S, REST_GAUGES, LiveServer
+
+# a Python heap that worked is larger than one that did not; a leak of one adapter's bytes per hundred requests is more
+MAX_GROWTH_BYTES = 160 << 20
+# pools start their threads on demand; one thread too many per change shows all the same
+_MAX_MORE_THREADS = 8
+_EMPTY = ("chorale_adapters_resident", "chorale_adapter_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Of both processes, and of the store's folder."""
+
+    api_fds: int
+    engine_fds: int
+    api_threads: int
+    engine_threads: int
+    num_children: int
+    num_staged: int
+    api_bytes: int
+    engine_bytes: int
+
+
+def at_rest(server: LiveServer, store_dir: Path, timeout_s: float = 60.0) -> tuple[Held, dict[str, float]]:
+    """Return what is held once the gauges have read 0 for longer than a heartbeat, and what they read last."""
+    deadline, rest_since = time.monotonic() + timeout_s, time.monotonic()
+    while time.monotonic() < deadline:
+        series = server.metrics()
+        busy = {name: value for name, value in series.items() if value and name.startswith((*REST_GAUGES, *_EMPTY))}
+        if busy:
+            rest_since = time.monotonic()
+        elif time.monotonic() - rest_since > 2 * HEARTBEAT_S:
+            break
+        time.sleep(0.1)
+    return held(server, store_dir), series
+
+
+def held(server: LiveServer, store_dir: Path) -> Held:
+    """Return what the server holds now."""
+    api, engine = psutil.Process(server.process.pid), psutil.Process(server.engine_pid())
+    return Held(
+        api_fds=api.num_fds(),
+        engine_fds=engine.num_fds(),
+        api_threads=api.num_threads(),
+        engine_threads=engine.num_threads(),
+        num_children=len(api.children(recursive=True)),
+        num_staged=len(list((store_dir / "staging").iterdir())),
+        api_bytes=api.memory_info().rss,
+        engine_bytes=engine.memory_info().rss,
+    )
+
+
+def differences(before: Held, after: Held, series: dict[str, float]) -> list[str]:
+    """Say in words what did not come back to its base."""
+    found = []
+    for name, now in asdict(after).items():
+        base = asdict(before)[name]
+        allowed = {"bytes": MAX_GROWTH_BYTES, "threads": _MAX_MORE_THREADS}.get(name.rsplit("_", 1)[1], 0)
+        if now > base + allowed:
+            found.append(f"{name} was {base} and is {now}")
+    for name, value in series.items():
+        if value and name.startswith((*REST_GAUGES, *_EMPTY)):
+            found.append(f"{name} is {value} at rest")
+    came, went = (series[f'chorale_adapter_swap_bytes_total{{direction="{way}"}}'] for way in ("in", "out"))
+    if came != went:
+        found.append(f"{came} bytes of adapters came into memory, {went} went")
+    if series["chorale_engine_restarts_total"]:
+        found.append(f"the engine was lost {series['chorale_engine_restarts_total']:g} times")
+    return found
