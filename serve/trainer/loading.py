@@ -1,0 +1,74 @@
+"""The frozen base in memory, from safetensors alone, and the first batches that some methods look at.
+
+Owns loading and what it refuses. Invariant: no code and no pickle of a model folder is ever run.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+from transformers.utils import logging
+
+from adapters_store.jobs.spec import TrainSpec
+from serve.errors import ServeError
+from serve.model.spec import ModelSpec, read_spec
+from serve.trainer.methods.ia3 import attach_ia3
+from serve.trainer.methods.lora import attach_lora
+from serve.trainer.methods.meteora import attach_meteora
+from serve.trainer.methods.method import Attached, Method, Setting
+from serve.trainer.methods.prompt import attach_prompt
+from serve.trainer.methods.s2ft import attach_s2ft
+from serve.trainer.progress import TrainingFailed
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def read_base(base: Path) -> ModelSpec:
+    """Read the base's shape; raises TrainingFailed."""
+    try:
+        return read_spec(base)
+    except ServeError as error:
+        raise TrainingFailed("bad_base", error.message) from error
+
+
+def load_base(base: Path, spec: TrainSpec, device: str) -> nn.Module:
+    """Load the weights in the spec's dtype, frozen; raises TrainingFailed."""
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        model: nn.Module = AutoModelForCausalLM.from_pretrained(
+            base, dtype=DTYPES[spec.dtype], use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise TrainingFailed("bad_base", f"the base {base.name!r} cannot be loaded for training: {error}") from error
+    model.requires_grad_(False)
+    return model.to(device)
+
+
+def attach(model: nn.Module, setting: Setting) -> Attached:
+    """Put the spec's family on the base; raises TrainingFailed."""
+    methods: dict[str, Method] = {
+        "lora": attach_lora,
+        "s2ft": attach_s2ft,
+        "meteora": attach_meteora,
+        "ia3": attach_ia3,
+        "prompt": attach_prompt,
+    }
+    return methods[setting.spec.family](model, setting)
+
+
+def check_base(spec: TrainSpec, base: ModelSpec) -> None:
+    """Refuse what this base cannot do; raises TrainingFailed."""
+    if spec.max_length > base.max_position_embeddings:
+        raise TrainingFailed(
+            "bad_spec",
+            f"max_length is {spec.max_length} tokens; the base has {base.max_position_embeddings} positions",
+        )
+    windows = [layer.window for layer in base.layers if layer.window is not None]
+    if spec.packing and windows and min(windows) < spec.max_length:
+        raise TrainingFailed(
+            "bad_spec",
+            f"packing masks whole lines, and layers of this base see {min(windows)} tokens only: set max_length to at "
+            "most that, or packing to false",
+        )
