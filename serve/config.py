@@ -81,6 +81,9 @@ class TenantLimits:
     # names, and the bytes of all their versions
     max_adapters: int | None = None
     max_adapter_bytes: int | None = None
+    # fine-tuning jobs that have not ended, and the bytes of its data files
+    max_training_jobs: int | None = None
+    max_training_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
     training/staging/<random>/       a data file on its way in; gone when its owner is
     training/files/<file id>         a data file, never changed
-    training/jobs/<job id>/inputs/   what the job reads: links, so that nothing can be deleted under it
+    training/jobs/<job id>/inputs/   what the job reads, so that nothing can be deleted under it
     training/jobs/<job id>/run-<n>/  what the worker with fencing token n writes, and nobody else
     training/jobs/<job id>/exports/  adapters that wait to be published
 
@@ -20,6 +20,7 @@ from pathlib import Path
 from adapters_store.errors import StorageFailed, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.locks import lock_folder
+from adapters_store.object_files import OBJECT_FILES
 
 # what no row names and is older than this was left by a crash
 _ORPHAN_S = 3600.0
@@ -48,20 +49,26 @@ class TrainingFolders:
         """Return the folder of what a job reads."""
         return self.job(job_id) / "inputs"
 
-    def make_job(self, job_id: str, inputs: Mapping[str, str]) -> None:
-        """Create a job's folder with links to what it reads.
+    def make_job(self, job_id: str, files: Mapping[str, str], adapters: Mapping[str, str]) -> None:
+        """Create a job's folder with what it reads.
 
         Args:
-            inputs: path inside `inputs/` to path inside the store.
+            files: name inside `inputs/` to the id of a data file, which is linked.
+            adapters: folder inside `inputs/` to the digest of an adapter, which is copied: objects have one name only.
         Raises:
             FileNotFoundError: one of them is gone. StorageFailed, StoreFull: the disk.
         """
+        inputs = self.inputs(job_id)
         try:
-            for name, source in inputs.items():
-                target = self.inputs(job_id) / name
+            with storage_errors():
+                inputs.mkdir(mode=0o700, parents=True)
+            for name, file_id in files.items():
+                _link(self.data_files / file_id, inputs / name)
+            for name, digest in adapters.items():
                 with storage_errors():
-                    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                _link(self.store_dir / source, target)
+                    (inputs / name).mkdir(mode=0o700, parents=True)
+                for file in OBJECT_FILES:
+                    _copy(self.store_dir / "objects" / digest / file, inputs / name / file)
         except BaseException:
             self.remove_job(job_id)
             raise
@@ -160,8 +167,17 @@ def _link(source: Path, target: Path) -> None:
     except FileNotFoundError:
         raise
     except OSError:
+        _copy(source, target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    try:
         with storage_errors():
             shutil.copyfile(source, target)
+    except StorageFailed as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            raise error.__cause__ from None
+        raise
 
 
 def _copy_tree(source: Path, target: Path, files: FileSystem) -> None:

@@ -62,7 +62,7 @@ class NewJob:
         model: the base's name, as the client sent it.
         spec: `TrainSpec.to_json()`.
         hyperparameters: what OpenAI's clients are shown of the spec, with "auto" decided.
-        inputs: files of the store that the job reads, by the name each has in the job's folder.
+        sources: digests of the adapters that the job reads, by the names it calls them.
     """
 
     tenant: str
@@ -76,7 +76,7 @@ class NewJob:
     hyperparameters: dict[str, Json]
     metadata: dict[str, str] | None
     promotion: Promotion | None
-    inputs: dict[str, str] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

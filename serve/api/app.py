@@ -22,6 +22,8 @@ from serve.api import (
     compat_vllm,
     completions,
     embeddings,
+    files,
+    fine_tuning,
     grants,
     health,
     models,
@@ -41,6 +43,7 @@ from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
 from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
+from serve.api.training_desk import TrainingDesk
 from serve.config import ApiConfig
 from serve.metrics import Metrics
 from serve.tenants.limits import TenantLimiter
@@ -56,6 +59,8 @@ _ROOMS = (
     adapter_memory,
     adapter_files,
     grants,
+    files,
+    fine_tuning,
     compat_vllm,
     health,
 )
@@ -80,6 +85,7 @@ def build_app(
         yield
         await state.grammar_gate.close()
         state.uploads.close()
+        state.training.close()
         state.door.close()
 
     app = FastAPI(
@@ -127,6 +133,7 @@ def _build_state(
         version=_version(),
         started=int(time.time()),
         drain=drain,
+        training=TrainingDesk.open(config.store_dir),
     )
 
 

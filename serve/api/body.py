@@ -15,7 +15,7 @@ from serve.config import LimitsConfig
 from serve.errors import BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, ServeError, UnsupportedMediaType
 
 # the routes that take files; every other body is JSON
-_UPLOADS = frozenset({("POST", "/v1/adapters")})
+_UPLOADS = frozenset({("POST", "/v1/adapters"), ("POST", "/v1/files")})
 # no leading slash, an escape before the third slash, an empty segment, a dot segment: a second spelling of some route
 _ODD_SPELLING = re.compile(rb"[^/]|/[^/]*%|/[^/]*/[^/]*%|.*//|.*/(?:\.|%2[eE]){1,2}(?:/|\Z)")
 _DIGITS = re.compile(rb"[0-9]{1,19}\Z")

@@ -22,6 +22,7 @@ _READ = frozenset({Scope.ADAPTERS_READ})
 _WRITE = frozenset({Scope.ADAPTERS_WRITE})
 _METRICS = frozenset({Scope.METRICS})
 _ADMIN = frozenset({Scope.ADMIN})
+_TRAIN = frozenset({Scope.TRAIN})
 
 ROUTE_SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = MappingProxyType(
     {
@@ -57,6 +58,19 @@ ROUTE_SCOPES: Mapping[tuple[str, str], frozenset[Scope]] = MappingProxyType(
         ("GET", "/v1/adapters/{name}/grants"): _READ,
         ("POST", "/v1/adapters/{name}/grants"): _WRITE,
         ("DELETE", "/v1/adapters/{name}/grants/{tenant}"): _WRITE,
+        ("GET", "/v1/files"): _TRAIN,
+        ("POST", "/v1/files"): _TRAIN,
+        ("GET", "/v1/files/{file_id}"): _TRAIN,
+        ("GET", "/v1/files/{file_id}/content"): _TRAIN,
+        ("DELETE", "/v1/files/{file_id}"): _TRAIN,
+        ("GET", "/v1/fine_tuning/jobs"): _TRAIN,
+        ("POST", "/v1/fine_tuning/jobs"): _TRAIN,
+        ("GET", "/v1/fine_tuning/jobs/{job_id}"): _TRAIN,
+        ("POST", "/v1/fine_tuning/jobs/{job_id}/cancel"): _TRAIN,
+        ("POST", "/v1/fine_tuning/jobs/{job_id}/pause"): _TRAIN,
+        ("POST", "/v1/fine_tuning/jobs/{job_id}/resume"): _TRAIN,
+        ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): _TRAIN,
+        ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): _TRAIN,
         # reads folders of the server itself, which are the operator's
         ("POST", "/v1/load_lora_adapter"): _ADMIN,
         ("POST", "/v1/unload_lora_adapter"): _WRITE,

@@ -18,6 +18,7 @@ from serve.api.grammar_gate import GrammarGate
 from serve.api.owned_adapters import OwnedAdapters
 from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
+from serve.api.training_desk import TrainingDesk
 from serve.api.uploads import UploadPool
 from serve.config import ApiConfig
 from serve.errors import EngineLoading
@@ -26,7 +27,7 @@ from serve.metrics import Metrics
 from serve.probe.probe import proving_on
 from serve.tenants.audit import AuditEvent
 from serve.tenants.limits import TenantLimiter
-from serve.tenants.principal import Principal
+from serve.tenants.principal import Principal, Scope
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +50,7 @@ class ApiState:
     version: str
     started: int
     drain: Drain
+    training: TrainingDesk
     uploads: UploadPool = field(default_factory=UploadPool)
 
     @property
@@ -62,6 +64,12 @@ class ApiState:
         if ready is None:
             raise EngineLoading("the engine is starting; send the request again", retry_after_s=2)
         return ready
+
+    @property
+    def tenant(self) -> str | None:
+        """Return whose jobs and data files this request may see; None: everybody's."""
+        principal = self.store.principal
+        return None if Scope.ADMIN in principal.scopes else principal.tenant
 
     def proving(self) -> Proving:
         """Return how an upload is proven; called in the event loop, before its bytes come.

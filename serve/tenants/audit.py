@@ -35,6 +35,8 @@ class AuditEvent(StrEnum):
     DELETE = "delete"
     ALIAS = "alias"
     SHARED = "shared"
+    TRAINING = "training"
+    DATA_FILE = "data_file"
     DENIED = "denied"
 
 

@@ -30,9 +30,10 @@ class ApiServer:
         self.engine = FakeEngine()
         self.store = FakeStore()
         self.store.reset()
+        self.store_dir = model_dir / "store"
         config = ApiConfig(
             model_dir=model_dir,
-            store_dir=model_dir / "store",
+            store_dir=self.store_dir,
             served_model_name=BASE,
             limits=limits or LimitsConfig(),
             api_keys=api_keys,
