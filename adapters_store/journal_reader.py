@@ -11,18 +11,18 @@ from typing import TypeVar
 
 from adapters_store.errors import StorageFailed, storage_errors
 from adapters_store.journal import NOTHING_BEFORE, Journal
-from adapters_store.registry_changes import Entry, Everything, read_entry
+from adapters_store.registry_changes import Change, Entry, Everything, read_entry
 from adapters_store.registry_state import RegistryState
 
 Answer = TypeVar("Answer")
 
 
 class JournalReader:
-    """Follows one journal. `read` is for any thread; one at a time follows, which callers see to."""
+    """Follows one journal. For any thread: one at a time follows, and those that read do not wait for it."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal
-        self._reading = threading.Lock()
+        self._following, self._reading = threading.Lock(), threading.Lock()
         self._state = RegistryState()
         self.number, self.last = -1, NOTHING_BEFORE
 
@@ -31,10 +31,17 @@ class JournalReader:
         with self._reading:
             return question(self._state)
 
+    def next_entry(self, decide: Callable[[RegistryState], Change | None]) -> Entry | None:
+        """Return the entry of what `decide` says to the state, in the place behind all that it saw; None: nothing."""
+        with self._reading:
+            change = decide(self._state)
+            return None if change is None else Entry(self.number + 1, self.last, change)
+
     def catch_up(self) -> None:
         """Follow the journal to its end; raises StorageFailed."""
-        while self._follow() or self._jump():
-            continue
+        with self._following:
+            while self._follow() or self._jump():
+                continue
 
     def catch_up_wholly(self) -> None:
         """Follow it, and be sure that nothing is missing; raises StorageFailed."""

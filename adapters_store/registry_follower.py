@@ -1,8 +1,8 @@
-"""How a replica hears of changes: it waits at Redis, looks into the journal, and bridges the time that Redis is away.
+"""How a replica hears of changes: it waits at Redis, and looks into the journal by itself, whatever Redis does.
 
-Owns the rounds and the thread that makes them. Invariants: a round ends within bounds whatever Redis and the folder do,
-and no failure ends the thread; while Redis is away the folder alone is looked at, with jittered pauses; when Redis is
-back, what it lacks is told to it again, so that replicas that heard nothing do.
+Owns the rounds and looks, and a thread for each of the two, so that no time limit or pause of a Redis that is away, or
+just back, holds up a look. Invariants: what the journal shows is known here a look later at the latest; a round ends
+within bounds, and no failure ends a thread; when Redis is back, what it lacks is told to it again.
 """
 
 import logging
@@ -16,6 +16,8 @@ from adapters_store.registry_redis import SharedRegistry
 
 logger = logging.getLogger(__name__)
 
+# what no bell told is found after this long: a fifth of the second that a publication may take
+LOOK_PAUSE_S = 0.2
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 1.0
 # Redis names a change that the folder does not show yet: network file systems take a moment
@@ -39,23 +41,44 @@ class WaitingHead(Protocol):
 
 
 class Follower:
-    """One replica's ear. `round` is all its logic; `start` lets a thread make rounds until `stop`."""
+    """One replica's ear and eye. `round` and `look` are its logic; `start` lets threads repeat them until `stop`."""
 
     def __init__(
-        self, registry: SharedRegistry, head: WaitingHead, *, jitter: Callable[[], float] = random.random
+        self,
+        registry: SharedRegistry,
+        head: WaitingHead,
+        *,
+        look_pause_s: float = LOOK_PAUSE_S,
+        jitter: Callable[[], float] = random.random,
     ) -> None:
         """Follow for `registry`.
 
         Args:
+            look_pause_s: how long between two looks into the journal.
             jitter: a number from 0 to 1 for each pause; replaced by tests.
         """
         self._registry = registry
         self._head = head
+        self._look_pause_s = look_pause_s
         self._jitter = jitter
         self._num_failures = 0
-        self._said = ""
+        # what each of the two said last
+        self._said: dict[str, str] = {}
         self._stopped = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="registry-follower", daemon=True)
+        self._threads = [
+            threading.Thread(target=self._repeat, args=(self.round,), name="registry-ear", daemon=True),
+            threading.Thread(target=self._repeat, args=(self.look,), name="registry-eye", daemon=True),
+        ]
+
+    def look(self) -> float:
+        """Follow what the journal shows; return after how many seconds to come again."""
+        try:
+            self._registry.catch_up()
+        except StoreError as error:
+            self._say("eye", error.message)
+        else:
+            self._say("eye", "")
+        return self._look_pause_s
 
     def round(self) -> float:
         """Hear what is new and follow it; return after how many seconds to come again."""
@@ -69,35 +92,29 @@ class Follower:
         except RegistryUnavailable as error:
             self._registry.mark(is_away=True)
             reason = error.__cause__ or error.message
-            self._say(f"Redis does not answer ({reason}); known adapters are served meanwhile")
-            return self._bridge()
+            self._say("ear", f"Redis does not answer ({reason}); known adapters are served meanwhile")
+            return self._pause()
         except StoreError as error:
-            self._say(error.message)
+            self._say("ear", error.message)
             return self._pause()
         self._num_failures = 0
         if top > self._registry.number:
-            self._say(f"Redis knows of change {top}, the shared folder shows {self._registry.number} here")
+            self._say("ear", f"Redis knows of change {top}, the shared folder shows {self._registry.number} here")
             return LAG_PAUSE_S
-        self._say("")
+        self._say("ear", "")
         return 0.0
 
     def start(self) -> None:
         """Begin to follow."""
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
 
     def stop(self) -> None:
-        """End the thread; returns within about two seconds, also if Redis is frozen."""
+        """End the threads; returns within about two seconds, also if Redis is frozen."""
         self._stopped.set()
-        if self._thread.ident is not None:
-            self._thread.join()
-
-    def _bridge(self) -> float:
-        """Look at the folder alone."""
-        try:
-            self._registry.catch_up()
-        except StoreError as error:
-            self._say(error.message)
-        return self._pause()
+        for thread in self._threads:
+            if thread.ident is not None:
+                thread.join()
 
     def _pause(self) -> float:
         longest = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._num_failures, 10))
@@ -105,22 +122,22 @@ class Follower:
         # at least half of it: all jitter would let some replicas hammer
         return longest * (0.5 + 0.5 * self._jitter())
 
-    def _say(self, message: str) -> None:
-        """Log each state once, not each round."""
-        if message == self._said:
+    def _say(self, who: str, message: str) -> None:
+        """Log each state once, not each time."""
+        if message == self._said.get(who, ""):
             return
         if message:
             logger.warning("%s", message)
         else:
             logger.info("following the shared registry again, at change %d", self._registry.number)
-        self._said = message
+        self._said[who] = message
 
-    def _run(self) -> None:
+    def _repeat(self, act: Callable[[], float]) -> None:
         while not self._stopped.is_set():
             try:
-                pause_s = self.round()
+                pause_s = act()
             except Exception:
-                # our bug: said once per round with its trace, and no reason to go deaf
-                logger.exception("a round of following the shared registry failed; the next one is tried")
-                pause_s = self._pause()
+                # our bug: said each time with its trace, and no reason to go deaf or blind
+                logger.exception("following the shared registry failed; it is tried again")
+                pause_s = MAX_PAUSE_S
             self._stopped.wait(pause_s)

@@ -6,7 +6,6 @@ decides who gets a number, so two replicas can never publish one version twice, 
 reads come from memory and need neither Redis nor the folder; without Redis nothing changes, since nobody would hear.
 """
 
-import threading
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -68,8 +67,6 @@ class SharedRegistry:
         self._head: Head | None = None
         self._before_close: Callable[[], None] | None = None
         self._is_away = False
-        # one at a time follows or changes
-        self._changing = threading.RLock()
         self._known = JournalReader(journal)
         self._found()
         self._known.catch_up_wholly()
@@ -203,8 +200,7 @@ class SharedRegistry:
 
     def catch_up(self) -> None:
         """Follow the journal to its end; raises StorageFailed."""
-        with self._changing:
-            self._known.catch_up()
+        self._known.catch_up()
 
     def close(self) -> None:
         """Give back the connections."""
@@ -236,21 +232,23 @@ class SharedRegistry:
             raise RegistryUnavailable()
         # asked now, not remembered: a frozen Redis looks like one that has nothing to say
         top = self._head.top()
-        with self._changing, self._journal.lock.held():
-            while True:
-                self._known.catch_up_wholly()
-                self._check_not_behind(top)
-                change = self._known.read(decide)
-                if change is None:
-                    return None
-                entry = Entry(self._known.number + 1, self._known.last, change)
-                if self._journal.append(entry.number, write_entry(entry)):
-                    break
+        with self._journal.lock.held():
+            entry = self._append(decide, top)
+        if entry is not None:
             self.catch_up()
-            # durable, so it happened: if Redis went just now, the others hear of it when it is back
+            # durable, so it happened: if Redis went just now, the others find it in the folder. Asked without the
+            # lock, or a frozen Redis would hold up the changes of all replicas
             with suppress(RegistryUnavailable):
                 self._head.announce(self.number)
         return entry
+
+    def _append(self, decide: Callable[[RegistryState], Change | None], top: int) -> Entry | None:
+        while True:
+            self._known.catch_up_wholly()
+            self._check_not_behind(top)
+            entry = self._known.next_entry(decide)
+            if entry is None or self._journal.append(entry.number, write_entry(entry)):
+                return entry
 
     def _found(self) -> None:
         if self._journal.read(0) is None:

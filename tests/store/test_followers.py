@@ -173,8 +173,8 @@ def test_redis_that_dies_after_the_journal_loses_nothing(
     a.head.announce = killed_first  # type: ignore[method-assign]
     assert a.registry.publish(new()).version == 1
     # also without Redis, and without anybody who remembers it
-    b.follower.round()
-    assert b.registry.is_away and b.knows("fr") == 1
+    assert b.follower.round() > 0 and b.registry.is_away
+    assert b.follower.look() <= 0.2 and b.knows("fr") == 1
     redis_server.start()
     assert replica().registry.publish(new()).version == 2
 
@@ -223,6 +223,51 @@ def test_threads_hear_at_once_through_kills_and_freezes(
     until(lambda: not a.registry.is_away and not b.registry.is_away, "back", timeout_s=5.0)
     assert b.registry.publish(new()).version == 2
     until(lambda: a.knows("fr") == 2, "heard again")
+
+
+def test_who_is_held_up_by_redis_hears_of_publications_all_the_same(
+    redis_server: RedisServer, replica: Callable[..., Replica]
+) -> None:
+    a, b = replica(), replica(wait_s=0.2)
+    wait, is_held, is_over = b.head.wait, threading.Event(), threading.Event()
+
+    def frozen(after: int) -> None:
+        is_held.set()
+        is_over.wait(60.0)
+        wait(after)
+
+    b.head.wait = frozen  # type: ignore[method-assign]
+    b.follower.start()
+    try:
+        assert is_held.wait(60.0)
+        a.registry.publish(new())
+        until(lambda: b.knows("fr") == 1, "seen by the eye while the ear was held up", timeout_s=60.0)
+    finally:
+        is_over.set()
+
+
+def test_a_redis_that_freezes_before_it_is_told_holds_nobody_up(
+    redis_server: RedisServer, replica: Callable[..., Replica]
+) -> None:
+    a, b = replica(), replica()
+    is_asked, is_over = threading.Event(), threading.Event()
+
+    def frozen(number: int) -> None:
+        is_asked.set()
+        is_over.wait(60.0)
+
+    a.head.announce = frozen  # type: ignore[method-assign]
+    publishing = threading.Thread(target=lambda: a.registry.publish(new()))
+    publishing.start()
+    try:
+        assert is_asked.wait(60.0)
+        # neither the journal's lock nor a reader waits for what Redis is told
+        assert b.registry.publish(new("de")).version == 1
+        a.follower.look()
+        assert a.knows("de") == 1 and b.knows("fr") == 1
+    finally:
+        is_over.set()
+        publishing.join()
 
 
 def test_a_mistake_of_ours_does_not_make_a_replica_deaf(
