@@ -126,9 +126,11 @@ class AdapterRef:
     family: str
     num_virtual_tokens: int = 0
     invocation_tokens: tuple[int, ...] = ()
+    # it gets a share of its name's requests
+    is_canary: bool = False
 
     @classmethod
-    def of(cls, version: AdapterVersion) -> "AdapterRef":
+    def of(cls, version: AdapterVersion, *, is_canary: bool = False) -> "AdapterRef":
         """Point to a version."""
         return cls(
             version.name,
@@ -139,6 +141,7 @@ class AdapterRef:
             version.family,
             version.num_virtual_tokens,
             version.invocation_tokens,
+            is_canary,
         )
 
 
@@ -189,6 +192,10 @@ class Registry(Protocol):
 
     def all_current(self) -> list[AdapterVersion]:
         """Return the current version of every name, by name."""
+        ...
+
+    def canary(self, name: str) -> int | None:
+        """Return the version that gets a share of the plain name's requests."""
         ...
 
     def traffic(self, name: str) -> Traffic | None:

@@ -175,6 +175,10 @@ class SharedRegistry:
         """Return where a name points and how it came to that."""
         return self._known.read(lambda state: state.pointers(name))
 
+    def canary(self, name: str) -> int | None:
+        """Return the version that gets a share of the plain name's requests."""
+        return self._known.read(lambda state: state.canary(name))
+
     def traffic(self, name: str) -> Traffic | None:
         """Return what the plain name means, canary included, as of one moment."""
         return self._known.read(lambda state: state.traffic(name))

@@ -15,7 +15,7 @@ from pathlib import Path
 from adapters_store.durable_sqlite import connect, snapshot, transaction
 from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
 from adapters_store.manifest import Report
-from adapters_store.pointers import Choose, Decide, Named, Pointers, pointers_before_moves, read_pointers
+from adapters_store.pointers import CANARY, Choose, Decide, Named, Pointers, pointers_before_moves, read_pointers
 from adapters_store.registry import AdapterVersion, NewVersion, Traffic, move_of
 from adapters_store.registry_changes import Everything
 
@@ -38,6 +38,8 @@ CREATE TABLE IF NOT EXISTS retired (digest TEXT PRIMARY KEY, since INTEGER NOT N
 # another process holds the write lock for one small transaction at most
 _BUSY_TIMEOUT_S = 30.0
 _CURRENT = "JOIN names n ON n.name = v.name AND n.current = v.version WHERE v.name = ?"
+_CANARY = """SELECT a.version FROM pointers p JOIN aliases a ON a.name = p.name
+    WHERE p.name = ? AND p.share > 0 AND a.alias = ?"""
 _ONE = "WHERE v.name = ? AND v.version = ?"
 
 
@@ -101,14 +103,20 @@ class SqliteRegistry:
         with self._read() as db, snapshot(db):
             return read_pointers_of(db, name)
 
+    def canary(self, name: str) -> int | None:
+        """Return the version that gets a share of the plain name's requests."""
+        with self._read() as db:
+            row = db.execute(_CANARY, (name, CANARY)).fetchone()
+        return None if row is None else int(row[0])
+
     def traffic(self, name: str) -> Traffic | None:
         """Return what the plain name means, canary included, as of one moment."""
         with self._read() as db, snapshot(db):
-            # the usual case has no canary and asks nothing more
-            row = db.execute("SELECT share FROM pointers WHERE name = ?", (name,)).fetchone()
-            pointers = read_pointers_of(db, name) if row is not None and row[0] else None
             current = _select(db, _CURRENT, name)
-            canary = [] if pointers is None else _select(db, _ONE, name, pointers.canary or 0)
+            # the usual case has no canary and asks nothing more
+            row = db.execute(_CANARY, (name, CANARY)).fetchone()
+            canary = [] if row is None else _select(db, _ONE, name, row[0])
+            pointers = None if row is None else read_pointers_of(db, name)
         if not current:
             return None
         return Traffic(current[0], canary[0] if canary else None, pointers or Pointers())

@@ -81,6 +81,10 @@ class RegistryState:
         """Return where a name points."""
         return self._pointers.get(name)
 
+    def canary(self, name: str) -> int | None:
+        """Return the version that gets a share of the plain name's requests."""
+        return self._at(name).canary
+
     def traffic(self, name: str) -> Traffic | None:
         """Return what the plain name means, canary included."""
         current, pointers = self.current(name), self._at(name)

@@ -141,7 +141,9 @@ class AdapterStore(Publication):
         prefix = f"{self._served_name}:"
         if found is None and self._served_name and model.startswith(prefix):
             found = self._find(model.removeprefix(prefix), sticky)
-        return None if found is None else AdapterRef.of(found)
+        if found is None:
+            return None
+        return AdapterRef.of(found, is_canary=self._registry.canary(found.name) == found.version)
 
     def list(self) -> Versions:
         """Return the current version of every adapter of this base, by name."""

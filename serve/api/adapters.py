@@ -1,26 +1,26 @@
-"""The routes of `/v1/adapters`: upload, list, inspect, alias, delete.
+"""The routes of `/v1/adapters`: upload, list, inspect, delete; what names mean is moved in `versions`.
 
 Owns the JSON shape of an adapter; the store decides, the engine holds. Invariant: 201 is answered only after the
 version is durable, and nothing here blocks the event loop on the disk.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from typing import Annotated
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse
 
 from adapters_store.formats import FORMATS
+from adapters_store.pointers import Pointers
 from adapters_store.store import AdapterVersion
-from serve.api.engine_gateway import EngineGateway
+from serve.api.adapter_place import ON_DISK, Place, places_of
 from serve.api.errors import error_responses
-from serve.api.json_body import read_model
 from serve.api.multipart import read_boundary
-from serve.api.openapi import json_endpoint
-from serve.api.schemas_adapters import AliasRequest
 from serve.api.state import ApiState, api_state
 from serve.api.uploads import receive_upload
+from serve.api.versions import canary_json
 from serve.tenants.audit import AuditEvent
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"], responses=error_responses())
@@ -38,6 +38,7 @@ _UPLOAD_BODY: Json = {
                     "name": {"type": "string"},
                     "format": {"type": "string", "enum": [*FORMATS]},
                     "options": {"type": "string"},
+                    "promote": {"type": "string", "enum": ["true", "false"]},
                     "files": {"type": "array", "items": {"type": "string", "format": "binary"}},
                 },
             }
@@ -50,6 +51,8 @@ _UPLOAD_BODY: Json = {
 async def upload_adapter(request: Request) -> JSONResponse:
     """Publish an adapter as the next version of `name`: field `name`, one part `files` per file.
 
+    The name means that version from then on; with `promote` false it keeps its meaning, if it has one, and the version
+    waits for `POST /v1/adapters/{name}/promote` or a canary.
     `format` says which external format the files are in (found by their names by default); `options` is a JSON object
     with what such files do not store.
     """
@@ -61,19 +64,27 @@ async def upload_adapter(request: Request) -> JSONResponse:
 
 
 @router.get("")
-async def list_adapters(request: Request) -> Json:
-    """Return the current version of every adapter."""
-    state = api_state(request)
-    versions = await asyncio.to_thread(state.store.list)
-    return _list_of([adapter_card(version) | _held(state.engine, version) for version in versions])
+async def list_adapters(
+    request: Request,
+    family: Annotated[str | None, Query(max_length=64)] = None,
+    state: Annotated[str | None, Query(max_length=64)] = None,
+) -> Json:
+    """Return the current version of every adapter, or of those of a family or in a state (ready, host, stored, ...)."""
+    api = api_state(request)
+    wanted = {"family": family, "state": state}
+    versions, places = await asyncio.to_thread(api.store.list), places_of(api.engine.stats)
+    cards = [adapter_card(version) | _on_this_replica(api, version, places) for version in versions]
+    return _list_of([card for card in cards if all(value in (None, card[key]) for key, value in wanted.items())])
 
 
 @router.get("/{name}")
 async def get_adapter(request: Request, name: str) -> Json:
-    """Return the current version of one adapter."""
+    """Return the current version of one adapter, and what else its name points to."""
     state = api_state(request)
     version = await asyncio.to_thread(state.store.get, name)
-    return adapter_card(version) | _held(state.engine, version)
+    pointers = await asyncio.to_thread(state.store.pointers, name)
+    pointing = {"aliases": dict(pointers.aliases), "canary": canary_json(pointers) if pointers.canary else None}
+    return adapter_card(version) | _on_this_replica(state, version, places_of(state.engine.stats)) | pointing
 
 
 @router.delete("/{name}")
@@ -86,18 +97,10 @@ async def delete_adapter(request: Request, name: str) -> Json:
 @router.get("/{name}/versions")
 async def list_versions(request: Request, name: str) -> Json:
     """Return all versions of one adapter, oldest first."""
-    versions = await asyncio.to_thread(api_state(request).store.versions, name)
-    return _list_of([adapter_card(version) for version in versions])
-
-
-@router.post("/{name}/aliases", **json_endpoint(AliasRequest))
-async def set_alias(request: Request, name: str) -> Json:
-    """Let `name:alias` mean a version, for example `:stable`."""
     state = api_state(request)
-    body = await read_model(request, AliasRequest)
-    await asyncio.to_thread(state.store.set_alias, name, body.alias, body.version)
-    await state.record(AuditEvent.ALIAS, name, f"{body.alias} is version {body.version}")
-    return {"name": name, "alias": body.alias, "version": body.version}
+    versions = await asyncio.to_thread(state.store.versions, name)
+    pointers = await asyncio.to_thread(state.store.pointers, name)
+    return _list_of([adapter_card(version) | _pointed(version, pointers) for version in versions])
 
 
 async def remove_adapter(state: ApiState, name: str) -> None:
@@ -134,12 +137,27 @@ def adapter_card(version: AdapterVersion) -> Json:
     }
 
 
-def _held(engine: EngineGateway, version: AdapterVersion) -> Json:
-    held = () if engine.stats is None else engine.stats.adapters
-    for adapter in held:
-        if adapter.digest == version.digest:
-            return {"tier": adapter.tier, "pins": adapter.num_pins}
-    return {"tier": "disk", "pins": 0}
+def _pointed(version: AdapterVersion, pointers: Pointers) -> Json:
+    number = version.version
+    return {
+        "current": pointers.current == number,
+        "aliases": sorted(alias for alias, target in pointers.aliases.items() if target == number),
+        "percent": pointers.share / 100 if pointers.canary == number else None,
+    }
+
+
+def _on_this_replica(state: ApiState, version: AdapterVersion, places: Mapping[str, Place]) -> Json:
+    """Say where the image is, what it takes there, who holds it, and when it was last asked for."""
+    found = places.get(version.digest, ON_DISK)
+    return {
+        "state": "stored" if found is ON_DISK else found.state,
+        "tier": found.tier,
+        "bytes_in_memory": found.num_device_bytes + found.num_host_bytes,
+        "device_bytes": found.num_device_bytes,
+        "host_bytes": found.num_host_bytes,
+        "pins": found.num_pins,
+        "last_used": state.last_uses.of(version.digest),
+    }
 
 
 def _list_of(data: Sequence[Json]) -> Json:

@@ -28,6 +28,7 @@ from serve.api import (
     health,
     models,
     tokenize,
+    versions,
 )
 from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
@@ -56,6 +57,7 @@ _ROOMS = (
     models,
     tokenize,
     adapters,
+    versions,
     adapter_memory,
     adapter_files,
     grants,

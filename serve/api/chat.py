@@ -11,7 +11,6 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.answer import Json, Output, answer_generation
-from serve.text.chat_encoder import require_template
 from serve.api.generation import Generation
 from serve.api.json_body import read_model
 from serve.api.limits import check_limits
@@ -20,16 +19,17 @@ from serve.api.openapi import json_endpoint
 from serve.api.output import Piece, output_rules
 from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output_budget
 from serve.api.schemas_chat import ChatRequest
-from serve.api.selection import resolve_target
+from serve.api.selection import resolve_target, sticky_id
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens
-from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import FRAMINGS
 from serve.api.tool_parser import CallDelta, ContentDelta, Delta, ToolParser, parse_complete
 from serve.api.tools import ToolPlan, plan_tools
 from serve.messages import Grammar
+from serve.text.chat_encoder import require_template
+from serve.text.tokenizer import TextTokenizer
 
 router = APIRouter()
 
@@ -45,7 +45,7 @@ async def create_chat_completion(request: Request) -> Response:
     form = requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
     # a forced call is no free text: the form of the text has nothing to say about it
     grammar = tools.grammar or form
-    target = await resolve_target(state, body)
+    target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, num_choices * (_asked_tokens(body) or 0))
     state.engine.admit(num_choices)
     await state.grammar_gate.check(

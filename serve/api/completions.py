@@ -20,13 +20,13 @@ from serve.api.openapi import json_endpoint
 from serve.api.output import Piece, output_rules
 from serve.api.sampling import LogprobCounts, build_sampling, fit_prompt, output_budget
 from serve.api.schemas_completions import CompletionRequest
-from serve.api.selection import resolve_target
+from serve.api.selection import resolve_target, sticky_id
 from serve.api.state import ApiState, api_state
 from serve.api.structured import grammar_param, requested_grammar
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens
-from serve.text.tokenizer import TextTokenizer
 from serve.messages import Grammar
+from serve.text.tokenizer import TextTokenizer
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -40,7 +40,7 @@ async def create_completion(request: Request) -> Response:
     body = await read_model(request, CompletionRequest)
     num_sequences = check_limits(body, state.config.limits, num_prompts=len(body.prompt))
     grammar = requested_grammar(body.response_format, body.structured_outputs, state.config.limits)
-    target = await resolve_target(state, body)
+    target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, num_sequences * _asked_tokens(body))
     state.engine.admit(num_sequences)
     await state.grammar_gate.check(grammar, param=grammar_param(body.structured_outputs))

@@ -21,14 +21,14 @@ from serve.api.limits import check_num_prompts
 from serve.api.openapi import json_endpoint
 from serve.api.sampling import fit_prompt, output_budget
 from serve.api.schemas_completions import EmbeddingRequest, Prompt
-from serve.api.selection import resolve_target
+from serve.api.selection import resolve_target, sticky_id
 from serve.api.state import ApiState, api_state
 from serve.api.target import Target
 from serve.api.tenant_share import charge_tokens, share_of
-from serve.text.tokenizer import TextTokenizer
 from serve.errors import Unavailable
 from serve.messages import Embed, Ready
 from serve.tenants.principal import Principal
+from serve.text.tokenizer import TextTokenizer
 
 router = APIRouter()
 
@@ -39,7 +39,7 @@ async def create_embeddings(request: Request) -> Response:
     state = api_state(request)
     body = await read_model(request, EmbeddingRequest)
     check_num_prompts(len(body.input), state.config.limits, param="input")
-    target = await resolve_target(state, body)
+    target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, 0)
     state.engine.admit(len(body.input))
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body.input)

@@ -7,17 +7,21 @@ through this alone; a foreign private adapter and one that does not exist cost t
 answer, because what is not shared is never looked up.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from adapters_store.canary import StickyId
 from adapters_store.errors import AdapterNotFound
 from adapters_store.formats import Declared
 from adapters_store.names import check_name
+from adapters_store.pointers import CANARY, Move, Pointers, Sticky
 from adapters_store.proof import Proving
+from adapters_store.steering import removable
 from adapters_store.store import AdapterRef, AdapterStore, AdapterVersion, Upload
+from adapters_store.upload import Wish
 from serve.api.json_body import show
 from serve.errors import AdapterForbidden
 from serve.tenants.principal import LOCAL_TENANT, Principal, Scope
@@ -43,15 +47,19 @@ class OwnedAdapters:
         """Return the same store as another principal sees it."""
         return OwnedAdapters(self._store, self._served_name, principal, self._shared_with)
 
-    def resolve(self, model: str) -> AdapterRef | None:
-        """Return what `model` stands for; None if no adapter is meant that this principal may see."""
+    def resolve(self, model: str, sticky: StickyId | None = None) -> AdapterRef | None:
+        """Return what `model` stands for; None if no adapter is meant that this principal may see.
+
+        Args:
+            sticky: whose request it is, where a canary may answer it.
+        """
         text = model.removeprefix(f"{self._served_name}:")
         # the store knows the prefix, too, and that an exact name comes before it
         own = self._own(model if self._is_local and "/" not in model else text)
-        found = None if own is None else self._store.resolve(own)
+        found = None if own is None else self._store.resolve(own, sticky)
         foreign = _stored(text)
         if found is None and foreign != own and self._may_name(foreign):
-            found = self._store.resolve(foreign)
+            found = self._store.resolve(foreign, sticky)
             found = found if found is not None and self._may_see(found.name) else None
         return None if found is None else replace(found, name=self._shown(found.name))
 
@@ -69,7 +77,35 @@ class OwnedAdapters:
 
     def set_alias(self, name: str, alias: str, version: int) -> None:
         """Let `name:alias` mean that version; raises InvalidName, NameTaken, AdapterNotFound, AdapterForbidden."""
-        self._store.set_alias(self.owned_name(name), alias, version)
+        self._store.set_alias(self.owned_name(name), alias, version, by=self._by)
+
+    def pointers(self, name: str) -> Pointers:
+        """Return where `name` points and how it came to that; raises AdapterNotFound."""
+        return self._read(name, self._store.pointers)
+
+    def moves(self, name: str) -> Sequence[Move]:
+        """Return who pointed where, which its owner alone reads; raises AdapterNotFound, AdapterForbidden."""
+        return self._store.pointers(self.owned_name(name)).moves
+
+    def promote(self, name: str, version: int | str, alias: str | None) -> AdapterVersion:
+        """Let `name` or `name:alias` mean a version; raises as `AdapterStore.promote`, AdapterForbidden."""
+        return self._show(self._store.promote(self.owned_name(name), version, alias, by=self._by))
+
+    def rollback(self, name: str) -> AdapterVersion:
+        """Let `name` mean what it meant before; raises as `AdapterStore.rollback`, AdapterForbidden."""
+        return self._show(self._store.rollback(self.owned_name(name), by=self._by))
+
+    def set_canary(self, name: str, version: int | str, percent: float, sticky: Sticky) -> Pointers:
+        """Give a version a share of `name`'s requests; raises as `AdapterStore.set_canary`, AdapterForbidden."""
+        return self._store.set_canary(self.owned_name(name), version, percent, sticky=sticky, by=self._by)
+
+    def remove_alias(self, name: str, alias: str) -> Pointers:
+        """Forget `name:alias`; raises AdapterNotFound, AdapterForbidden."""
+        return self._store.remove_alias(self.owned_name(name), alias, by=self._by)
+
+    def remove_version(self, name: str, version: int) -> AdapterVersion:
+        """Forget one version that nothing holds; raises AdapterNotFound, AdapterInUse, AdapterForbidden."""
+        return self._show(self._store.retire(self.owned_name(name), removable(version))[0])
 
     def delete(self, name: str) -> None:
         """Forget `name` with all versions and aliases; raises AdapterNotFound, AdapterForbidden."""
@@ -79,9 +115,12 @@ class OwnedAdapters:
         """Begin an upload; `commit` publishes it."""
         return self._store.stage()
 
-    def commit(self, upload: Upload, name: str, declared: Declared, proving: Proving) -> AdapterVersion:
+    def commit(
+        self, upload: Upload, name: str, declared: Declared, proving: Proving, *, staged: bool = False
+    ) -> AdapterVersion:
         """Publish an upload as this principal's; raises as `Upload.commit`."""
-        return self._show(upload.commit(self._new(name), declared, proving=proving))
+        wish = Wish(by=self._by, staged=staged)
+        return self._show(upload.commit(self._new(name), declared, proving=proving, wish=wish))
 
     def check_free(self, name: str) -> None:
         """Raise InvalidName, NameTaken or OwnerFull if an upload of `name` would be refused; before its bytes come."""
@@ -89,7 +128,7 @@ class OwnedAdapters:
 
     def put_dir(self, name: str, folder: Path, *, proving: Proving) -> AdapterVersion:
         """Publish a folder of the server as this principal's; raises as `AdapterStore.put_dir`."""
-        return self._show(self._store.put_dir(self._new(name), folder, proving=proving))
+        return self._show(self._store.put_dir(self._new(name), folder, proving=proving, wish=Wish(by=self._by)))
 
     def owned_name(self, name: str) -> str:
         """Return the store's name of an adapter that this principal may change.
@@ -104,7 +143,9 @@ class OwnedAdapters:
 
     def metrics_name(self, ref: AdapterRef) -> str:
         """Return the name under which the operator knows an adapter that `resolve` returned."""
-        return _stored(ref.name) if "/" in ref.name else self._new_name(ref.name)
+        stored = _stored(ref.name) if "/" in ref.name else self._new_name(ref.name)
+        # a canary has series of its own
+        return f"{stored}:{CANARY}" if ref.is_canary else stored
 
     def _read(self, name: str, read: Callable[[str], Found]) -> Found:
         """Read the principal's own adapter of that name, or one that it may see; nothing else is looked up."""
@@ -114,6 +155,10 @@ class OwnedAdapters:
                 with suppress(AdapterNotFound):
                     return read(stored)
         raise _unknown(name)
+
+    @property
+    def _by(self) -> str:
+        return f"{self.principal.tenant}/{self.principal.key_id}"
 
     @property
     def _is_local(self) -> bool:

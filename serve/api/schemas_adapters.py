@@ -4,11 +4,12 @@ Owns the JSON bodies of `/v1/adapters/...` and of vLLM's two endpoints. Invarian
 bound on every size.
 """
 
-from typing import Annotated, ClassVar
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from serve.api.schemas import RequestModel
+from serve.api.schemas import Number, RequestModel
+from serve.errors import InvalidValue
 
 _Name = Annotated[str, Field(max_length=256)]
 
@@ -18,6 +19,43 @@ class AliasRequest(RequestModel):
 
     alias: Annotated[str, Field(min_length=1, max_length=256)]
     version: Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+
+
+_Version = Annotated[int, Field(ge=1, le=(1 << 31) - 1)]
+_Alias = Annotated[str, Field(min_length=1, max_length=256)]
+
+
+class VersionChoice(RequestModel):
+    """One version of an adapter, by its number or by an alias of it."""
+
+    version: _Version | None = None
+    alias: _Alias | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> "VersionChoice":
+        if (self.version is None) == (self.alias is None):
+            raise InvalidValue(
+                "send one of 'version', its number, and 'alias', an alias of it", param="version"
+            )
+        return self
+
+    @property
+    def chosen(self) -> int | str:
+        """The number, or the alias."""
+        return self.alias if self.version is None and self.alias is not None else self.version or 0
+
+
+class PromoteRequest(VersionChoice):
+    """Let the plain name, or the alias `to`, mean a version."""
+
+    to: _Alias | None = None
+
+
+class CanaryRequest(VersionChoice):
+    """Give a version a share of the plain name's requests."""
+
+    percent: Annotated[Number, Field(ge=0, le=100)]
+    sticky: Literal["user", "key"] = "user"
 
 
 class GrantRequest(RequestModel):

@@ -7,16 +7,28 @@ that is not known is a 404 of one shape, and never becomes the base's answer.
 import asyncio
 import hashlib
 
+from fastapi import Request
+
+from adapters_store.canary import StickyId
 from adapters_store.store import AdapterRef
+from serve.api.auth import principal_of
 from serve.api.json_body import show
+from serve.api.request_context import request_id
 from serve.api.schemas import ModelChoice, WeightedAdapter
 from serve.api.state import ApiState
 from serve.api.target import Share, Target
 from serve.errors import InvalidValue, ModelNotFound, UnsupportedParameter
 
 
-async def resolve_target(state: ApiState, choice: ModelChoice) -> Target:
-    """Return what a request's fields select.
+def sticky_id(request: Request, choice: ModelChoice) -> StickyId:
+    """Return whose request this is where a canary may answer it; without a user field, each request is its own."""
+    user = choice.user or choice.safety_identifier
+    own = f"request {request_id(request)}" if user is None else f"user {user}"
+    return StickyId(user=own, key=f"key {principal_of(request).key_id}")
+
+
+async def resolve_target(state: ApiState, choice: ModelChoice, sticky: StickyId) -> Target:
+    """Return what a request's fields select; `sticky` decides whether a name's canary answers it.
 
     Raises:
         ModelNotFound: no such base, adapter, version or alias.
@@ -30,15 +42,22 @@ async def resolve_target(state: ApiState, choice: ModelChoice) -> Target:
         )
     if choice.adapters and (len(choice.adapters) > 1 or choice.adapters[0].weight != 1):
         _check_composes(state, choice)
-        return Target(choice.model, None, await _resolve_shares(state, choice.adapters))
+        shares = await _resolve_shares(state, choice.adapters, sticky)
+        for share in shares:
+            state.last_uses.use(share.adapter.digest)
+        return Target(choice.model, None, shares)
     model, param = _selected_model(state, choice)
-    adapter = await resolve_adapter(state, model, param=param)
+    adapter = await resolve_adapter(state, model, sticky, param=param)
     if adapter is None and choice.adapters:
         raise _names_base(model, param)
+    if adapter is not None:
+        state.last_uses.use(adapter.digest)
     return Target(choice.model, adapter)
 
 
-async def resolve_adapter(state: ApiState, model: str, *, param: str = "model") -> AdapterRef | None:
+async def resolve_adapter(
+    state: ApiState, model: str, sticky: StickyId | None = None, *, param: str = "model"
+) -> AdapterRef | None:
     """Return the adapter that `model` names, None for the base.
 
     Raises:
@@ -46,7 +65,7 @@ async def resolve_adapter(state: ApiState, model: str, *, param: str = "model") 
     """
     if model == state.config.served_model_name:
         return None
-    ref = await asyncio.to_thread(state.store.resolve, model)
+    ref = await asyncio.to_thread(state.store.resolve, model, sticky)
     if ref is None:
         raise ModelNotFound(f"the model {show(model)} does not exist; GET /v1/models lists what is served", param=param)
     if state.metrics is not None:
@@ -72,11 +91,11 @@ def _check_composes(state: ApiState, choice: ModelChoice) -> None:
         )
 
 
-async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter]) -> tuple[Share, ...]:
+async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter], sticky: StickyId) -> tuple[Share, ...]:
     shares: list[Share] = []
     for index, entry in enumerate(adapters):
         param = f"adapters.{index}.name"
-        ref = await resolve_adapter(state, entry.name, param=param)
+        ref = await resolve_adapter(state, entry.name, sticky, param=param)
         if ref is None:
             raise _names_base(entry.name, param)
         if any(share.adapter.digest == ref.digest for share in shares):

@@ -3,6 +3,7 @@
 Owns nothing but the references. Invariant: immutable after the start; whatever changes lives in the objects named here.
 """
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import cast
@@ -15,6 +16,7 @@ from serve.text.chat_encoder import ChatEncoder
 from serve.api.drain import Drain
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
+from serve.api.last_uses import LastUses
 from serve.api.owned_adapters import OwnedAdapters
 from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
@@ -52,6 +54,7 @@ class ApiState:
     drain: Drain
     training: TrainingDesk
     uploads: UploadPool = field(default_factory=UploadPool)
+    last_uses: LastUses = field(default_factory=lambda: LastUses(time.time))
 
     @property
     def ready(self) -> Ready:

@@ -72,6 +72,7 @@ class Target:
             return {}
         headers = {
             "x-adapter-id": ",".join(ref.name for ref in refs),
+            "x-adapter-version": ",".join(str(ref.version) for ref in refs),
             "x-adapter-digest": ",".join(f"sha256:{ref.digest}" for ref in refs),
         }
         if self.shares:

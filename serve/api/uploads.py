@@ -25,7 +25,7 @@ _NUM_THREADS = 4
 # conversions and probes at once: each may be minutes long and needs gigabytes in processes of its own
 _NUM_COMMITS = 4
 # the text fields of the form, and how long each may be
-_MAX_FIELD_BYTES = {"name": 256, "format": 64, "options": MAX_OPTIONS_BYTES}
+_MAX_FIELD_BYTES = {"name": 256, "format": 64, "options": MAX_OPTIONS_BYTES, "promote": 8}
 # data goes to the disk in pieces of this size: one thread hop each
 _WRITE_BYTES = 1 << 20
 
@@ -99,7 +99,7 @@ async def receive_upload(
             form = _Form(upload, store)
             await _receive_parts(form, boundary, body, pool)
             name, declared = form.finish()
-            return await pool.commit(partial(store.commit, upload, name, declared, proving))
+            return await pool.commit(partial(store.commit, upload, name, declared, proving, staged=form.is_staged()))
         finally:
             await pool.run(upload.close)
 
@@ -153,6 +153,13 @@ class _Form:
         options = self._fields.get("options")
         declared = Declared.parse(_read_text(self._fields, "format"), None if options is None else bytes(options))
         return self._name, declared
+
+    def is_staged(self) -> bool:
+        """Return whether the name is to keep its meaning; raises InvalidRequest."""
+        promotes = _read_text(self._fields, "promote") or "true"
+        if promotes not in ("true", "false"):
+            raise InvalidRequest(f"field 'promote' is {promotes!a}; 'true' or 'false'", param="promote")
+        return promotes == "false"
 
     def _start_part(self, part: PartStart) -> None:
         self._field = self._writer = None

@@ -3,6 +3,7 @@
 Owns test data only. Invariant: resolves as the real store does for names, `name@version`, `name:alias` and `base:name`.
 """
 
+from adapters_store.canary import StickyId
 from adapters_store.store import AdapterRef, AdapterVersion, Report
 
 BASE = "base-model"
@@ -69,7 +70,7 @@ class FakeStore:
         """Forget a name."""
         del self._versions[name]
 
-    def resolve(self, model: str) -> AdapterRef | None:
+    def resolve(self, model: str, sticky: StickyId | None = None) -> AdapterRef | None:
         """Return what `model` stands for."""
         self.num_resolves += 1
         found = self._find(model.removeprefix(f"{BASE}:"))
