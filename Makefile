@@ -12,6 +12,7 @@ PIP     := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
 CLIENTS := .venv-clients/.stamp
+DEPLOY  := .venv-deploy/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 # two processes of one compute thread each: half the time of one process with two threads (2 cores)
@@ -20,7 +21,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint test-long test-clients bench-cpu eviction-study gpu-check
+.PHONY: help setup serve demo test lint test-long test-clients test-deploy debian-tools bench-cpu eviction-study gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -40,13 +41,20 @@ lint: $(DEV) ## ruff and mypy --strict
 	$(BIN)/mypy
 
 test: lint ## lint, then every test but the slow and the outside-client ones
-	$(PYTEST) -m "not slow and not clients and not gpu"
+	$(PYTEST) -m "not slow and not clients and not gpu and not deploy"
 
-test-long: $(DEV) ## the slow tests
+test-long: $(DEV) debian-tools ## the slow tests
 	$(PYTEST) -m "slow and not clients and not gpu"
 
 test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-eval, openai-node) against the live server
 	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest -m clients -W default tests/clients
+
+test-deploy: $(DEPLOY) debian-tools ## chart, manifests, alerts, dashboards; rolling restarts behind haproxy and nginx
+	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-deploy/bin/python -m pytest -n 2 --dist loadfile \
+	  -m "deploy and not slow" tests/deploy
+
+debian-tools: ## haproxy, nginx and Prometheus into .cache, where they are not installed; needs no root
+	@$(PYTHON) scripts/debian_tools.py
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)
@@ -81,4 +89,10 @@ $(DEV): $(RUNTIME)
 $(CLIENTS): constraints-clients.txt | $(RUNTIME)
 	$(PYTHON) -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-clients.txt
+	@touch $@
+
+# Helm is heavy, and its pins would move ours
+$(DEPLOY): constraints-deploy.txt | $(RUNTIME)
+	$(PYTHON) -m venv .venv-deploy
+	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-deploy.txt
 	@touch $@
