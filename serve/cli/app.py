@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `audit`, `tune`, `version`.
+"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `audit`, `tune`, `loadtest`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -11,6 +11,7 @@ from serve.cli.adapters_command import adapters_app
 from serve.cli.adapters_export import export
 from serve.cli.audit_command import audit
 from serve.cli.keys_command import keys_app
+from serve.cli.loadtest_command import loadtest
 from serve.cli.serve_command import serve
 from serve.cli.store_command import redis_acl, store_app
 from serve.cli.tune_command import tune
@@ -31,6 +32,9 @@ adapters_app.command()(export)
 app.add_typer(adapters_app)
 app.add_typer(store_app)
 app.command("redis-acl")(redis_acl)
+# everything after the name, --help too, belongs to the tester
+_PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+app.command(add_help_option=False, context_settings=_PASSED_ON)(loadtest)
 app.add_typer(keys_app)
 
 
