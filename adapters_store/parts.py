@@ -19,7 +19,7 @@ TRANSLATED_PART = "translated.json"
 
 MODEL_FORMATS = ("s2ft", "meteora", "hf_model")
 # a config in PEFT's manner and one file of tensors
-CONFIG_FORMATS = ("peft", "mixlora", "mola", "loramoe", "spiel")
+CONFIG_FORMATS = ("peft", "mixlora", "mola", "loramoe", "spiel", "s2ft_slices")
 # files of tensors under any name, without a config that would be read
 LOOSE_FORMATS = ("llava_mole", "mttl", "lt_sft", "compeft")
 # a folder of LoRAs each with its config, and perhaps what routes between them

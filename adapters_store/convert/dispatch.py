@@ -25,6 +25,7 @@ from adapters_store.convert.options import Convert, ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.convert.peft_source import open_peft
 from adapters_store.convert.s2ft import convert_s2ft
+from adapters_store.convert.s2ft_slices import convert_s2ft_slices, open_s2ft_slices
 from adapters_store.convert.s2ft_source import open_s2ft
 from adapters_store.convert.source_model import SourceModel
 from adapters_store.convert.spiel import convert_spiel, open_spiel
@@ -58,6 +59,7 @@ _FORMATS: Mapping[str, _Format] = MappingProxyType(
         "llava_mole": _Format(convert_llava_mole, open_llava_mole),
         "mttl": _Format(convert_mttl, open_mttl),
         "spiel": _Format(convert_spiel, open_spiel),
+        "s2ft_slices": _Format(convert_s2ft_slices, open_s2ft_slices),
         "lt_sft": _Format(convert_lt_sft, open_lt_sft),
         "compeft": _Format(convert_compeft, open_compeft),
         **{name: _Format(partial(convert_moe, name=name), partial(open_moe, name=name)) for name in KINDS},
@@ -98,7 +100,7 @@ def _detect(source: Path) -> str:
         return "arrow"
     if CONFIG_PART in names:
         peft_type = peft_type_of(source)
-        foreign = {kind: name for name, kind in KINDS.items()} | {"SFT": "spiel"}
+        foreign = {kind: name for name, kind in KINDS.items()} | {"SFT": "spiel", "S2FT": "s2ft_slices"}
         return foreign.get(peft_type or "", "peft")
     pickles = translated(source)
     if _LT_SFT in pickles:

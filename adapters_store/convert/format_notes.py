@@ -86,6 +86,13 @@ FORMAT_NOTES: Mapping[str, FormatNote] = MappingProxyType(
             _NONE,
             "more than a tenth of a matrix; `modules_to_save`",
         ),
+        "s2ft_slices": FormatNote(
+            "S²FT slices (this project's trainer, `peft_type` S2FT)",
+            _CONFIG,
+            "exact: `rows` of v and up, `cols` of o and down",
+            _NONE,
+            "more than a quarter of a layer's channels",
+        ),
         "lt_sft": FormatNote(
             "LT-SFT, composable sparse fine-tuning",
             "`pytorch_diff.bin`",

@@ -230,6 +230,26 @@ def spiel(base: LlamaForCausalLM, folder: Path) -> Made:
     return Made(model)
 
 
+def s2ft_slices(base: LlamaForCausalLM, folder: Path) -> Made:
+    """Our trainer's S2FT file: channels of every site that S2FT trains, added to whole weights."""
+    model, draw = copy.deepcopy(base), Draw(15)
+    tensors: dict[str, Tensor] = {}
+    for index, layer in enumerate(layers_of(model)):
+        for part, name in (("self_attn", "v_proj"), ("self_attn", "o_proj"), ("mlp", "up_proj"), ("mlp", "down_proj")):
+            weight = getattr(getattr(layer, part), name).weight.data
+            is_columns = name in ("o_proj", "down_proj")
+            idx = draw.places(weight.shape[1 if is_columns else 0], 4 + index).sort().values
+            values = draw.tensor(len(idx), weight.shape[0 if is_columns else 1])
+            if is_columns:
+                weight[:, idx] += values.T
+            else:
+                weight[idx] += values
+            stem = f"layers.{index}.{part}.{name}"
+            tensors |= {f"{stem}.idx": idx.to(torch.int32), f"{stem}.D": values}
+    write_pickled(folder, {"peft_type": "S2FT", "selection": "random"}, tensors)
+    return Made(model)
+
+
 def lt_sft(base: LlamaForCausalLM, folder: Path) -> Made:
     """LT-SFT's encoding by its own published loop, over weights, a norm, a bias and the vocabulary."""
     model, draw, diffs = copy.deepcopy(base), Draw(6), {}
@@ -332,6 +352,7 @@ MAKERS: dict[str, Callable[[LlamaForCausalLM, Path], Made]] = {
     "mttl": lambda base, folder: mttl(base, folder, is_library=False),
     "mttl-library": lambda base, folder: mttl(base, folder, is_library=True),
     "spiel": spiel,
+    "s2ft-slices": s2ft_slices,
     "lt-sft": lt_sft,
     "compeft": lambda base, folder: compeft(base, folder, is_lora=False),
     "compeft-lora": lambda base, folder: compeft(base, folder, is_lora=True),
