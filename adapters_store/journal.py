@@ -74,7 +74,8 @@ class Journal:
         claimed, _, payload = line.removesuffix(b"\n").partition(b" ")
         if hashlib.sha256(payload).hexdigest().encode() != claimed:
             raise StorageFailed(
-                f"change {number} of the store's journal is damaged; restore journal/{number:012d} from a backup"
+                f"change {number} of the store's journal is damaged; "
+                f"restore {self._root.name}/{number:012d} from a backup"
             )
         return payload
 
@@ -87,7 +88,7 @@ class Journal:
             return 0
         except (OSError, ValueError) as error:
             raise StorageFailed(
-                "the journal's checkpoint is damaged; restore journal/checkpoint from a backup"
+                f"the journal's checkpoint is damaged; restore {self._root.name}/checkpoint from a backup"
             ) from error
 
     def forget_before(self, number: int) -> int:

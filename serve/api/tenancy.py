@@ -13,7 +13,7 @@ from serve.tenants.audit import AUDIT_FILE, AuditEvent, AuditLog
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate
 from serve.tenants.key_ring import KeyRing
 from serve.tenants.key_store import KeyStore
-from serve.tenants.key_store_sqlite import KEYS_FILE, SqliteKeyStore
+from serve.tenants.key_store_choice import open_key_store
 from serve.tenants.pepper import PEPPER_FILE, read_pepper
 from serve.tenants.principal import Principal
 
@@ -41,7 +41,7 @@ class Tenancy:
         """
         folder = config.store_dir
         pepper = read_pepper(config.pepper_file or folder / PEPPER_FILE, create=config.pepper_file is None)
-        keys = SqliteKeyStore(folder / KEYS_FILE, pepper)
+        keys = open_key_store(folder, pepper)
         ring = KeyRing(keys, pepper, monotonic=time.monotonic, clock=time.time)
         return cls(keys, ring, pepper, AuditLog(folder / AUDIT_FILE, clock=time.time))
 

@@ -19,7 +19,7 @@ from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import PepperFile
 from serve.errors import StartError
 from serve.tenants.audit import AUDIT_FILE, AuditEvent, AuditLog
-from serve.tenants.key_store_sqlite import KEYS_FILE, SqliteKeyStore
+from serve.tenants.key_store_choice import holds_keys, open_key_store
 from serve.tenants.keys import KeyRecord, mint
 from serve.tenants.pepper import PEPPER_FILE, read_pepper
 from serve.tenants.principal import LOCAL_TENANT, Scope, check_tenant, parse_scopes
@@ -112,7 +112,7 @@ class _Keys:
 
     def __init__(self, folder: Path, pepper: bytes) -> None:
         self.pepper = pepper
-        self.store = SqliteKeyStore(folder / KEYS_FILE, pepper)
+        self.store = open_key_store(folder, pepper)
         self._audit = AuditLog(folder / AUDIT_FILE, clock=time.time)
 
     def record(self, event: AuditEvent, key_id: str, detail: str) -> None:
@@ -128,7 +128,7 @@ def _opened(folder: Path, pepper_file: Path | None, *, create: bool = False) -> 
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
             raise StartError(f"--store {folder}: {error.strerror}") from error
-    elif not (folder / KEYS_FILE).is_file():
+    elif not holds_keys(folder):
         raise StartError(f"{folder} holds no keys; `chorale keys create` makes the first one")
     pepper = read_pepper(pepper_file or folder / PEPPER_FILE, create=create and pepper_file is None)
     keys = _Keys(folder, pepper)

@@ -1,4 +1,4 @@
-"""What a store of API keys and grants promises; SQLite implements it, others may follow.
+"""What a store of API keys and grants promises; SQLite implements it for one server, a journal for replicas.
 
 A grant lets a tenant use another's adapter: it is of the adapter's name, and so of its later versions, until it is
 withdrawn. Owns the protocol and the rotation's arithmetic. Invariant: a change returns only when it is durable, and
@@ -73,6 +73,11 @@ class KeyStore(Protocol):
     def close(self) -> None:
         """Give back the connection."""
         ...
+
+
+def unknown_key(key_id: str) -> KeyNotFound:
+    """Return the error that says so."""
+    return KeyNotFound(f"there is no key with the id {ascii(key_id)[:80]}; `chorale keys list` shows all")
 
 
 def ends_by(record: KeyRecord, until: int) -> KeyRecord:

@@ -4,8 +4,6 @@ Owns the tables and their transactions. Invariant: every change is one transacti
 that also raises the version; a file made with another pepper is refused when it is opened, not key by key.
 """
 
-import hashlib
-import hmac
 import os
 import sqlite3
 import threading
@@ -15,9 +13,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.durable_sqlite import connect, transaction
-from serve.errors import StartError, Unavailable
-from serve.tenants.key_store import Grant, KeyNotFound, KeySnapshot, ends_by
+from serve.errors import Unavailable
+from serve.tenants.key_store import Grant, KeySnapshot, ends_by, unknown_key
 from serve.tenants.keys import KeyRecord
+from serve.tenants.pepper import check_mark, pepper_mark
 from serve.tenants.principal import Scope
 
 KEYS_FILE = "keys.sqlite"
@@ -33,7 +32,6 @@ CREATE TABLE IF NOT EXISTS facts (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
 INSERT OR IGNORE INTO facts VALUES ('version', 0);
 """
 _BUSY_TIMEOUT_S = 5.0
-_PEPPER_PURPOSE = b"chorale key store"
 
 
 class SqliteKeyStore:
@@ -116,15 +114,11 @@ class SqliteKeyStore:
             self._writer.close()
 
     def _check_pepper(self, pepper: bytes) -> None:
-        mark = hmac.digest(pepper, _PEPPER_PURPOSE, hashlib.sha256)
+        mark = pepper_mark(pepper)
         with self._transaction() as db:
             db.execute("INSERT OR IGNORE INTO facts VALUES ('pepper', ?)", (mark,))
             (kept,) = db.execute("SELECT value FROM facts WHERE name = 'pepper'").fetchone()
-        if not hmac.compare_digest(mark, kept):
-            raise StartError(
-                "the keys of this store were made with another pepper; name the file that they were made with "
-                "(--pepper-file)"
-            )
+        check_mark(mark, kept)
 
     @contextmanager
     def _change(self) -> Iterator[sqlite3.Connection]:
@@ -156,7 +150,7 @@ def _insert(db: sqlite3.Connection, record: KeyRecord) -> None:
 def _find(db: sqlite3.Connection, key_id: str) -> KeyRecord:
     row = db.execute("SELECT * FROM keys WHERE key_id = ?", (key_id,)).fetchone()
     if row is None:
-        raise KeyNotFound(f"there is no key with the id {ascii(key_id)[:80]}; `chorale keys list` shows all")
+        raise unknown_key(key_id)
     return _record(row)
 
 

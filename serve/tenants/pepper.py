@@ -45,6 +45,20 @@ def tenant_salt(pepper: bytes, tenant: str) -> str:
     return hmac.digest(pepper, b"prefix cache\0" + tenant.encode(), hashlib.sha256).hex()
 
 
+def pepper_mark(pepper: bytes) -> bytes:
+    """Return what a key store remembers of the pepper that its keys were made with."""
+    return hmac.digest(pepper, b"chorale key store", hashlib.sha256)
+
+
+def check_mark(mark: bytes, kept: bytes) -> None:
+    """Raise StartError unless both are of one pepper."""
+    if not hmac.compare_digest(mark, kept):
+        raise StartError(
+            "the keys of this store were made with another pepper; name the file that they were made with "
+            "(--pepper-file)"
+        )
+
+
 def _create(path: Path) -> None:
     """Link a complete file to its name: of two that create it at once, one wins and both read the same bytes."""
     if path.exists():

@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.journal import Journal, LinkingFileSystem
 from serve.errors import StartError, Unavailable
 from serve.tenants.key_ring import MAX_AGE_S, KeyRing
-from serve.tenants.key_store import KeyNotFound
+from serve.tenants.key_store import KeyNotFound, KeyStore
+from serve.tenants.key_store_journal import JournalKeyStore
 from serve.tenants.key_store_sqlite import SqliteKeyStore
 from serve.tenants.keys import KeyRecord, mint
 from serve.tenants.pepper import read_pepper, tenant_salt
@@ -35,9 +37,13 @@ class Clock:
         return self.now
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[SqliteKeyStore]:
-    opened = SqliteKeyStore(tmp_path / "keys.sqlite", PEPPER)
+@pytest.fixture(params=["sqlite", "journal"])
+def store(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[KeyStore]:
+    opened: KeyStore
+    if request.param == "sqlite":
+        opened = SqliteKeyStore(tmp_path / "keys.sqlite", PEPPER)
+    else:
+        opened = JournalKeyStore(Journal(tmp_path / "keys", LinkingFileSystem()), PEPPER)
     yield opened
     opened.close()
 
@@ -57,11 +63,11 @@ def add_and_die(path: str, key_id: str, mac: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def ring_over(store: SqliteKeyStore, clock: Clock) -> KeyRing:
+def ring_over(store: KeyStore, clock: Clock) -> KeyRing:
     return KeyRing(store, PEPPER, monotonic=clock, clock=clock)
 
 
-def test_an_unknown_id_is_refused_by_name_and_changes_nothing(store: SqliteKeyStore) -> None:
+def test_an_unknown_id_is_refused_by_name_and_changes_nothing(store: KeyStore) -> None:
     before = store.snapshot()
     with pytest.raises(KeyNotFound, match="00ff"):
         store.revoke("00ff", now=1)
@@ -70,7 +76,7 @@ def test_an_unknown_id_is_refused_by_name_and_changes_nothing(store: SqliteKeySt
     assert store.snapshot() == before
 
 
-def test_an_id_is_given_once(store: SqliteKeyStore) -> None:
+def test_an_id_is_given_once(store: KeyStore) -> None:
     _, record = new_key()
     store.add(record)
     with pytest.raises(Unavailable):
@@ -92,15 +98,20 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
     assert not (tmp_path / "elsewhere").exists()
 
 
-def test_another_pepper_is_refused_at_once(store: SqliteKeyStore, tmp_path: Path) -> None:
+def test_another_pepper_is_refused_at_once(store: KeyStore, tmp_path: Path) -> None:
     with pytest.raises(StartError, match="--pepper-file"):
-        SqliteKeyStore(tmp_path / "keys.sqlite", b"q" * 32)
+        if (tmp_path / "keys").exists():
+            JournalKeyStore(Journal(tmp_path / "keys", LinkingFileSystem()), b"q" * 32)
+        else:
+            SqliteKeyStore(tmp_path / "keys.sqlite", b"q" * 32)
 
 
-def test_only_the_owner_can_read_what_is_kept(store: SqliteKeyStore, tmp_path: Path) -> None:
+def test_only_the_owner_can_read_what_is_kept(store: KeyStore, tmp_path: Path) -> None:
     store.add(new_key()[1])
-    files = list(tmp_path.glob("keys.sqlite*"))
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert files and {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    folders = [path for path in tmp_path.rglob("*") if path.is_dir()]
+    assert {stat.S_IMODE(path.stat().st_mode) for path in folders} <= {0o700}
 
 
 def test_what_was_acknowledged_is_there_after_the_process_died(tmp_path: Path) -> None:
@@ -115,7 +126,7 @@ def test_what_was_acknowledged_is_there_after_the_process_died(tmp_path: Path) -
     reopened.close()
 
 
-def test_every_change_raises_the_version_and_no_reading_does(store: SqliteKeyStore) -> None:
+def test_every_change_raises_the_version_and_no_reading_does(store: KeyStore) -> None:
     (_, first), (_, second) = new_key(), new_key()
     versions = [store.version()]
     for change in (
@@ -129,7 +140,7 @@ def test_every_change_raises_the_version_and_no_reading_does(store: SqliteKeySto
     assert versions == sorted(set(versions))
 
 
-def test_a_rotation_never_lengthens_a_life(store: SqliteKeyStore, clock: Clock) -> None:
+def test_a_rotation_never_lengthens_a_life(store: KeyStore, clock: Clock) -> None:
     text, old = new_key(expires=1100)
     store.add(old)
     assert store.rotate(old.key_id, new_key()[1], until=5000).expires == 1100
@@ -139,7 +150,7 @@ def test_a_rotation_never_lengthens_a_life(store: SqliteKeyStore, clock: Clock) 
     assert ring.authenticate(text) is None
 
 
-def test_both_keys_open_while_a_rotation_overlaps(store: SqliteKeyStore, clock: Clock) -> None:
+def test_both_keys_open_while_a_rotation_overlaps(store: KeyStore, clock: Clock) -> None:
     (old_text, old), (text, new) = new_key(), new_key()
     store.add(old)
     store.rotate(old.key_id, new, until=1060)
@@ -168,7 +179,7 @@ def test_a_key_revoked_elsewhere_is_dead_within_a_second(tmp_path: Path, clock: 
     elsewhere.close()
 
 
-def test_the_store_is_read_once_for_many_requests(store: SqliteKeyStore, clock: Clock) -> None:
+def test_the_store_is_read_once_for_many_requests(store: KeyStore, clock: Clock) -> None:
     reads: list[int] = []
 
     class Counting(SqliteKeyStore):
@@ -195,19 +206,21 @@ def test_the_store_is_read_once_for_many_requests(store: SqliteKeyStore, clock: 
     assert reads == [1, 2, 1]
 
 
-def test_a_store_that_fails_opens_nothing(store: SqliteKeyStore, clock: Clock) -> None:
+def test_a_store_that_fails_opens_nothing(store: KeyStore, clock: Clock, tmp_path: Path) -> None:
     text, record = new_key()
     store.add(record)
     ring = ring_over(store, clock)
     ring.refresh()
     store.close()
+    if (tmp_path / "keys").exists():
+        (tmp_path / "keys" / "000000000002").write_bytes(b"damaged")
     clock.now += MAX_AGE_S
     with pytest.raises(Unavailable):
         ring.refresh()
     assert ring.is_stale and text
 
 
-def test_revoking_twice_keeps_the_first_time(store: SqliteKeyStore) -> None:
+def test_revoking_twice_keeps_the_first_time(store: KeyStore) -> None:
     _, record = new_key()
     store.add(record)
     assert store.revoke(record.key_id, now=1500).revoked == 1500
