@@ -8,8 +8,10 @@ import hashlib
 import mmap
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO, cast
 
 from adapters_store.base import BaseDims
 from adapters_store.canonical import read_layout
@@ -23,7 +25,7 @@ _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 @dataclass(frozen=True, slots=True)
 class OpenAdapter:
-    """A verified adapter image: `data` is a read-only view of the mapped data section, valid while referenced.
+    """A verified adapter image: `data` is a view of the data section in memory, not to be written to.
 
     `base_dependent`: only a base of the same weights may serve it. `model` is what it does outside linear layers,
     `num_virtual_tokens` the positions that it puts in front of every sequence; `activation` are the token ids from
@@ -41,6 +43,14 @@ class OpenAdapter:
     model: ModelEntries = NO_MODEL_ENTRIES
     num_virtual_tokens: int = 0
     activation: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class HashedBytes:
+    """A file's bytes in memory, with the SHA-256 of exactly these."""
+
+    memory: mmap.mmap
+    sha256: str
 
 
 class Blobs:
@@ -87,9 +97,17 @@ class Blobs:
         return True
 
 
-def open_image(objects: Path, digest: str) -> OpenAdapter:
-    """Map an object's image after hashing every byte of it; needs no registry, so any process may call it.
+def map_file(file: BinaryIO, num_bytes: int) -> HashedBytes:
+    """Map a file and hash the map; its pages are the page cache's."""
+    memory = mmap.mmap(file.fileno(), num_bytes, access=mmap.ACCESS_READ)
+    return HashedBytes(memory, hashlib.sha256(memory).hexdigest())
 
+
+def open_image(objects: Path, digest: str, bring: Callable[[BinaryIO, int], HashedBytes] = map_file) -> OpenAdapter:
+    """Bring an object's image into memory and hash every byte of it; needs no registry, so any process may call it.
+
+    Args:
+        bring: takes the open file and its size; what it raises that is neither OSError nor ValueError goes through.
     Raises:
         AdapterCorrupt: missing, or manifest, size, hash or header do not match the digest.
     """
@@ -102,7 +120,7 @@ def open_image(objects: Path, digest: str) -> OpenAdapter:
         if hashlib.sha256(raw).hexdigest() != digest:
             raise AdapterCorrupt(f"the manifest of adapter {digest[:12]} does not match its digest; upload it again")
         manifest = parse_manifest(raw)
-        return _map_image(folder / IMAGE_NAME, manifest, digest)
+        return _read_image(folder / IMAGE_NAME, manifest, digest, bring)
     except (OSError, ValueError) as error:
         raise AdapterCorrupt(f"the files of adapter {digest[:12]} cannot be read; upload it again") from error
     except AdapterCorrupt:
@@ -111,15 +129,18 @@ def open_image(objects: Path, digest: str) -> OpenAdapter:
         raise AdapterCorrupt(f"adapter {digest[:12]} is damaged ({error.message}); upload it again") from error
 
 
-def _map_image(path: Path, manifest: Manifest, digest: str) -> OpenAdapter:
+def _read_image(
+    path: Path, manifest: Manifest, digest: str, bring: Callable[[BinaryIO, int], HashedBytes]
+) -> OpenAdapter:
     with open_regular(path) as file:
         if os.fstat(file.fileno()).st_size != manifest.file_bytes:
             raise AdapterCorrupt(f"the file of adapter {digest[:12]} has lost or gained bytes; upload it again")
-        mapped = memoryview(mmap.mmap(file.fileno(), manifest.file_bytes, access=mmap.ACCESS_READ))
-        if hashlib.sha256(mapped).hexdigest() != manifest.file_sha256:
-            raise AdapterCorrupt(f"the weights of adapter {digest[:12]} do not match their hash; upload it again")
-        slots, data_start = read_layout(file, manifest.file_bytes, manifest)
-    data = mapped[data_start:]
+        brought = bring(file, manifest.file_bytes)
+    if brought.sha256 != manifest.file_sha256:
+        raise AdapterCorrupt(f"the weights of adapter {digest[:12]} do not match their hash; upload it again")
+    # from the bytes that were hashed, not from the file again
+    slots, data_start = read_layout(cast(BinaryIO, brought.memory), manifest.file_bytes, manifest)
+    data = memoryview(brought.memory)[data_start:]
     entries = read_entries(manifest, slots)
     return OpenAdapter(
         digest=digest,

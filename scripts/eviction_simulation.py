@@ -89,7 +89,7 @@ def simulate(workload: Workload, policy: EvictionPolicy, machine: Machine) -> Ou
     return Outcome(
         num_requests=len(waits),
         hit_ratio=num_hits / len(waits),
-        num_loads=tiers.num_loads_total,
+        num_loads=tiers.device.num_loads_total,
         loaded_bytes=loader.loaded_bytes,
         mean_wait_s=sum(waits) / len(waits),
         p99_wait_s=waits[int(0.99 * len(waits))],

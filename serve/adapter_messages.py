@@ -53,13 +53,17 @@ class PinState:
 
 @dataclass(frozen=True, slots=True)
 class AdapterMove:
-    """An adapter's way into memory (`kind` "load") or out of it.
+    """An adapter's way into a tier of memory (`kind` "load") or out of it; `tier` is "host" or "device".
 
-    Ways out: "room" (for another), "operator", "unload" (deleted), "no_fit" (it came and proved too large; 0 bytes).
+    Ways out: "room" (for another), "operator", "unload" (deleted), "no_fit" (it came and proved too large; 0 bytes),
+    "failed" (an image on the host that could not be loaded to the device, and is read anew next time).
     """
 
     digest: str
     kind: str
     num_bytes: int
-    # of a load, from its start to READY
+    # of a load, from its start to its end
     seconds: float = 0.0
+    tier: str = "device"
+    # of a load: "disk" or "host"
+    source: str = "disk"

@@ -32,10 +32,12 @@ class EngineConfig:
     max_step_tokens: int | None = None
     # the bound on queued sequences; beyond it the API answers 429
     max_waiting: int = 512
-    adapter_host_bytes: int = 4 << 30
+    # of images in host memory, and how many; 0 bytes: no host tier, every load reads the disk
+    adapter_host_bytes: int = 2 << 30
+    adapter_host_count: int = 1024
     # None: 2 GiB on a CPU, a quarter of what the model leaves free on a GPU
     adapter_device_bytes: int | None = None
-    # slots are indices: the byte budgets bind first, this only bounds the tables
+    # adapters on the device; slots are indices: the bytes bind first, this only bounds the tables
     num_adapter_slots: int = 4096
     max_adapter_rank: int = 256
     enable_prefix_cache: bool = True
@@ -107,6 +109,8 @@ class ApiConfig:
     tenant_limits: TenantLimits = field(default_factory=TenantLimits)
     # where replicas of one store tell each other of changes; None: SQLite, for one server
     redis_url: str | None = None
+    # versions of a name that stay beside those that something points to; None: all
+    keep_versions: int | None = None
     # run every adapter on the base, against its source's own formula, before it is published
     probe_adapters: bool = True
     metrics_compat_vllm: bool = True

@@ -240,8 +240,6 @@ class Stats:
     num_adapter_loads_total: int
     num_adapter_evictions_total: int
     num_steps_total: int
-    # last finished loads to the device since the previous Stats, seconds
-    adapter_load_s: list[float]
     # adapters that accepted sequences named: on the device already, in host memory alone, or only on disk
     num_adapter_hits_total: int = 0
     num_adapter_misses_total: int = 0

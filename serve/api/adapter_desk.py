@@ -28,10 +28,13 @@ class AdapterHistory:
     """What became of one adapter on this replica since its start."""
 
     num_loads: int = 0
-    # for whatever cause it left memory
+    # for whatever cause it left the device
     num_evictions: int = 0
-    # of the last load
+    # into host memory
+    num_fetches: int = 0
+    # of the last load and the last fetch
     load_s: float | None = None
+    fetch_s: float | None = None
 
 
 @dataclass(slots=True)
@@ -152,7 +155,11 @@ class AdapterDesk:
     def _record(self, move: AdapterMove) -> None:
         history = self._histories.setdefault(move.digest, AdapterHistory())
         self._histories.move_to_end(move.digest)
-        if move.kind == "load":
+        if move.tier == "host":
+            if move.kind == "load":
+                history.num_fetches += 1
+                history.fetch_s = move.seconds
+        elif move.kind == "load":
             history.num_loads += 1
             history.load_s = move.seconds
         else:

@@ -12,6 +12,7 @@ from fastapi.responses import JSONResponse
 
 from adapters_store.errors import AdapterNotFound
 from adapters_store.store import AdapterRef
+from serve.api.adapter_place import ON_DISK, places_of
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses
 from serve.api.json_body import show
@@ -92,28 +93,23 @@ def _identity(ref: AdapterRef) -> Json:
 
 def _status(state: ApiState, ref: AdapterRef) -> Json:
     engine, digest = state.engine, ref.digest
-    history = engine.desk.history(digest)
-    return (
-        _identity(ref)
-        | {"engine": _engine_state(engine), "state": "absent", "tier": "disk", "bytes": 0, "pins": 0}
-        | _in_memory(engine, digest)
-        | {
-            "pinned": engine.desk.is_pinned(digest),
-            "pin_error": _pin_error(engine, digest),
-            "loads": history.num_loads,
-            "evictions": history.num_evictions,
-            "last_load_seconds": history.load_s,
-        }
-    )
-
-
-def _in_memory(engine: EngineGateway, digest: str) -> Json:
-    for adapter in () if engine.stats is None else engine.stats.adapters:
-        if adapter.digest == digest:
-            is_loading = adapter.tier == "loading"
-            place = "loading" if is_loading else "leaving" if adapter.is_leaving else "ready"
-            return {"state": place, "tier": adapter.tier, "bytes": adapter.num_bytes, "pins": adapter.num_pins}
-    return {}
+    history, found = engine.desk.history(digest), places_of(engine.stats).get(digest, ON_DISK)
+    return _identity(ref) | {
+        "engine": _engine_state(engine),
+        "state": found.state,
+        "tier": found.tier,
+        "bytes": found.num_device_bytes + found.num_host_bytes,
+        "device_bytes": found.num_device_bytes,
+        "host_bytes": found.num_host_bytes,
+        "pins": found.num_pins,
+        "pinned": engine.desk.is_pinned(digest),
+        "pin_error": _pin_error(engine, digest),
+        "loads": history.num_loads,
+        "evictions": history.num_evictions,
+        "fetches": history.num_fetches,
+        "last_load_seconds": history.load_s,
+        "last_fetch_seconds": history.fetch_s,
+    }
 
 
 def _engine_state(engine: EngineGateway) -> str:

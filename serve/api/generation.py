@@ -160,4 +160,4 @@ def _is_cold(engine: EngineGateway, digests: tuple[str, ...]) -> bool:
     stats = engine.stats
     if not digests or stats is None:
         return False
-    return not set(digests) <= {state.digest for state in stats.adapters if state.tier != "loading"}
+    return not set(digests) <= {state.digest for state in stats.adapters if state.tier == "device"}

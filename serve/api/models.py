@@ -5,17 +5,18 @@ Owns the card's shape and the list's filters. Invariant: `parent` is the base's 
 """
 
 import asyncio
+from collections.abc import Mapping
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request
 
 from adapters_store.store import AdapterVersion
+from serve.api.adapter_place import ON_DISK, Place, places_of
 from serve.api.adapters import remove_adapter
 from serve.api.errors import error_responses
 from serve.api.selection import resolve_adapter
 from serve.api.state import ApiState, api_state
 from serve.errors import InvalidRequest, InvalidValue
-from serve.messages import AdapterState
 
 Json = dict[str, object]
 
@@ -37,8 +38,8 @@ async def list_models(
     """List the base, then its adapters by name."""
     api = api_state(request)
     versions = await asyncio.to_thread(api.store.list)
-    resident = _resident(api)
-    cards = [_adapter_card(api, version.name, version, resident) for version in versions]
+    places = places_of(api.engine.stats)
+    cards = [_adapter_card(api, version.name, version, places) for version in versions]
     if parent is not None:
         cards = cards if parent == api.config.served_model_name else []
     elif family is None and state is None:
@@ -64,7 +65,7 @@ async def get_model(request: Request, model_id: str) -> Json:
         return _base_card(api)
     versions = await asyncio.to_thread(api.store.versions, ref.name)
     version = next(version for version in versions if version.version == ref.version)
-    return _adapter_card(api, model_id, version, _resident(api))
+    return _adapter_card(api, model_id, version, places_of(api.engine.stats))
 
 
 @router.delete("/v1/models/{model_id:path}")
@@ -95,10 +96,8 @@ def _base_card(api: ApiState) -> Json:
     }
 
 
-def _adapter_card(api: ApiState, model_id: str, version: AdapterVersion, resident: dict[str, AdapterState]) -> Json:
-    held = resident.get(version.digest)
-    tier = "disk" if held is None or held.tier == "loading" else held.tier
-    adapter_state = "ready" if tier != "disk" else "loading" if held is not None else "stored"
+def _adapter_card(api: ApiState, model_id: str, version: AdapterVersion, places: Mapping[str, Place]) -> Json:
+    found = places.get(version.digest, ON_DISK)
     return {
         **_base_card(api),
         "id": model_id,
@@ -110,16 +109,11 @@ def _adapter_card(api: ApiState, model_id: str, version: AdapterVersion, residen
             "rank": version.rank,
             "version": version.version,
             "digest": f"sha256:{version.digest}",
-            "tier": tier,
+            "tier": found.tier,
             "bytes": version.num_bytes,
-            "state": adapter_state,
+            "state": found.state if version.digest in places else "stored",
         },
     }
-
-
-def _resident(api: ApiState) -> dict[str, AdapterState]:
-    stats = api.engine.stats
-    return {state.digest: state for state in stats.adapters} if stats is not None else {}
 
 
 def _matches(card: Json, key: str, wanted: str | None) -> bool:

@@ -17,7 +17,10 @@ Url = Annotated[str, typer.Option("--url", help="Address of a running server.")]
 ApiKey = Annotated[str | None, typer.Option("--api-key", envvar="CHORALE_API_KEY", help="Key for --url.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
-_SHOWN = ("engine", "state", "tier", "bytes", "pins", "pinned", "pin_error", "loads", "evictions", "last_load_seconds")
+_SHOWN = (
+    *("engine", "state", "tier", "device_bytes", "host_bytes", "pins", "pinned", "pin_error"),
+    *("loads", "evictions", "fetches", "last_load_seconds", "last_fetch_seconds"),
+)
 
 
 def pin(name: Name, url: Url, api_key: ApiKey = None) -> None:

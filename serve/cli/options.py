@@ -132,7 +132,21 @@ MaxStepTokens = Annotated[
     ),
 ]
 AdapterHostBytes = Annotated[
-    int, typer.Option(envvar="CHORALE_ADAPTER_HOST_BYTES", min=0, help="Bytes of adapters held in host memory.")
+    int,
+    typer.Option(
+        envvar="CHORALE_ADAPTER_HOST_BYTES",
+        min=0,
+        help="Bytes of adapter images held in host memory, from where they reach the device; 0: always from disk.",
+    ),
+]
+AdapterHostCount = Annotated[
+    int, typer.Option(envvar="CHORALE_ADAPTER_HOST_COUNT", min=1, help="Adapter images held in host memory.")
+]
+AdapterDeviceCount = Annotated[
+    int,
+    typer.Option(
+        envvar="CHORALE_ADAPTER_DEVICE_COUNT", min=0, help="Adapters on the device at once; vLLM's max_loras."
+    ),
 ]
 AdapterDeviceBytes = Annotated[
     int | None,
@@ -194,7 +208,22 @@ DenseBudgetBytes = Annotated[
     ),
 ]
 RequestTimeoutS = Annotated[
-    float, typer.Option(envvar="CHORALE_REQUEST_TIMEOUT_S", min=0.1, help="Seconds a request may take in all.")
+    float,
+    typer.Option(
+        envvar="CHORALE_REQUEST_TIMEOUT_S",
+        min=0.1,
+        # a removed adapter's bytes stay for an hour, for the requests that had been accepted
+        max=3540.0,
+        help="Seconds a request may take in all.",
+    ),
+]
+KeepVersions = Annotated[
+    int | None,
+    typer.Option(
+        envvar="CHORALE_KEEP_VERSIONS",
+        min=1,
+        help="Forget all but each adapter's newest N versions and those that a name, an alias or a rollback needs.",
+    ),
 ]
 HeartbeatTimeoutS = Annotated[
     float,

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
+from types import MappingProxyType
 
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
@@ -24,8 +25,26 @@ _ENGINE = EngineConfig(model_dir=Path(), store_dir=Path())
 _LIMITS = LimitsConfig()
 _WATCHDOG = WatchdogConfig()
 _DRAIN = DrainConfig()
+# flags that go unchanged into a field of the engine's config
+_ENGINE_FLAGS = MappingProxyType(
+    {
+        "max_model_len": "max_model_len",
+        "kv_blocks": "num_kv_blocks",
+        "max_num_seqs": "max_num_seqs",
+        "max_step_tokens": "max_step_tokens",
+        "num_threads": "num_threads",
+        "adapter_host_bytes": "adapter_host_bytes",
+        "adapter_host_count": "adapter_host_count",
+        "adapter_device_bytes": "adapter_device_bytes",
+        "adapter_device_count": "num_adapter_slots",
+        "gpu_memory_utilization": "gpu_memory_utilization",
+        "max_rank": "max_adapter_rank",
+        "prefix_cache": "enable_prefix_cache",
+    }
+)
 
 
+@one_line_errors(exit_status=2)
 def serve(
     model: options.Model,
     store: options.Store,
@@ -41,7 +60,9 @@ def serve(
     max_num_seqs: options.MaxNumSeqs = None,
     max_step_tokens: options.MaxStepTokens = None,
     adapter_host_bytes: options.AdapterHostBytes = _ENGINE.adapter_host_bytes,
+    adapter_host_count: options.AdapterHostCount = _ENGINE.adapter_host_count,
     adapter_device_bytes: options.AdapterDeviceBytes = _ENGINE.adapter_device_bytes,
+    adapter_device_count: options.AdapterDeviceCount = _ENGINE.num_adapter_slots,
     gpu_memory_utilization: options.GpuMemoryUtilization = _ENGINE.gpu_memory_utilization,
     max_rank: options.MaxRank = _ENGINE.max_adapter_rank,
     num_threads: options.NumThreads = None,
@@ -60,32 +81,34 @@ def serve(
     preload: options.Preload = None,
     drain_delay_s: options.DrainDelayS = _DRAIN.delay_s,
     drain_timeout_s: options.DrainTimeoutS = _DRAIN.timeout_s,
+    keep_versions: options.KeepVersions = None,
     probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
     """Serve a base model and the adapters of a store over HTTP."""
+    flags = dict(locals())
     start_logging(log_level)
-    with one_line_errors(exit_status=2):
-        # the engine process has another working folder
-        model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
-        limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
-        limits = replace(limits, request_timeout_s=request_timeout_s, dense_budget_bytes=dense_budget_bytes)
-        name = served_model_name or served_name(model, model_dir)
-        api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
-        api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
-        api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
-        api = replace(api, require_keys=require_keys, pepper_file=pepper_file and pepper_file.absolute())
-        api = replace(api, tenant_limits=read_tenant_limits(tenant_limit or ()))
-        api = replace(api, probe_adapters=probe is options.Probe.ON, redis_url=redis_url)
-        engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
-        engine = replace(engine, max_model_len=max_model_len, num_kv_blocks=kv_blocks, max_num_seqs=max_num_seqs)
-        engine = replace(engine, max_step_tokens=max_step_tokens, max_waiting=max_in_flight, num_threads=num_threads)
-        engine = replace(engine, adapter_host_bytes=adapter_host_bytes, adapter_device_bytes=adapter_device_bytes)
-        engine = replace(engine, max_adapter_rank=max_rank, enable_prefix_cache=prefix_cache)
-        engine = replace(engine, gpu_memory_utilization=gpu_memory_utilization)
-        watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
-        run_server(ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s)), preload=preload)
+    # the engine process has another working folder
+    model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
+    limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
+    limits = replace(limits, request_timeout_s=request_timeout_s, dense_budget_bytes=dense_budget_bytes)
+    name = served_model_name or served_name(model, model_dir)
+    api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
+    api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
+    api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
+    api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
+    api = replace(api, probe_adapters=probe is options.Probe.ON, redis_url=redis_url)
+    engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
+    engine = replace(engine, max_waiting=max_in_flight, **{_ENGINE_FLAGS[name]: flags[name] for name in _ENGINE_FLAGS})
+    watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
+    run_server(ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s)), preload=preload)
+
+
+def with_tenants(api: ApiConfig, *, require_keys: bool, pepper_file: Path | None, limits: Iterable[str]) -> ApiConfig:
+    """Add what concerns tenants; raises StartError for a limit that cannot be read."""
+    pepper_file = None if pepper_file is None else pepper_file.absolute()
+    return replace(api, require_keys=require_keys, pepper_file=pepper_file, tenant_limits=read_tenant_limits(limits))
 
 
 def read_tenant_limits(values: Iterable[str]) -> TenantLimits:

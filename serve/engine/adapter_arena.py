@@ -124,8 +124,8 @@ class AdapterArena:
 
     def _image(self, adapter: OpenAdapter) -> AdapterImage:
         rows = site_rows(adapter)
-        # the map is read-only and only read here: torch has no read-only tensors and would warn
-        data = torch.frombuffer(bytearray(adapter.data), dtype=torch.uint8)
+        # torch has no read-only tensors and would warn of a mapped file; an image of the host tier is read in place
+        data = torch.frombuffer(bytearray(adapter.data) if adapter.data.readonly else adapter.data, dtype=torch.uint8)
         return AdapterImage(data, _DTYPES[adapter.dtype], rows, self._shapes)
 
     def _model(self, adapter: OpenAdapter, image: AdapterImage) -> ModelTensors | None:

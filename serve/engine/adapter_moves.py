@@ -5,6 +5,7 @@ that is freed twice, or not at all, shows.
 """
 
 from collections import OrderedDict
+from dataclasses import dataclass
 
 from serve.adapter_messages import AdapterMove
 
@@ -31,28 +32,23 @@ class KnownSizes:
 
 
 class AdapterMoves:
-    """Loads and drops since the start, and those since the last heartbeat."""
+    """Loads and drops of one tier since the start, and those since the last heartbeat."""
 
-    def __init__(self) -> None:
-        self.num_hits_total = 0
-        self.num_misses_total = 0
+    def __init__(self, tier: str, source: str) -> None:
+        self._tier = tier
+        self._source = source
         self._num_bytes = 0
         self._recent: list[AdapterMove] = []
-
-    def count_use(self, *, is_hit: bool) -> None:
-        """Count a sequence's wish for an adapter that was in memory, or was not."""
-        self.num_hits_total += is_hit
-        self.num_misses_total += not is_hit
 
     def came(self, digest: str, num_bytes: int, seconds: float) -> None:
         """Record a load that ended READY."""
         self._num_bytes += num_bytes
-        self._recent.append(AdapterMove(digest, "load", num_bytes, seconds))
+        self._recent.append(AdapterMove(digest, "load", num_bytes, seconds, self._tier, self._source))
 
     def went(self, digest: str, cause: str, num_bytes: int) -> None:
         """Record a drop; see `AdapterMove` for the causes."""
         self._num_bytes -= num_bytes
-        self._recent.append(AdapterMove(digest, cause, num_bytes))
+        self._recent.append(AdapterMove(digest, cause, num_bytes, 0.0, self._tier, self._source))
 
     def take_recent(self) -> list[AdapterMove]:
         """Hand out what happened since the last call."""
@@ -64,3 +60,12 @@ class AdapterMoves:
         assert self._num_bytes == num_ready_bytes, (
             f"{self._num_bytes} adapter bytes came and did not go, {num_ready_bytes} are in memory"
         )
+
+
+@dataclass(slots=True)
+class AdapterHits:
+    """Where the adapters of accepted sequences were when they were named."""
+
+    num_on_device: int = 0
+    num_on_host: int = 0
+    num_missed: int = 0

@@ -17,17 +17,18 @@ def refusal(tiers: AdapterTiers, digests: Sequence[str]) -> str | None:
         if reason is not None:
             return reason
     num_pinned = tiers.operator_pins.num_beside(digests)
-    if len(digests) > tiers.num_slots - num_pinned:
+    if len(digests) > tiers.device.num_slots - num_pinned:
         taken = f", {num_pinned} of them for other adapters that are pinned" if num_pinned else ""
         return (
-            f"the composition holds {len(digests)} adapters; this server has adapter slots for {tiers.num_slots}{taken}"
+            f"the composition holds {len(digests)} adapters; this server has adapter slots for "
+            f"{tiers.device.num_slots}{taken}"
         )
     num_bytes, num_pinned = sum(map(tiers.known_bytes, digests)), tiers.operator_pins.num_bytes_beside(digests)
-    if num_bytes > tiers.max_bytes - num_pinned:
+    if num_bytes > tiers.device.max_bytes - num_pinned:
         taken = f", {num_pinned} of them for other adapters that are pinned" if num_pinned else ""
         return (
             f"the {len(digests)} adapters of the composition take {num_bytes} bytes in memory; this server holds at "
-            f"most {tiers.max_bytes}{taken} (--adapter-host-bytes, --adapter-device-bytes)"
+            f"most {tiers.device.max_bytes}{taken} (--adapter-device-bytes)"
         )
     return None
 

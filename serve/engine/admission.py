@@ -83,10 +83,10 @@ def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | N
         return Failed(command.request_id, "adapter_load_failed", reason, 503)
     takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
     if takes_no_wait and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
-        num_begun = live.tiers.num_loads_begun
+        num_begun = live.tiers.num_moves_begun
         for digest in acting.digests:
             live.tiers.prefetch(digest)
-        live.served.charge(Payer.of(command), num_loads=live.tiers.num_loads_begun - num_begun)
+        live.served.charge(Payer.of(command), num_loads=live.tiers.num_moves_begun - num_begun)
         message = 'the adapter is not loaded yet; send it again soon, or with cold_start "wait"'
         return Failed(command.request_id, "adapter_not_loaded", message, 503)
     return None
@@ -103,9 +103,9 @@ def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_ope
     held_groups = {seq.group_id for seq in live.running if _computes_for_siblings(seq, live)}
     is_barred = False
     for seq in live.waiting.turns(held_groups):
-        num_begun = live.tiers.num_loads_begun
+        num_begun = live.tiers.num_moves_begun
         residency = adapter_sets.want(live.tiers, seq.acting.digests)
-        seq.num_loads_owed += live.tiers.num_loads_begun - num_begun
+        seq.num_loads_owed += live.tiers.num_moves_begun - num_begun
         if residency is Residency.ABSENT:
             is_barred = is_barred or _is_passed_too_often(seq, live)
         if not is_open or residency is not Residency.READY or (is_barred and seq.acting.digests):

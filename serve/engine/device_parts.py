@@ -41,7 +41,6 @@ from serve.engine.device_forward import DeviceForward, StepOutput
 from serve.engine.device_memory import DeviceMemory, Shares, Wishes, share_out, usable_bytes
 from serve.engine.device_sampler import Outcome
 from serve.engine.device_trial import TRIAL_SLOTS, RanklessAdapters, run_trial
-from serve.engine.host_images import HostImages
 from serve.engine.packed_words import Words
 from serve.engine.sampling_plan import Grammars
 from serve.engine.site_rows import site_rows
@@ -152,10 +151,10 @@ class _Start:
         forward = self._forward(shares.num_kv_blocks, shares.arena_bytes)
         is_cuda = self.device.type == "cuda"
         copies: Copies = CudaCopies(self.device) if is_cuda else InlineCopies()
-        spec, host_bytes = self.model.spec, self.config.adapter_host_bytes
+        spec = self.model.spec
         shapes = {site: spec.dims.site_shape(site) for site in SITES}
-        images = HostImages(partial(_open_servable, open_image, self.config), host_bytes)
-        arena = DeviceArena(forward.tables, shapes, spec.dims.num_hidden_layers, self.model.dtype, images.open, copies)
+        servable = partial(_open_servable, open_image, self.config)
+        arena = DeviceArena(forward.tables, shapes, spec.dims.num_hidden_layers, self.model.dtype, servable, copies)
         graphs = None
         if is_cuda:
             prepare = partial(prepare_capture, forward, self.buffers, self.config.block_size)

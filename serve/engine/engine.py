@@ -12,6 +12,7 @@ from serve.engine.limits import EngineLimits
 from serve.engine.operator_hands import carry_out
 from serve.engine.pipeline import StepPipeline
 from serve.engine.plan import Executor
+from serve.engine.resident import ImageFetcher
 from serve.engine.scheduler import Scheduler
 from serve.messages import Abort, Command, Embed, Event, LoadAdapter, Stats, Submit, UnloadAdapter
 
@@ -19,11 +20,19 @@ from serve.messages import Abort, Command, Embed, Event, LoadAdapter, Stats, Sub
 class Engine:
     """Continuous batching over one executor."""
 
-    def __init__(self, limits: EngineLimits, executor: Executor, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        limits: EngineLimits,
+        executor: Executor,
+        clock: Callable[[], float],
+        fetcher: ImageFetcher | None = None,
+    ) -> None:
+        """Prepare; `fetcher` brings images into the host tier, without one the executor reads the disk."""
         self._limits = limits
         self._executor = executor
+        self._fetcher = fetcher
         self._pipeline = StepPipeline(executor)
-        self._scheduler = Scheduler(limits, executor, clock)
+        self._scheduler = Scheduler(limits, executor, clock, fetcher)
         self._events: list[Event] = []
 
     def handle(self, command: Command) -> None:
@@ -58,6 +67,8 @@ class Engine:
             Exception: the executor lost the step as a whole, twice and in every part; the process must be replaced.
         """
         events, self._events = self._events, []
+        for fetch in self._fetcher.poll() if self._fetcher is not None else ():
+            events += self._scheduler.finish_fetch(fetch)
         for load in self._executor.poll_loads():
             events += self._scheduler.finish_load(load)
         events += self._scheduler.fail_pinned_out()
@@ -74,9 +85,8 @@ class Engine:
     def stats(self) -> Stats:
         """Describe the engine for the heartbeat; hands out what was gathered since the last call."""
         live, counters = self._scheduler.live, self._scheduler.counters
-        load_s, counters.adapter_load_s = counters.adapter_load_s, []
         step_adapters, counters.step_adapters = counters.step_adapters, []
-        moves = live.tiers.moves
+        tiers, hits = live.tiers, live.tiers.hits
         return Stats(
             step_index=counters.num_steps,
             num_running=len(live.running),
@@ -84,21 +94,23 @@ class Engine:
             num_kv_blocks=self._limits.num_kv_blocks,
             num_kv_blocks_in_use=live.kv.num_in_use,
             block_size=self._limits.block_size,
-            num_adapter_pins=live.tiers.num_pins,
-            adapters=live.tiers.states(),
+            num_adapter_pins=tiers.num_pins,
+            adapters=tiers.states(),
             num_preemptions_total=live.num_preemptions,
             num_prompt_tokens_total=counters.num_prompt_tokens,
             num_generated_tokens_total=counters.num_generated_tokens,
             num_prefix_hit_tokens_total=counters.num_prefix_hit_tokens,
-            num_adapter_loads_total=live.tiers.num_loads_total,
-            num_adapter_evictions_total=live.tiers.num_evictions_total,
+            num_adapter_loads_total=tiers.device.num_loads_total,
+            num_adapter_evictions_total=tiers.device.num_evictions_total,
             num_steps_total=counters.num_steps,
-            adapter_load_s=load_s,
-            num_adapter_hits_total=moves.num_hits_total,
-            num_adapter_misses_total=moves.num_misses_total,
-            adapter_moves=moves.take_recent(),
+            num_adapter_hits_total=hits.num_on_device,
+            num_adapter_misses_total=hits.num_on_host + hits.num_missed,
+            num_adapter_host_hits_total=hits.num_on_host,
+            num_adapter_fetches_total=0 if tiers.host is None else tiers.host.num_fetches_total,
+            num_adapter_host_evictions_total=0 if tiers.host is None else tiers.host.num_evictions_total,
+            adapter_moves=tiers.take_moves(),
             step_adapters=step_adapters,
-            operator_pins=live.tiers.operator_pins.states(),
+            operator_pins=tiers.operator_pins.states(),
         )
 
     def check_invariants(self) -> None:

@@ -14,10 +14,12 @@ from collections.abc import Iterable
 from serve.engine import adapter_sets
 from serve.engine.adapter_tiers import AdapterTiers, Residency
 from serve.engine.fairness import WaitingLine
+from serve.engine.host_tier import HostTier
 from serve.engine.kv_blocks import KvBlocks
 from serve.engine.limits import EngineLimits
 from serve.engine.plan import Executor, Row
 from serve.engine.planned_step import PlannedStep
+from serve.engine.resident import ImageFetcher
 from serve.engine.sequence import Sequence, SequenceState
 from serve.engine.virtual_tokens import ServedTokens
 from serve.messages import Embed, Submit
@@ -26,10 +28,11 @@ from serve.messages import Embed, Submit
 class LiveSequences:
     """All accepted sequences that have not ended or still hold something, and the rooms they hold things of."""
 
-    def __init__(self, limits: EngineLimits, executor: Executor) -> None:
+    def __init__(self, limits: EngineLimits, executor: Executor, fetcher: ImageFetcher | None = None) -> None:
         self.limits = limits
         self.kv = KvBlocks(limits.num_kv_blocks, limits.block_size)
-        self.tiers = AdapterTiers(executor, limits.num_adapter_slots, limits.adapter_bytes)
+        host = None if fetcher is None else HostTier(fetcher, limits.max_host_images, limits.adapter_host_bytes)
+        self.tiers = AdapterTiers(executor, limits.num_adapter_slots, limits.adapter_device_bytes, host=host)
         self.served = ServedTokens()
         self.waiting = WaitingLine(self.served)
         # by right to run: the last one is the first to be preempted

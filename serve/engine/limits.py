@@ -19,11 +19,13 @@ class EngineLimits:
     max_step_tokens: int
     # sequences that may wait; beyond it a submit fails with 429
     max_waiting: int
-    adapter_host_bytes: int
     adapter_device_bytes: int
     num_adapter_slots: int
     eos_token_ids: tuple[int, ...]
     enable_prefix_cache: bool = True
+    # of images in host memory; 0 bytes: no host tier, every load reads the disk
+    adapter_host_bytes: int = 0
+    max_host_images: int = 1024
 
     def __post_init__(self) -> None:
         counts = {
@@ -42,12 +44,3 @@ class EngineLimits:
     def max_sequence_tokens(self) -> int:
         """Tokens, prompt plus output, that one sequence can reach: the model's bound or the whole KV cache."""
         return min(self.max_model_len, self.num_kv_blocks * self.block_size)
-
-    @property
-    def adapter_bytes(self) -> int:
-        """Bytes of adapter images that may be held.
-
-        Every image lies once in the host tier and, to run, once in the device tier (the same bytes on a CPU), so the
-        smaller budget binds.
-        """
-        return min(self.adapter_host_bytes, self.adapter_device_bytes)

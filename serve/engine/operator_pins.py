@@ -96,5 +96,5 @@ class OperatorPins:
             return None
         return (
             f"the adapter takes {num_bytes} bytes in memory and other pinned ones {num_others}; pins may hold at most "
-            f"{self._max_bytes}, half of the adapter bytes (--adapter-host-bytes, --adapter-device-bytes)"
+            f"{self._max_bytes}, half of the adapter bytes (--adapter-device-bytes)"
         )

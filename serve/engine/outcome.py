@@ -15,13 +15,12 @@ from serve.messages import NOT_FINITE, Embedded, Event, Failed, Finished, Finish
 
 @dataclass(slots=True)
 class Counters:
-    """What the heartbeat counts from the engine's start; each heartbeat empties the lists."""
+    """What the heartbeat counts from the engine's start; each heartbeat empties the list."""
 
     num_prompt_tokens: int = 0
     num_generated_tokens: int = 0
     num_prefix_hit_tokens: int = 0
     num_steps: int = 0
-    adapter_load_s: list[float] = field(default_factory=list)
     # adapters that acted, one number per step
     step_adapters: list[int] = field(default_factory=list)
 

@@ -162,3 +162,18 @@ class LoadResult:
     seconds: float
     error: str | None = None
     is_out_of_room: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """The end of one fetch from the store into host memory: `error` as in `LoadResult`.
+
+    `num_bytes` is what the image takes in host memory, also when there was no room for it; 0 when it was not learnt.
+    """
+
+    digest: str
+    num_bytes: int
+    rank: int
+    seconds: float
+    error: str | None = None
+    is_out_of_room: bool = False

@@ -18,8 +18,9 @@ from serve.engine.lifecycle import LiveSequences
 from serve.engine.limits import EngineLimits
 from serve.engine.operator_hands import PinnedOut
 from serve.engine.outcome import Counters, finish_row
-from serve.engine.plan import Executor, LoadResult, RowResult, StepPlan
+from serve.engine.plan import Executor, FetchResult, LoadResult, RowResult, StepPlan
 from serve.engine.planned_step import PlannedStep
+from serve.engine.resident import ImageFetcher
 from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Event, Failed, Finished, FinishReason, Submit
 
@@ -33,8 +34,14 @@ MIN_ROWS_PER_SITTING_OUT = 8
 class Scheduler:
     """Turns accepted sequences into step plans and results into events."""
 
-    def __init__(self, limits: EngineLimits, executor: Executor, clock: Callable[[], float]) -> None:
-        self.live = LiveSequences(limits, executor)
+    def __init__(
+        self,
+        limits: EngineLimits,
+        executor: Executor,
+        clock: Callable[[], float],
+        fetcher: ImageFetcher | None = None,
+    ) -> None:
+        self.live = LiveSequences(limits, executor, fetcher)
         self.counters = Counters()
         self._pinned_out = PinnedOut(self.live)
         self._limits = limits
@@ -94,17 +101,29 @@ class Scheduler:
             events += finish_row(self.live, self.counters, seq, row, result)
         return events
 
+    def finish_fetch(self, result: FetchResult) -> list[Event]:
+        """Take the end of an image's fetch into host memory; when it failed, the sequences that wait for it fail."""
+        error = self.live.tiers.finish_fetch(result)
+        waiting, now_s = self.live.waiting.naming(result.digest), self._clock()
+        if error is not None:
+            return self._fail_load(result.digest, error, waiting)
+        for seq in waiting:
+            if seq.load_wait_since_s is not None:
+                # a sequence that came while the fetch ran has waited for a part of it
+                seq.adapter_fetch_s += min(result.seconds, now_s - seq.load_wait_since_s)
+        return []
+
     def finish_load(self, result: LoadResult) -> list[Event]:
         """Take the end of an adapter's load; when it failed, its waiting sequences fail with the reason."""
         tiers, waiting = self.live.tiers, self.live.waiting.naming(result.digest)
         error = tiers.finish_load(result)
         if error is not None:
-            logger.warning("adapter %s could not be loaded: %s", result.digest, error)
-            return [self._fail_waiting(seq, f"the adapter could not be loaded: {error}") for seq in waiting]
-        if tiers.residency(result.digest) is Residency.READY:
-            self.counters.adapter_load_s.append(result.seconds)
+            return self._fail_load(result.digest, error, waiting)
         events: list[Event] = []
+        now_s = self._clock()
         for seq in waiting:
+            if seq.load_wait_since_s is not None:
+                seq.adapter_move_s += min(result.seconds, now_s - seq.load_wait_since_s)
             # the size that was just learnt may be too much beside the others'
             reason = adapter_sets.refusal(tiers, seq.acting.digests)
             if reason is not None:
@@ -113,13 +132,17 @@ class Scheduler:
                 seq.load_wait_since_s is not None
                 and adapter_sets.residency(tiers, seq.acting.digests) is Residency.READY
             ):
-                seq.adapter_load_s = self._clock() - seq.load_wait_since_s
+                seq.adapter_load_s = now_s - seq.load_wait_since_s
                 seq.load_wait_since_s = None
         return events
 
     def fail_pinned_out(self) -> list[Event]:
         """Fail the waiting sequences that can never run beside what the operator has pinned."""
         return [self._fail_waiting(seq, reason) for seq, reason in self._pinned_out.sequences()]
+
+    def _fail_load(self, digest: str, error: str, waiting: list[Sequence]) -> list[Event]:
+        logger.warning("adapter %s could not be loaded: %s", digest, error)
+        return [self._fail_waiting(seq, f"the adapter could not be loaded: {error}") for seq in waiting]
 
     def _fail_waiting(self, seq: Sequence, message: str) -> Failed:
         self.live.end(seq)

@@ -67,6 +67,9 @@ class Sequence:
     queue_s: float | None = None
     num_cached_tokens: int = 0
     adapter_load_s: float = 0.0
+    # parts of it while an image was read into host memory, and while one was brought to the device
+    adapter_fetch_s: float = 0.0
+    adapter_move_s: float = 0.0
     load_wait_since_s: float | None = None
     # loads that began for it and are not charged yet
     num_loads_owed: int = 0

@@ -9,15 +9,18 @@ import argparse
 import logging
 import sys
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
-from adapters_store.blobs import open_image
+from adapters_store.blobs import OpenAdapter, open_image
 from serve.config import EngineConfig
+from serve.engine.cpu_threads import leave_core
 from serve.engine.engine import Engine
 from serve.engine.executor import TorchExecutor
 from serve.engine.grammar import GrammarMasks
+from serve.engine.host_images import HostImages
 from serve.engine.limits import EngineLimits
 from serve.engine.model_parts import load_parts
 from serve.engine.plan import Executor
@@ -37,28 +40,50 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 
 def _on_cpu(config: EngineConfig) -> BuiltEngine:
     parts = load_parts(config, partial(_grammars, config))
-    executor = TorchExecutor(parts, partial(open_image, config.store_dir / "objects"))
-    return BuiltEngine(_engine(config, parts.facts, executor), parts.facts.ready(), close=executor.close)
+    images = _host_images(config)
+    executor = TorchExecutor(parts, images.open if images is not None else _open_image(config))
+    engine = _engine(config, parts.facts, executor, images)
+    return BuiltEngine(engine, parts.facts.ready(), close=partial(_close, executor.close, images))
 
 
 def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
     # triton is there only where the GPU path can be chosen: a CPU installation has none
     from serve.engine.device_parts import load_device_parts  # noqa: PLC0415
 
-    image = partial(open_image, config.store_dir / "objects")
+    images = _host_images(config)
+    image = images.open if images is not None else _open_image(config)
     parts = load_device_parts(config, device, image, partial(_grammars, config))
     # graphs that steps missed are captured while nobody waits for a token
     rest = parts.executor.capture_pending
-    engine = _engine(config, parts.facts, parts.executor)
-    return BuiltEngine(engine, parts.facts.ready(), rest, close=parts.executor.close)
+    engine = _engine(config, parts.facts, parts.executor, images)
+    return BuiltEngine(engine, parts.facts.ready(), rest, close=partial(_close, parts.executor.close, images))
+
+
+def _open_image(config: EngineConfig) -> Callable[[str], OpenAdapter]:
+    return partial(open_image, config.store_dir / "objects")
+
+
+def _host_images(config: EngineConfig) -> HostImages | None:
+    """Return the host tier's memory; None when it is switched off."""
+    if config.adapter_host_bytes == 0:
+        return None
+    return HostImages(
+        partial(open_image, config.store_dir / "objects"), config.adapter_host_bytes, prepare_thread=leave_core
+    )
+
+
+def _close(close_executor: Callable[[], None], images: HostImages | None) -> None:
+    if images is not None:
+        images.close()
+    close_executor()
 
 
 def _grammars(config: EngineConfig, model: ModelFacts) -> GrammarMasks | None:
     return GrammarMasks.of_model(config.model_dir, model.spec.dims.vocab_size, model.spec.eos_token_ids)
 
 
-def _engine(config: EngineConfig, facts: StartFacts, executor: Executor) -> Engine:
-    return Engine(_limits(config, facts), executor, time.monotonic)
+def _engine(config: EngineConfig, facts: StartFacts, executor: Executor, images: HostImages | None) -> Engine:
+    return Engine(_limits(config, facts), executor, time.monotonic, images)
 
 
 def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
@@ -69,12 +94,12 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         max_num_seqs=facts.model.max_num_seqs,
         max_step_tokens=facts.model.max_step_tokens,
         max_waiting=config.max_waiting,
-        # on a device the host tier is the page cache under the files: only the arena binds
-        adapter_host_bytes=config.adapter_host_bytes if facts.device == "cpu" else facts.adapter_device_bytes,
         adapter_device_bytes=facts.adapter_device_bytes,
         num_adapter_slots=config.num_adapter_slots,
         eos_token_ids=facts.model.spec.eos_token_ids,
         enable_prefix_cache=config.enable_prefix_cache,
+        adapter_host_bytes=config.adapter_host_bytes,
+        max_host_images=config.adapter_host_count,
     )
 
 

@@ -13,8 +13,8 @@ from serve.metrics.adapter_usage import AdapterUsage
 from serve.metrics.engine_view import EngineView
 from serve.metrics.names import COUNTERS, GAUGES
 
-_CAUSES = ("room", "operator", "unload", "no_fit")
-_TIERS = ("loading", "host", "device")
+_TIERS = ("host", "device")
+_CAUSES = ("room", "operator", "unload", "no_fit", "failed")
 
 
 class EngineCollector(Collector):
@@ -40,21 +40,29 @@ class EngineCollector(Collector):
     def _resident(self, adapters: list[AdapterState]) -> Iterable[Metric]:
         resident = GaugeMetricFamily("chorale_adapters_resident", "Adapters by tier.", labels=["tier"])
         num_bytes = GaugeMetricFamily("chorale_adapter_bytes", "Bytes of adapter images by tier.", labels=["tier"])
+        held = {
+            # an adapter on the device may have its image on the host as well
+            "host": [adapter.num_host_bytes for adapter in adapters if adapter.num_host_bytes],
+            "device": [adapter.num_bytes for adapter in adapters if adapter.tier == "device"],
+        }
         for tier in _TIERS:
-            held = [adapter for adapter in adapters if adapter.tier == tier]
-            resident.add_metric([tier], len(held))
-            num_bytes.add_metric([tier], sum(adapter.num_bytes for adapter in held))
-        yield from (resident, num_bytes)
+            resident.add_metric([tier], len(held[tier]))
+            num_bytes.add_metric([tier], sum(held[tier]))
+        loading = GaugeMetricFamily("chorale_adapters_loading", "Adapters under way by their tier.", labels=["target"])
+        for target, state in (("host", "fetching"), ("device", "loading")):
+            loading.add_metric([target], sum(adapter.tier == state for adapter in adapters))
+        yield from (resident, num_bytes, loading)
 
     def _moved(self) -> Iterable[Metric]:
-        drops = CounterMetricFamily("chorale_adapter_drops", "Adapters that left memory by cause.", labels=["cause"])
-        for cause in _CAUSES:
-            drops.add_metric([cause], self._view.drops[cause])
-        swapped = CounterMetricFamily(
-            "chorale_adapter_swap_bytes", "Bytes of adapters into and out of memory.", labels=["direction"]
-        )
-        for direction in ("in", "out"):
-            swapped.add_metric([direction], self._view.swap_bytes[direction])
+        text = "Adapters that left a tier of memory by cause."
+        drops = CounterMetricFamily("chorale_adapter_drops", text, labels=["tier", "cause"])
+        text = "Bytes of adapters into and out of a tier of memory."
+        swapped = CounterMetricFamily("chorale_adapter_swap_bytes", text, labels=["tier", "direction"])
+        for tier in _TIERS:
+            for cause in _CAUSES:
+                drops.add_metric([tier, cause], self._view.drops[tier, cause])
+            for direction in ("in", "out"):
+                swapped.add_metric([tier, direction], self._view.swap_bytes[tier, direction])
         yield from (drops, swapped)
 
     def _used(self) -> Iterable[Metric]:

@@ -15,9 +15,9 @@ class EngineView:
     def __init__(self) -> None:
         self.stats: Stats | None = None
         self.totals = dict.fromkeys((field for _, _, field in COUNTERS), 0)
-        # adapters that left memory by cause, and bytes that came ("in") and went ("out")
-        self.drops: Counter[str] = Counter()
-        self.swap_bytes: Counter[str] = Counter()
+        # per tier of memory: adapters that left it by cause, and bytes that came ("in") and went ("out")
+        self.drops: Counter[tuple[str, str]] = Counter()
+        self.swap_bytes: Counter[tuple[str, str]] = Counter()
 
     def take(self, stats: Stats) -> None:
         """Add one heartbeat."""
@@ -28,7 +28,7 @@ class EngineView:
             # a fall is an engine that was restarted between two heartbeats
             self.totals[field] += value - last if value >= last else value
         for move in stats.adapter_moves:
-            self.swap_bytes["in" if move.kind == "load" else "out"] += move.num_bytes
+            self.swap_bytes[move.tier, "in" if move.kind == "load" else "out"] += move.num_bytes
             if move.kind != "load":
-                self.drops[move.kind] += 1
+                self.drops[move.tier, move.kind] += 1
         self.stats = stats

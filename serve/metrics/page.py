@@ -47,11 +47,10 @@ class Metrics:
         self._view = EngineView()
         self._requests = RequestInstruments(registry, clock)
         text = "Seconds of an adapter's load from one tier to another."
-        by_tier = Histogram(
+        self._load_s = Histogram(
             "chorale_adapter_load_seconds", text, ["source", "target"], buckets=TTFT_BUCKETS, registry=registry
         )
-        # the engine's one load goes from the files (or the page cache over them) into the memory it computes from
-        self._load_s = [by_tier.labels("disk", "device")]
+        self._vllm_load_s: Histogram | None = None
         self._step_adapters = Histogram(
             "chorale_step_adapters",
             "Distinct adapters that acted in a step.",
@@ -62,8 +61,9 @@ class Metrics:
         self._restarts = Counter("chorale_engine_restarts", "Engine processes lost.", registry=registry)
         registry.register(EngineCollector(self._view, self._requests.usage))
         if compat_vllm:
-            alias = Histogram("vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry)
-            self._load_s.append(alias)
+            self._vllm_load_s = Histogram(
+                "vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry
+            )
             registry.register(VllmCollector(self._view, self._requests.names, max_adapters, unix_clock))
 
     def name_adapter(self, digest: str, name: str) -> None:
@@ -73,9 +73,12 @@ class Metrics:
     def observe_stats(self, stats: Stats) -> None:
         """Take one heartbeat."""
         self._view.take(stats)
-        for load_s in stats.adapter_load_s:
-            for histogram in self._load_s:
-                histogram.observe(load_s)
+        for move in stats.adapter_moves:
+            if move.kind == "load":
+                self._load_s.labels(move.source, move.tier).observe(move.seconds)
+                # vLLM's is the way to the device
+                if move.tier == "device" and self._vllm_load_s is not None:
+                    self._vllm_load_s.observe(move.seconds)
         for num_adapters in stats.step_adapters:
             self._step_adapters.observe(num_adapters)
         now = self._clock()

@@ -32,7 +32,7 @@ class VllmCollector(Collector):
         adapters = [] if stats is None else self._names.hottest(stats.adapters)
         on_device = [adapter for adapter in adapters if adapter.tier == "device"]
         on_host = [adapter for adapter in adapters if adapter.tier == "host"]
-        loading = [adapter for adapter in adapters if adapter.tier == "loading"]
+        loading = [adapter for adapter in adapters if adapter.tier in ("loading", "fetching")]
         usage = stats.num_kv_blocks_in_use / max(1, stats.num_kv_blocks) if stats is not None else 0.0
         simple = {
             "vllm:num_requests_running": stats.num_running if stats is not None else 0,

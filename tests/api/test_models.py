@@ -29,7 +29,6 @@ def stats_with(*adapters: AdapterState) -> Stats:
         num_adapter_loads_total=0,
         num_adapter_evictions_total=0,
         num_steps_total=1,
-        adapter_load_s=[],
     )
 
 

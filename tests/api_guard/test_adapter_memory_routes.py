@@ -1,5 +1,7 @@
 """Pins, prefetches, evictions and the status over HTTP: names of every spelling, refusals, an engine that is down."""
 
+from dataclasses import replace
+
 import pytest
 
 from serve.adapter_messages import AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
@@ -10,7 +12,7 @@ ACTIONS = {"pin": PinAdapter, "unpin": UnpinAdapter, "evict": EvictAdapter}
 
 
 def _stats(*adapters: AdapterState, pins: tuple[PinState, ...] = ()) -> Stats:
-    return Stats(*(0,) * 7, list(adapters), *(0,) * 7, [], operator_pins=list(pins))
+    return Stats(*(0,) * 7, list(adapters), *(0,) * 7, operator_pins=list(pins))
 
 
 def _digest(api: WholeApi, name: str, *, seed: int = 0) -> str:
@@ -83,11 +85,13 @@ def test_an_eviction_reports_what_it_freed_or_that_it_waits(api: WholeApi) -> No
 def test_the_status_tells_place_holders_and_history(api: WholeApi) -> None:
     digest = _digest(api, "poet")
     moves = [
+        AdapterMove(digest, "load", 7, 0.75, "host"),
+        AdapterMove(digest, "room", 7, 0.0, "host"),
         AdapterMove(digest, "load", 10, 0.5),
         AdapterMove(digest, "room", 10),
         AdapterMove(digest, "load", 10, 0.25),
     ]
-    stats = _stats(AdapterState(digest, "device", 3, 10, 2, is_leaving=True))
+    stats = _stats(AdapterState(digest, "device", 3, 10, 2, is_leaving=True, num_host_bytes=7))
     stats.adapter_moves.extend(moves)
     api.engine.stats = stats
     api.engine.desk.saw_heartbeat(stats)
@@ -98,14 +102,34 @@ def test_the_status_tells_place_holders_and_history(api: WholeApi) -> None:
         "engine": "serving",
         "state": "leaving",
         "tier": "device",
-        "bytes": 10,
+        "bytes": 17,
+        "device_bytes": 10,
+        "host_bytes": 7,
         "pins": 3,
         "pinned": False,
         "pin_error": None,
         "loads": 2,
         "evictions": 1,
+        "fetches": 1,
         "last_load_seconds": 0.25,
+        "last_fetch_seconds": 0.75,
     }
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (AdapterState("", "fetching", 0, 0, 0), ("fetching", "disk", 0, 0)),
+        (AdapterState("", "host", 0, 0, 8, num_host_bytes=7), ("host", "host", 0, 7)),
+        (AdapterState("", "loading", 0, 10, 8, num_host_bytes=7), ("loading", "host", 0, 7)),
+        (AdapterState("", "loading", 0, 10, 8), ("loading", "disk", 0, 0)),
+        (AdapterState("", "device", 0, 10, 8), ("ready", "device", 10, 0)),
+    ],
+)
+def test_the_status_tells_each_place_on_the_way(api: WholeApi, state: AdapterState, expected: object) -> None:
+    api.engine.stats = _stats(replace(state, digest=_digest(api, "poet")))
+    status = api.http.get("/v1/adapters/poet/status").json()
+    assert (status["state"], status["tier"], status["device_bytes"], status["host_bytes"]) == expected
 
 
 def test_an_engine_that_is_down_holds_nothing_and_takes_no_commands(api: WholeApi) -> None:

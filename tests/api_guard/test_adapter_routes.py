@@ -9,7 +9,7 @@ from tests.api_guard.wire import status_of
 
 def stats_with(digest: str) -> Stats:
     adapter = AdapterState(digest=digest, tier="device", num_pins=3, num_bytes=10, rank=2)
-    return Stats(*(0,) * 7, [adapter], *(0,) * 7, [])
+    return Stats(*(0,) * 7, [adapter], *(0,) * 7)
 
 
 @pytest.mark.parametrize("name_first", [True, False])

@@ -22,7 +22,6 @@ LIMITS = EngineLimits(
     max_num_seqs=8,
     max_step_tokens=16,
     max_waiting=100,
-    adapter_host_bytes=100,
     adapter_device_bytes=100,
     num_adapter_slots=4,
     eos_token_ids=(EOS_ID,),

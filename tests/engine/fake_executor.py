@@ -85,6 +85,8 @@ class FakeExecutor:
         self._files = files
         self._loaded: dict[int, str] = {}
         self._loading: deque[tuple[str, int, int]] = deque()
+        # images that loads read, where there is a host tier
+        self.images_here: set[str] | None = None
         # what the tests tell of each request: its salt, what acts where, the first position that comes out not finite
         self.salts: dict[str, str] = {}
         self.toys: dict[str, Toy] = {}
@@ -160,12 +162,14 @@ class FakeExecutor:
         self._check_slot_is_at_rest(slot)
         if digest in self._loaded.values() or digest in {other for other, _, _ in self._loading}:
             raise PlanViolation(f"{digest} is loaded twice")
+        self._check_image(digest)
         self._loading.append((digest, slot, self._files[digest].num_polls))
 
     def poll_loads(self) -> list[LoadResult]:
         """Advance all loads by one poll and return those that ended."""
         ended, still = [], deque[tuple[str, int, int]]()
         for digest, slot, num_polls in self._loading:
+            self._check_image(digest)
             file = self._files[digest]
             if num_polls > 1:
                 still.append((digest, slot, num_polls - 1))
@@ -222,6 +226,10 @@ class FakeExecutor:
     def _written(self, row: Row) -> tuple[int, int]:
         """Return which part of its block table a row writes."""
         return row.start // self._block_size, -(-(row.start + len(row.token_ids)) // self._block_size)
+
+    def _check_image(self, digest: str) -> None:
+        if self.images_here is not None and digest not in self.images_here:
+            raise PlanViolation(f"a load reads the image of {digest}, which is not in host memory")
 
     def _check_slot_is_at_rest(self, slot: int) -> None:
         if any(slot in step.slots for step in self._in_flight):

@@ -11,6 +11,7 @@ import pytest
 
 from serve.engine import outcome, sequence
 from serve.engine.adapter_tiers import AdapterTiers
+from serve.engine.device_tier import DeviceTier
 from serve.engine.fairness import WaitingLine
 from serve.engine.kv_blocks import KvBlocks, hash_block, hash_seed
 from serve.engine.lifecycle import LiveSequences
@@ -18,6 +19,7 @@ from serve.engine.limits import EngineLimits
 from serve.engine.plan import Row, RowResult
 from serve.engine.scheduler import Scheduler
 from serve.engine.sequence import Sequence, SequenceState
+from serve.engine.wish_order import Room
 from serve.messages import Event, SamplingParams, Tokens
 
 Plant = Callable[[pytest.MonkeyPatch], None]
@@ -164,23 +166,25 @@ def _non_finite_row_taken_as_good(patch: pytest.MonkeyPatch) -> None:
 
 
 def _pinned_adapter_evicted(patch: pytest.MonkeyPatch) -> None:
-    make_room = AdapterTiers._make_room
+    make_room = DeviceTier._make_room
 
-    def wrong(self: AdapterTiers, digest: str, num_bytes: int, *, num_slots: int) -> bool:
-        pins = {other: resident.num_pins for other, resident in self._residents.items()}
-        for resident in self._residents.values():
+    def wrong(self: DeviceTier, digest: str, needed: Room) -> bool:
+        pins = {other: resident.num_pins for other, resident in self.residents.items()}
+        for resident in self.residents.values():
             resident.num_pins = 0
-        has_room = make_room(self, digest, num_bytes, num_slots=num_slots)
-        for other, resident in self._residents.items():
+        has_room = make_room(self, digest, needed)
+        for other, resident in self.residents.items():
             resident.num_pins = pins[other]
         return has_room
 
-    patch.setattr(AdapterTiers, "_make_room", wrong)
+    patch.setattr(DeviceTier, "_make_room", wrong)
 
 
 def _unload_ignores_the_last_user(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: AdapterTiers, digest: str) -> None:
-        if digest in self._residents and self._residents[digest].is_ready:
+        resident = self.device.residents.get(digest)
+        if resident is not None and resident.is_ready:
+            resident.num_pins = 0
             self._drop(digest, "unload")
 
     patch.setattr(AdapterTiers, "unload", wrong)
@@ -188,7 +192,7 @@ def _unload_ignores_the_last_user(patch: pytest.MonkeyPatch) -> None:
 
 def _adapter_bytes_not_counted(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(AdapterTiers, "_too_large", lambda self, digest, num_bytes: None)
-    patch.setattr(AdapterTiers, "_num_bytes", property(lambda self: 0))
+    patch.setattr(DeviceTier, "num_bytes", property(lambda self: 0))
 
 
 def _failed_load_drops_its_requests_silently(patch: pytest.MonkeyPatch) -> None:

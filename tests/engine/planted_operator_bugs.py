@@ -24,8 +24,10 @@ def _operator_pin_lost_on_the_way(patch: pytest.MonkeyPatch) -> None:
 
 
 def _walk_without_pins(self: AdapterTiers) -> None:
-    self._places = {}
+    self._order.begin_walk()
     self._has_room = True
+    if self.host is not None:
+        self.host.begin_walk()
 
 
 def _operator_pin_lost_with_its_size(patch: pytest.MonkeyPatch) -> None:
@@ -51,7 +53,7 @@ def _bytes_freed_twice(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: AdapterTiers, digest: str) -> int | None:
         num_bytes = evict(self, digest)
         if num_bytes:
-            self.moves.went(digest, "operator", num_bytes)
+            self.device.moves.went(digest, "operator", num_bytes)
         return num_bytes
 
     patch.setattr(AdapterTiers, "evict", wrong)
@@ -59,7 +61,8 @@ def _bytes_freed_twice(patch: pytest.MonkeyPatch) -> None:
 
 def _eviction_does_not_wait_for_running_sequences(patch: pytest.MonkeyPatch) -> None:
     def wrong(self: AdapterTiers, digest: str) -> None:
-        if digest in self._leaving and self._residents[digest].is_ready:
+        if digest in self._leaving and self.device.residents[digest].is_ready:
+            self.device.residents[digest].num_pins = 0
             self._drop(digest, "operator")
 
     patch.setattr(AdapterTiers, "_drop_leaving", wrong)

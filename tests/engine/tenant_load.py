@@ -80,7 +80,6 @@ class TenantLoad:
             max_num_seqs=rng.randint(2, 6),
             max_step_tokens=rng.choice((8, 16, 32)),
             max_waiting=1000,
-            adapter_host_bytes=10**6,
             adapter_device_bytes=10**6,
             num_adapter_slots=rng.randint(1, 3) if slots_are_scarce else max(1, len(digests)),
             enable_prefix_cache=rng.random() < 0.3,

@@ -116,8 +116,8 @@ def test_started_splits_the_wait_into_queue_and_load() -> None:
     cold, warm = bench.events["cold"][0], bench.events["warm"][0]
     assert isinstance(cold, Started) and (cold.adapter_load_s, cold.queue_s) == (6.0, 0.0)
     assert isinstance(warm, Started) and (warm.adapter_load_s, warm.queue_s) == (0.0, 1.0)
-    assert bench.engine.stats().adapter_load_s == [0.5]
-    assert bench.engine.stats().adapter_load_s == []
+    assert [(move.kind, move.seconds) for move in bench.engine.stats().adapter_moves] == [("load", 0.5)]
+    assert bench.engine.stats().adapter_moves == []
 
 
 def test_a_request_that_takes_no_cold_start_fails_and_starts_the_load() -> None:

@@ -225,7 +225,7 @@ def test_the_arena_has_room_for_whatever_the_tiers_think_fits(seed: int) -> None
         poll()
         tiers.check_invariants(pinned, Counter())
     trace.end()
-    assert tiers.num_evictions_total > 20
+    assert tiers.device.num_evictions_total > 20
 
 
 class _Loader:

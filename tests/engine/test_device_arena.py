@@ -10,7 +10,6 @@ from adapter_kernels.gpu.tables import ALIGNMENT_BYTES, DeviceTables
 from adapter_kernels.image import AdapterImage
 from serve.engine import extents
 from serve.engine.device_arena import DeviceArena
-from serve.engine.host_images import HostImages
 from serve.engine.plan import LoadResult
 from tests.engine.arena_adapters import NUM_LAYERS, Images, mismatch, small_image
 from tests.engine.device_streams import QueuedLoader, StreamTables, TwoStreams
@@ -265,27 +264,6 @@ def test_loads_run_on_a_thread_of_their_own() -> None:
         arena.check_invariants()
     finally:
         arena.close()
-
-
-def test_a_second_load_neither_opens_nor_hashes_again() -> None:
-    images = Images({name: sized(4, seed) for seed, name in enumerate("abc")})
-    size = images.open("a").num_bytes
-    host = HostImages(images.open, max_bytes=2 * size)
-    images.num_opened = 0
-    for digest in ("a", "b", "a", "b"):
-        assert host.open(digest).digest == digest
-    assert images.num_opened == 2
-    # the third pushes out the one that was loaded longest ago
-    for digest in ("c", "b", "c", "a"):
-        host.open(digest)
-    assert images.num_opened == 4
-
-
-def test_an_image_larger_than_the_host_tier_is_opened_each_time() -> None:
-    images = Images({"a": sized(4)})
-    host = HostImages(images.open, max_bytes=1)
-    assert host.open("a").digest == host.open("a").digest
-    assert images.num_opened == 2
 
 
 def test_extents_are_aligned_as_kernels_promise() -> None:

@@ -90,7 +90,6 @@ class Run:
             max_num_seqs=16,
             max_step_tokens=max_step_tokens,
             max_waiting=32,
-            adapter_host_bytes=1 << 30,
             adapter_device_bytes=1 << 30,
             num_adapter_slots=16,
             eos_token_ids=(),

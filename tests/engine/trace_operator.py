@@ -59,7 +59,8 @@ class TraceOperator:
         gone = (self.held_before & held) - loaded
         assert not gone, f"{gone} were pinned and in memory, and were dropped"
         self.held_before = held & loaded
-        self.num_bytes += sum(move.num_bytes * (1 if move.kind == "load" else -1) for move in stats.adapter_moves)
+        moves = [move for move in stats.adapter_moves if move.tier == "device"]
+        self.num_bytes += sum(move.num_bytes * (1 if move.kind == "load" else -1) for move in moves)
         assert self.num_bytes == sum(state.num_bytes for state in stats.adapters if state.tier == "device"), (
             "adapter bytes that came and went do not add up"
         )

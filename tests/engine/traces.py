@@ -28,6 +28,7 @@ from serve.messages import (
     UnloadAdapter,
 )
 from tests.engine.fake_executor import AdapterFile, FakeExecutor
+from tests.engine.fake_fetcher import FakeFetcher, ImageFile
 from tests.engine.toy_model import EOS_ID, VOCAB_SIZE, Toy, run_alone
 from tests.engine.trace_operator import TraceOperator
 
@@ -76,7 +77,6 @@ class Trace:
             max_num_seqs=rng.randint(1, 6),
             max_step_tokens=rng.choice((1, 3, 7, 16)),
             max_waiting=rng.choice((3, 100)),
-            adapter_host_bytes=10,
             adapter_device_bytes=rng.choice((4, 6, 10)),
             num_adapter_slots=rng.randint(1, 3),
             eos_token_ids=(EOS_ID,),
@@ -87,13 +87,33 @@ class Trace:
             for digest in DIGESTS
         }
         self.executor = FakeExecutor(self.limits.num_kv_blocks, block_size, files, is_async=is_async)
+        self.fetcher = self._host_tier(random.Random(-1 - seed), files)
         self.now_s = 0.0
-        self.engine = Engine(self.limits, self.executor, lambda: self.now_s)
+        self.engine = Engine(self.limits, self.executor, lambda: self.now_s, self.fetcher)
         self.sent: dict[str, Sent] = {}
         self.broken: set[str] = set()
         self.operator = TraceOperator(rng, self.engine, self.executor)
         stem = [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]
         self.stems = [stem, stem[:6] + stem[2:16], [rng.randrange(1, VOCAB_SIZE) for _ in range(20)]]
+
+    def _host_tier(self, rng: random.Random, files: dict[str, AdapterFile]) -> FakeFetcher | None:
+        """Put a host tier under three of four traces, from one that holds a single image to one that holds all.
+
+        Its own random numbers leave everything else that a seed stands for as it is.
+        """
+        if rng.random() < 0.25:
+            return None
+        self.limits = replace(
+            self.limits, adapter_host_bytes=rng.choice((4, 6, 10, 40)), max_host_images=rng.choice((1, 2, 5))
+        )
+        # never the same bytes as on the device
+        images = {
+            digest: ImageFile(max(1, file.num_bytes - rng.randint(0, 2)), rng.randint(1, 5), rng.choice((0, 0, 0, 1)))
+            for digest, file in files.items()
+        }
+        fetcher = FakeFetcher(images, self.limits.max_host_images, self.limits.adapter_host_bytes)
+        self.executor.images_here = fetcher.here
+        return fetcher
 
     def run(self) -> Stats:
         """Play the trace to its end, check everything, and return the engine's last heartbeat."""
@@ -289,10 +309,13 @@ class Trace:
         stats = self.operator.judge_rest()
         if stats.num_running or stats.num_waiting or stats.num_kv_blocks_in_use or stats.num_adapter_pins:
             raise WrongAnswer(f"the engine rests and still holds something: {stats}")
-        if self.executor.num_bytes_loaded > self.limits.adapter_bytes:
+        if self.executor.num_bytes_loaded > self.limits.adapter_device_bytes:
             raise WrongAnswer("more adapter bytes are loaded than the budget allows")
-        if {state.digest for state in stats.adapters} != self.executor.loaded:
+        if {state.digest for state in stats.adapters if state.tier == "device"} != self.executor.loaded:
             raise WrongAnswer("the engine and the device disagree on what is loaded")
+        on_host = {state.digest for state in stats.adapters if state.num_host_bytes}
+        if on_host != (set() if self.fetcher is None else self.fetcher.here):
+            raise WrongAnswer("the engine and the host tier disagree on what is there")
         refusals = ("context_length_exceeded", "queue_full", "adapter_not_loaded", "invalid_value")
         accepted = Counter(
             request_id

@@ -122,7 +122,6 @@ class FakeEngine:
             num_adapter_loads_total=len(self._adapters),
             num_adapter_evictions_total=0,
             num_steps_total=self._num_steps,
-            adapter_load_s=[],
             operator_pins=[PinState(digest) for digest in self._pins],
         )
 

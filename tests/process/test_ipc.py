@@ -110,7 +110,7 @@ def test_events_come_back_as_their_own_types() -> None:
         Failed("c", "engine_error", "é", 503),
         AdapterDone("p", 10, is_pending=True),
         replace(
-            Stats(1, 2, 3, 4, 5, 6, 7, [AdapterState("d", "device", 1, 2, 8)], 8, 9, 10, 11, 12, 13, 14, [0.5]),
+            Stats(1, 2, 3, 4, 5, 6, 7, [AdapterState("d", "device", 1, 2, 8)], 8, 9, 10, 11, 12, 13, 14),
             adapter_moves=[AdapterMove("d", "load", 2, 0.5)],
             step_adapters=[1, 2],
             operator_pins=[PinState("d"), PinState("e", "too large")],

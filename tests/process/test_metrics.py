@@ -24,6 +24,9 @@ class FakeClock:
         return self.now
 
 
+CAUSES = ("room", "operator", "no_fit")
+
+
 def stats(**fields: object) -> Stats:
     """Return a heartbeat of an idle engine, but for the given fields."""
     idle = Stats(
@@ -42,7 +45,6 @@ def stats(**fields: object) -> Stats:
         num_adapter_loads_total=0,
         num_adapter_evictions_total=0,
         num_steps_total=0,
-        adapter_load_s=[],
     )
     return replace(idle, **fields)  # type: ignore[arg-type]
 
@@ -166,19 +168,19 @@ def test_moves_of_adapters_are_counted_by_cause_and_in_bytes_across_restarts() -
     metrics = Metrics(clock=clock)
     moves = [AdapterMove("a" * 64, "load", 100, 0.5), AdapterMove("a" * 64, "room", 100), AdapterMove("b", "no_fit", 0)]
     pins = [PinState("a" * 64), PinState("b" * 64, "damaged")]
-    metrics.observe_stats(
-        stats(adapter_moves=moves, adapter_load_s=[0.5], step_adapters=[0, 3], num_adapter_hits_total=4)
-    )
+    metrics.observe_stats(stats(adapter_moves=moves, step_adapters=[0, 3], num_adapter_hits_total=4))
     metrics.engine_lost()
     metrics.observe_stats(stats(adapter_moves=moves[:2], num_adapter_hits_total=1, num_adapter_misses_total=2))
     metrics.observe_stats(stats(operator_pins=pins, num_adapter_hits_total=1, num_adapter_misses_total=2))
     page = series(metrics)
-    causes = {cause: page[f"chorale_adapter_drops_total{{cause={cause}}}"] for cause in ("room", "operator", "no_fit")}
+    drops = {cause: f"chorale_adapter_drops_total{{cause={cause},tier=device}}" for cause in CAUSES}
+    causes = {cause: page[name] for cause, name in drops.items()}
     assert causes == {"room": 2.0, "operator": 0.0, "no_fit": 1.0}
-    assert [page[f"chorale_adapter_swap_bytes_total{{direction={way}}}"] for way in ("in", "out")] == [200.0, 200.0]
+    swapped = [page[f"chorale_adapter_swap_bytes_total{{direction={way},tier=device}}"] for way in ("in", "out")]
+    assert swapped == [200.0, 200.0]
     assert (page["chorale_adapter_hits_total"], page["chorale_adapter_misses_total"]) == (5.0, 2.0)
-    assert page["chorale_adapter_load_seconds_sum{source=disk,target=device}"] == 0.5
-    assert page["vllm:lora_adapter_load_seconds_count"] == 1.0
+    assert page["chorale_adapter_load_seconds_sum{source=disk,target=device}"] == 1.0
+    assert page["vllm:lora_adapter_load_seconds_count"] == 2.0
     assert (page["chorale_step_adapters_count"], page["chorale_step_adapters_sum"]) == (2.0, 3.0)
     assert page["chorale_adapters_pinned"] == 1.0
 
@@ -200,7 +202,11 @@ def test_no_histogram_names_an_adapter() -> None:
     metrics = Metrics()
     metrics.name_adapter("d" * 64, "fr-legal")
     metrics.open_request("d" * 64).close("stop")
-    metrics.observe_stats(stats(adapters=[AdapterState("d" * 64, "device", 1, 100, 8)], adapter_load_s=[0.1]))
+    metrics.observe_stats(
+        stats(
+            adapters=[AdapterState("d" * 64, "device", 1, 100, 8)], adapter_moves=[AdapterMove("d", "load", 100, 0.1)]
+        )
+    )
     families = list(text_string_to_metric_families(metrics.render().decode()))
     named = {family.type for family in families for sample in family.samples if "fr-legal" in sample.labels.values()}
     assert named == {"gauge", "counter"}
@@ -249,9 +255,44 @@ def test_the_page_is_written_as_the_client_library_writes_it() -> None:
         metrics.name_adapter(digest, name)
         metrics.open_request(digest).close("stop")
     held = [AdapterState(letter * 64, "device", 0, 123_456_789, 8) for letter in "ab"]
-    metrics.observe_stats(stats(adapters=held, adapter_load_s=[1e-7, 3.5, 1e9], num_prompt_tokens_total=10**7))
+    metrics.observe_stats(
+        stats(
+            adapters=held,
+            adapter_moves=[AdapterMove("a", "load", 0, s) for s in (1e-7, 3.5, 1e9)],
+            num_prompt_tokens_total=10**7,
+        )
+    )
     assert metrics.render() == generate_latest(metrics._registry)
 
 
 def test_aliases_can_be_switched_off() -> None:
     assert "vllm:" not in Metrics(compat_vllm=False).render().decode()
+
+
+def test_the_tiers_of_memory_are_told_apart() -> None:
+    metrics = Metrics()
+    states = [
+        AdapterState("a" * 64, "device", 1, 100, 8, num_host_bytes=80),
+        AdapterState("b" * 64, "device", 0, 200, 8),
+        AdapterState("c" * 64, "host", 0, 0, 8, num_host_bytes=70),
+        AdapterState("d" * 64, "loading", 0, 50, 8, num_host_bytes=40),
+        AdapterState("e" * 64, "fetching", 0, 0, 0),
+    ]
+    moves = [
+        AdapterMove("a" * 64, "load", 80, 0.5, "host", "disk"),
+        AdapterMove("a" * 64, "load", 100, 0.25, "device", "host"),
+        AdapterMove("f" * 64, "room", 60, 0.0, "host"),
+    ]
+    metrics.observe_stats(stats(adapters=states, adapter_moves=moves, num_adapter_host_hits_total=3))
+    page = series(metrics)
+    assert [page[f"chorale_adapters_resident{{tier={tier}}}"] for tier in ("host", "device")] == [3.0, 2.0]
+    assert [page[f"chorale_adapter_bytes{{tier={tier}}}"] for tier in ("host", "device")] == [190.0, 300.0]
+    assert [page[f"chorale_adapters_loading{{target={tier}}}"] for tier in ("host", "device")] == [1.0, 1.0]
+    assert page["chorale_adapter_load_seconds_sum{source=disk,target=host}"] == 0.5
+    assert page["chorale_adapter_load_seconds_sum{source=host,target=device}"] == 0.25
+    assert page["chorale_adapter_drops_total{cause=room,tier=host}"] == 1.0
+    assert page["chorale_adapter_drops_total{cause=room,tier=device}"] == 0.0
+    assert page["chorale_adapter_host_hits_total"] == 3.0
+    # the way to the device alone, as vLLM's
+    assert page["vllm:lora_adapter_load_seconds_count"] == 1.0
+    assert (page["vllm:num_gpu_loaded_lora_adapters"], page["vllm:num_cpu_loaded_lora_adapters"]) == (2.0, 1.0)

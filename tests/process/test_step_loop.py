@@ -166,7 +166,7 @@ class IdleEngine:
         raise NotImplementedError
 
     def stats(self) -> Stats:
-        return Stats(0, 0, 0, 1, 0, 16, 0, [], 0, 0, 0, 0, 0, 0, 0, [])
+        return Stats(0, 0, 0, 1, 0, 16, 0, [], 0, 0, 0, 0, 0, 0, 0)
 
 
 def test_an_idle_loop_rests_until_there_is_nothing_left_or_a_command_comes() -> None:
