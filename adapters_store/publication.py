@@ -24,6 +24,7 @@ from adapters_store.proof import NotProbed, Probe, Proof, Staged
 from adapters_store.quotas import OwnerQuota, check_quota
 from adapters_store.registry import AdapterVersion, BaseFacts, NewVersion, Registry, base_facts, fits
 from adapters_store.staging import Staging, hold
+from adapters_store.steering import older_than
 from adapters_store.upload import Upload
 
 # a retired version's bytes stay this long for requests that were already accepted under its digest
@@ -51,6 +52,8 @@ class Publication:
         self._max_upload_bytes = max_upload_bytes
         # what one owner may hold in all; set by whoever starts the server, before the first upload
         self.quota = OwnerQuota()
+        # how many of a name's versions stay beside those that something points to; None: all
+        self.keep_versions: int | None = None
         self._files = files
         self._convert = convert
         self._clock = clock
@@ -112,10 +115,18 @@ class Publication:
                         self._blobs.publish(upload.object, new.digest)
                 self.check_name(name)
                 check_quota(self._registry, self.quota, name, new.num_bytes)
-                return self._registry.publish(new)
+                version = self._registry.publish(new)
         except BaseException:
             self._abandon(upload, new.digest)
             raise
+        self._retire_old(name)
+        return version
+
+    def _retire_old(self, name: str) -> None:
+        if self.keep_versions is not None:
+            # what is published stays so; versions that could not be forgotten now are when the next one comes
+            with suppress(StoreError), self._lock.held():
+                self._registry.retire(name, older_than(self.keep_versions), now=int(self._clock()))
 
     def _prove(self, upload: Upload, probe: Probe, manifest: Manifest, options: ConvertOptions) -> Proof:
         """Let an object be opened by its digest while its staging folder holds it, and have it proven."""

@@ -6,15 +6,17 @@ store's lock only what the registry, read there, does not need.
 
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store.blobs import Blobs, open_image
-from adapters_store.errors import StoreError, storage_errors
+from adapters_store.errors import AdapterNotFound, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import StoreLock
 from adapters_store.registry import AdapterVersion, Registry
 from adapters_store.staging import Staging
+from adapters_store.steering import older_than
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,21 @@ def verify(root: Path, registry: Registry) -> Iterator[Finding]:
 def all_versions(registry: Registry) -> list[AdapterVersion]:
     """Return every version of every name."""
     return [version for current in registry.all_current() for version in registry.versions(current.name)]
+
+
+def retire_old(registry: Registry, *, keep: int, now: int) -> list[AdapterVersion]:
+    """Forget all but each name's newest versions, and those that a name, an alias or a rollback needs; return them.
+
+    Raises:
+        InvalidOption: fewer than one to keep. RegistryUnavailable.
+    """
+    choose = older_than(keep)
+    gone: list[AdapterVersion] = []
+    for current in registry.all_current():
+        # somebody may have deleted the name meanwhile
+        with suppress(AdapterNotFound):
+            gone += registry.retire(current.name, choose, now=now)
+    return gone
 
 
 def collect(root: Path, registry: Registry, *, retired_since: int) -> Collected:

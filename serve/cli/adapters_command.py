@@ -4,8 +4,6 @@ Owns the choice between the two and what is printed. Invariant: a command that f
 with status 1.
 """
 
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -15,7 +13,9 @@ from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
 from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows
 from serve.cli.adapters_memory import add_memory_commands
+from serve.cli.adapters_place import place_of
 from serve.cli.adapters_remote import RemoteAdapters
+from serve.cli.adapters_versions import add_version_commands
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption, Probe
 from serve.errors import StartError
@@ -25,6 +25,7 @@ adapters_app = typer.Typer(
 )
 
 add_memory_commands(adapters_app)
+add_version_commands(adapters_app)
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Folder = Annotated[
@@ -48,6 +49,10 @@ ProbeChoice = Annotated[
     Probe,
     typer.Option("--probe", help="Whether to run it on the base of --base, against its source's own formula, first."),
 ]
+Promote = Annotated[
+    bool,
+    typer.Option("--promote/--no-promote", help="Whether a NAME that means a version already means this one."),
+]
 
 
 @adapters_app.command()
@@ -64,17 +69,18 @@ def add(
     options: Options = None,
     dense_budget_bytes: DenseBudgetBytes = 0,
     probe: ProbeChoice = Probe.ON,
+    promotes: Promote = True,
 ) -> None:
-    """Convert, check and publish an adapter as the next version of NAME."""
+    """Convert, check and publish an adapter as the next version of NAME, which NAME means from then on."""
     with one_line_errors(exit_status=1):
         declared = Declared.parse(source_format, None if options is None else options.encode())
-        with _place(store, url, api_key) as place:
+        with place_of(store, url, api_key) as place:
             if isinstance(place, RemoteAdapters):
                 if dense_budget_bytes:
                     raise StartError("--dense-budget-bytes goes with --store; a running server has its own")
                 if probe is Probe.OFF:
                     raise StartError("--probe goes with --store; a running server has its own")
-                row = place.add(name, folder, declared)
+                row = place.add(name, folder, declared, promotes=promotes)
             else:
                 row = adapters_offline.add(
                     place,
@@ -85,6 +91,7 @@ def add(
                     declared=declared,
                     dense_budget_bytes=dense_budget_bytes,
                     is_probed=probe is Probe.ON,
+                    promotes=promotes,
                 )
         show_rows([row], as_json=as_json)
 
@@ -92,7 +99,7 @@ def add(
 @adapters_app.command("list")
 def list_adapters(store: Store = None, url: Url = None, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show the current version of every adapter."""
-    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+    with one_line_errors(exit_status=1), place_of(store, url, api_key) as place:
         rows = place.rows() if isinstance(place, RemoteAdapters) else adapters_offline.rows(place)
         show_rows(rows, as_json=as_json)
 
@@ -100,7 +107,7 @@ def list_adapters(store: Store = None, url: Url = None, api_key: ApiKey = None, 
 @adapters_app.command()
 def show(name: Name, store: Store = None, url: Url = None, api_key: ApiKey = None, as_json: Json = False) -> None:
     """Show one adapter: all versions (offline) and what its last upload did."""
-    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+    with one_line_errors(exit_status=1), place_of(store, url, api_key) as place:
         rows = place.versions(name) if isinstance(place, RemoteAdapters) else adapters_offline.versions(place, name)
         show_rows(rows, as_json=as_json)
         if not as_json:
@@ -110,7 +117,7 @@ def show(name: Name, store: Store = None, url: Url = None, api_key: ApiKey = Non
 @adapters_app.command()
 def rm(name: Name, store: Store = None, url: Url = None, api_key: ApiKey = None) -> None:
     """Delete an adapter with all its versions."""
-    with one_line_errors(exit_status=1), _place(store, url, api_key) as place:
+    with one_line_errors(exit_status=1), place_of(store, url, api_key) as place:
         if isinstance(place, RemoteAdapters):
             place.remove(name)
         else:
@@ -123,24 +130,12 @@ def verify(
     name: Annotated[str | None, typer.Argument(help="One adapter; default: all.")] = None, store: Store = None
 ) -> None:
     """Read every byte again and compare it with its hash."""
-    with one_line_errors(exit_status=1), _place(store, None, None) as place:
+    with one_line_errors(exit_status=1), place_of(store, None, None) as place:
         assert isinstance(place, Path), "without a URL the place is a folder"
         names = [name] if name is not None else [row["name"] for row in adapters_offline.rows(place)]
         for each in names:
             adapters_offline.verify(place, each)
             typer.echo(f"intact {each}")
-
-
-@contextmanager
-def _place(store: Path | None, url: str | None, api_key: str | None) -> Iterator[Path | RemoteAdapters]:
-    """Yield the server or the folder that the flags name; --url wins over a store named by the environment."""
-    if url is not None:
-        with closing(RemoteAdapters(url, api_key)) as remote:
-            yield remote
-    elif store is not None:
-        yield store
-    else:
-        raise StartError("say where: --store DIR for a store's folder, or --url http://HOST:PORT for a running server")
 
 
 def _show_report(row: AdapterRow) -> None:

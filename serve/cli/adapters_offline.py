@@ -18,11 +18,15 @@ from adapters_store.registry import AdapterVersion, Registry, base_dims
 from adapters_store.registry_choice import kinds_of, open_embedded
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.store import AdapterStore
+from adapters_store.upload import Wish
 from serve.cli.adapter_rows import AdapterRow
+from serve.cli.offline_audit import operator, record
 from serve.cli.offline_probe import probe_offline
 from serve.errors import StartError
 from serve.model.download import resolve_model_dir
 from serve.model.spec import read_spec
+from serve.tenants.audit import AuditEvent
+from serve.tenants.principal import LOCAL_TENANT
 
 # the operator's own folder: a checkpoint of a whole model is as large as the base
 _MAX_FOLDER_BYTES = 1 << 40
@@ -38,6 +42,7 @@ def add(
     declared: Declared | None = None,
     dense_budget_bytes: int = 0,
     is_probed: bool = True,
+    promotes: bool = True,
 ) -> AdapterRow:
     """Publish a folder as the next version of `name`.
 
@@ -47,12 +52,13 @@ def add(
         dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
         dense_budget_bytes: what the adapter may hold of dense changes.
         is_probed: run it on the base before it is published, which needs `base`.
+        promotes: the name means it from then on; else only if it means nothing yet.
     Raises:
         StartError: the base is not known, or does not start. StoreError, ServeError: the adapter is refused.
     """
     if not folder.is_dir():
         raise StartError(f"{folder}: no such folder; an adapter is a PEFT folder with adapter_config.json")
-    _check_not_shared(root)
+    check_not_shared(root)
     base_dir = None if base is None else resolve_model_dir(base)
     dims, own_dtype = _known_base(root) if base_dir is None else _read_base(base_dir)
     image_dtype = own_dtype if dtype == "auto" else dtype
@@ -66,7 +72,10 @@ def add(
     )
     proving = _proving(base_dir, root, image_dtype, is_probed=is_probed)
     with closing(opened) as store:
-        return row_of(store.put_dir(name, folder, trusted=True, declared=declared, proving=proving))
+        wish = Wish(by=f"{LOCAL_TENANT}/{operator()}", staged=not promotes)
+        version = store.put_dir(name, folder, trusted=True, declared=declared, proving=proving, wish=wish)
+        record(root, AuditEvent.UPLOAD, name, f"version {version.version} sha256:{version.digest}")
+        return row_of(version)
 
 
 def rows(root: Path) -> list[AdapterRow]:
@@ -77,20 +86,21 @@ def rows(root: Path) -> list[AdapterRow]:
 
 def versions(root: Path, name: str) -> list[AdapterRow]:
     """Return all versions of one adapter, oldest first; raises AdapterNotFound."""
-    with _store_of(root, name) as store:
+    with store_of(root, name) as store:
         return [row_of(version) for version in store.versions(name)]
 
 
 def remove(root: Path, name: str) -> None:
     """Forget an adapter with all its versions; raises AdapterNotFound, StartError if replicas share the store."""
-    _check_not_shared(root)
-    with _store_of(root, name) as store:
+    check_not_shared(root)
+    with store_of(root, name) as store:
         store.delete(name)
+    record(root, AuditEvent.DELETE, name)
 
 
 def verify(root: Path, name: str) -> None:
     """Hash every byte of every version again; raises AdapterCorrupt, AdapterNotFound."""
-    with _store_of(root, name) as store:
+    with store_of(root, name) as store:
         store.verify(name)
 
 
@@ -141,7 +151,7 @@ def _known_base(root: Path) -> tuple[BaseDims, str]:
 
 
 @contextmanager
-def _store_of(root: Path, name: str) -> Iterator[AdapterStore]:
+def store_of(root: Path, name: str) -> Iterator[AdapterStore]:
     """Open the store as the server of this adapter's base sees it."""
     with _registry(root) as registry:
         version = registry.current(name)
@@ -165,6 +175,6 @@ def _registry(root: Path) -> Iterator[Registry]:
         yield registry
 
 
-def _check_not_shared(root: Path) -> None:
+def check_not_shared(root: Path) -> None:
     if kinds_of(root) == ["journal"]:
         raise StartError(f"the store in {root} is shared by replicas; change it through one of them: --url URL")

@@ -34,7 +34,7 @@ class RemoteAdapters:
         """Give back the connections."""
         self._client.close()
 
-    def add(self, name: str, folder: Path, declared: Declared | None = None) -> AdapterRow:
+    def add(self, name: str, folder: Path, declared: Declared | None = None, *, promotes: bool = True) -> AdapterRow:
         """Upload a folder; raises StartError with the server's own line if it is refused."""
         declared = declared if declared is not None else Declared()
         fields = {"name": name}
@@ -42,6 +42,8 @@ class RemoteAdapters:
             fields["format"] = declared.format
         if declared.options:
             fields["options"] = json.dumps(declared.options)
+        if not promotes:
+            fields["promote"] = "false"
         with _open_parts(folder, declared) as files:
             answer = self._checked(self._client.post("/v1/adapters", data=fields, files=files))
         return cast(AdapterRow, answer)
@@ -54,6 +56,11 @@ class RemoteAdapters:
         """Return one adapter's current version, as the server shows it."""
         return [cast(AdapterRow, self._checked(self._client.get(f"/v1/adapters/{quote(name, safe='')}")))]
 
+    def all_versions(self, name: str) -> list[dict[str, object]]:
+        """Return all versions of one adapter, oldest first, and what points to them."""
+        answer = self._checked(self._client.get(f"/v1/adapters/{quote(name, safe='')}/versions"))
+        return cast(list[dict[str, object]], answer["data"])
+
     def remove(self, name: str) -> None:
         """Delete an adapter."""
         self._checked(self._client.delete(f"/v1/adapters/{quote(name, safe='')}"))
@@ -65,6 +72,14 @@ class RemoteAdapters:
     def act(self, name: str, action: str) -> dict[str, object]:
         """Pin, unpin, prefetch or evict an adapter; return the server's answer."""
         return self._checked(self._client.post(f"/v1/adapters/{quote(name, safe='')}:{action}"))
+
+    def post(self, name: str, action: str, body: dict[str, object] | None) -> dict[str, object]:
+        """Post to `/v1/adapters/{name}/{action}`; raises StartError with the server's own line if it is refused."""
+        return self._checked(self._client.post(f"/v1/adapters/{quote(name, safe='')}/{action}", json=body))
+
+    def delete(self, name: str, action: str) -> dict[str, object]:
+        """Delete `/v1/adapters/{name}/{action}`; raises as `post`."""
+        return self._checked(self._client.delete(f"/v1/adapters/{quote(name, safe='')}/{action}"))
 
     def download(self, name: str, folder: Path) -> None:
         """Fetch the canonical files of an adapter's current version into a folder; raises StartError."""

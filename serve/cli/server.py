@@ -90,6 +90,7 @@ class Server:
         self._store = store
         bounds = config.api.tenant_limits
         store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
+        store.keep_versions = config.api.keep_versions
         self._listener = listener
         self._host = config.api.host
         self._delay_s = config.drain.delay_s

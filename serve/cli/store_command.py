@@ -16,12 +16,14 @@ import typer
 from adapters_store.registry import Registry
 from adapters_store.registry_choice import check_kind, kinds_of, open_embedded, rebuild_sqlite
 from adapters_store.registry_redis import SharedRegistry
-from adapters_store.upkeep import all_versions, collect
+from adapters_store.upkeep import all_versions, collect, retire_old
 from adapters_store.upkeep import verify as verify_objects
+from serve.cli.offline_audit import record
 from serve.cli.operator_errors import one_line_errors
-from serve.cli.options import RedisUrl
+from serve.cli.options import KeepVersions, RedisUrl
 from serve.cli.redis_extra import acl_line, connect, rebuild_journal
 from serve.errors import StartError
+from serve.tenants.audit import AuditEvent
 
 # deleted adapters' bytes stay this long, as in a running server
 _GRACE_S = 3600
@@ -64,11 +66,21 @@ def verify(store: Store, redis_url: RedisUrl = None) -> None:
 
 
 @store_app.command()
-def gc(store: Store, redis_url: RedisUrl = None) -> None:
-    """Remove objects that nothing has pointed to for an hour; with --redis-url also fold the journal into one file."""
+def gc(store: Store, redis_url: RedisUrl = None, keep_versions: KeepVersions = None) -> None:
+    """Remove objects that nothing has pointed to for an hour; with --redis-url also fold the journal into one file.
+
+    With --keep-versions older versions are forgotten first: their objects go an hour later, so run it again then.
+    """
     with one_line_errors(exit_status=1), _registry(store, redis_url) as registry:
-        since = int(time.time()) - _GRACE_S
+        now = int(time.time())
+        if keep_versions is not None:
+            for version in retire_old(registry, keep=keep_versions, now=now):
+                record(store, AuditEvent.DELETE, version.name, f"version {version.version} sha256:{version.digest}")
+                typer.echo(f"forgot {version.name}@{version.version}")
+        since = now - _GRACE_S
         collected = collect(store, registry, retired_since=since)
+        if collected.num_objects:
+            record(store, AuditEvent.COLLECT, "objects", f"{collected.num_objects}, {collected.num_bytes} bytes")
         typer.echo(f"removed {collected.num_objects} objects, {collected.num_bytes} bytes")
         if isinstance(registry, SharedRegistry) and redis_url is not None:
             typer.echo(f"folded the journal: {registry.fold(retired_since=since)} files went")

@@ -37,6 +37,7 @@ class AuditEvent(StrEnum):
     PROMOTE = "promote"
     ROLLBACK = "rollback"
     CANARY = "canary"
+    COLLECT = "collect"
     SHARED = "shared"
     TRAINING = "training"
     DATA_FILE = "data_file"

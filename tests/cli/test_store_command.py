@@ -15,6 +15,7 @@ from adapters_store.registry_redis import SharedRegistry
 from adapters_store.registry_replicas import open_shared
 from adapters_store.registry_sqlite import SqliteRegistry
 from serve.cli.app import app
+from serve.tenants.audit import AUDIT_FILE
 from tests.redis_server import RedisServer
 from tests.store.folders import lora_config, lora_tensors, open_store, write_folder
 
@@ -171,3 +172,18 @@ def test_the_acl_line_can_be_pasted(redis_server: RedisServer) -> None:
         assert "chorale:*" in json.dumps(user) and "-@all" in json.dumps(user)
     result = run("redis-acl", "--user", "x on nopass")
     assert result.exit_code == 1 and "letters, digits" in result.stderr
+
+
+def test_old_versions_go_but_none_that_something_points_to(filled: Path, tmp_path: Path) -> None:
+    with closing(open_store(filled)) as opened:
+        for seed in (4, 5, 6):
+            opened.put_dir("fr", write_folder(tmp_path / str(seed), lora_config(), lora_tensors(seed=seed)))
+    # 2 is `prod`, 6 what the name means, 5 what a rollback goes to
+    result = store("gc", filled, "--keep-versions", "1")
+    assert (result.exit_code, result.stdout) == (0, "forgot fr@3\nforgot fr@4\nremoved 0 objects, 0 bytes\n")
+    with closing(open_store(filled)) as opened:
+        assert [version.version for version in opened.versions("fr")] == [2, 5, 6]
+    assert store("gc", filled, "--keep-versions", "1").stdout == "removed 0 objects, 0 bytes\n"
+    records = [json.loads(line) for line in (filled / AUDIT_FILE).read_text().splitlines()]
+    assert [record["detail"].partition(" sha256:")[0] for record in records] == ["version 3", "version 4"]
+    assert store("gc", filled, "--keep-versions", "0").exit_code == 2

@@ -300,3 +300,20 @@ def test_a_store_where_nothing_can_be_created_is_refused_at_opening(tmp_path: Pa
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(StorageFailed):
         open_store(tmp_path / "file" / "store")
+
+
+def test_a_store_that_keeps_few_versions_forgets_the_others_with_the_next_upload(
+    store: AdapterStore, put_seed: PutSeed
+) -> None:
+    store.keep_versions = 2
+    put_seed(store, "a", 1)
+    store.set_alias("a", "stable", 1)
+    for seed in (2, 3, 4, 5):
+        put_seed(store, "a", seed)
+    assert [version.version for version in store.versions("a")] == [1, 4, 5]
+    store.remove_alias("a", "stable")
+    gone = store.get("a").digest, store.versions("a")[0].digest
+    put_seed(store, "a", 6)
+    assert [version.version for version in store.versions("a")] == [5, 6]
+    # for an hour, whoever was accepted under the old digest may still load it
+    assert all(store.open_image(digest) for digest in gone)
