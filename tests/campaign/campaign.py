@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -18,7 +19,7 @@ from tests.campaign.catalog import Catalog, percentiles
 from tests.campaign.changes import Publisher
 from tests.campaign.clients import Client, Tally
 from tests.campaign.plan import MAX_TOKENS, PROMPTS, Plan
-from tests.campaign.resources import Held, at_rest, differences
+from tests.campaign.resources import Held, busy, differences, held, wait_for_rest
 from tests.campaign.solo import SoloModel
 from tests.campaign.wire import Wire
 from tests.live_server import LiveServer, start_server, stop_server
@@ -41,6 +42,8 @@ class Scale:
     changes_every: int = 100
     seed: int = 1
     server_options: tuple[str, ...] = ()
+    # how long after its last request the server may take to come to rest
+    rest_timeout_s: float = 60.0
     # what is run as the server; tests plant bugs in theirs
     module: str = "serve"
 
@@ -91,19 +94,23 @@ def run_campaign(folder: Path, scale: Scale, on_progress: Progress = lambda stag
         tally = Tally()
         wave = _Wave(server, catalog, scale, names, pool)
         asyncio.run(wave.warm_up(tally))
-        before, _ = at_rest(server, store_dir)
+        rests = [busy(wait_for_rest(server, scale.rest_timeout_s, is_empty=True), is_empty=True)]
+        before = held(server, store_dir)
         begin = time.monotonic()
         asyncio.run(wave.run(tally, on_progress))
         seconds = time.monotonic() - begin
+        rests += [busy(wait_for_rest(server, scale.rest_timeout_s, is_empty=False), is_empty=False)]
         if not tally.is_hopeless:
             asyncio.run(wave.delete_all(tally))
-        after, series = at_rest(server, store_dir)
+        series = wait_for_rest(server, scale.rest_timeout_s, is_empty=True)
+        rests += [busy(series, is_empty=True)]
+        after = held(server, store_dir)
     median, p99 = percentiles(tally.seconds, 0.5, 0.99)
     return Report(
         scale=scale,
         outcomes=dict(tally.outcomes),
         changes=dict(tally.changes),
-        complaints=[*tally.complaints, *differences(before, after, series)],
+        complaints=[*tally.complaints, *chain(*rests), *differences(before, after, series)],
         seconds=seconds,
         request_s={"p50": median, "p99": p99},
         num_cold=tally.num_cold,

@@ -45,7 +45,7 @@ def judge(
 
     Args:
         digest: of the adapter that the answer says it comes from.
-        tokens: per prompt asked for; of an answer that was left, what had come.
+        tokens: per prompt asked for; of an answer that was left, what had come: judged as far as its solo run goes.
     """
     if asked.name is None:
         expected: list[list[int]] | None = catalog.base_answers
@@ -59,7 +59,8 @@ def judge(
         return f"{asked.name} was answered by {digest}, which nobody published"
     for index, got in zip(asked.prompt_indices, tokens, strict=True):
         wanted = expected[index][: asked.num_tokens]
-        if got != (wanted if is_whole else wanted[: len(got)]):
+        is_exact = got == wanted if is_whole else got[: len(wanted)] == wanted[: len(got)]
+        if not is_exact:
             return f"{asked.name}@{asked.version or 'current'} prompt {index}: tokens {got}, alone {wanted}"
     return None
 

@@ -10,6 +10,8 @@ from enum import StrEnum
 from itertools import accumulate
 
 MAX_TOKENS = 8
+# what a client asks for that will leave: long enough to be left in the middle
+LEFT_TOKENS = 64
 _SHARED = list(range(40, 72))
 # three share one block of 16 tokens, two of them a second: what a prefix cache mixes up shows in these
 PROMPTS = [
@@ -86,7 +88,7 @@ class Plan:
             kind=kind,
             name_index=self._popular(rng),
             prompt_indices=(prompt_index, other) if kind is Kind.TWO_PROMPTS else (prompt_index,),
-            num_tokens=rng.randint(1, MAX_TOKENS),
+            num_tokens=LEFT_TOKENS if kind is Kind.LEAVE else rng.randint(1, MAX_TOKENS),
             leaves_after=rng.choice((0, 0, 1, 2, 4)),
             versions_back=rng.randrange(3),
         )

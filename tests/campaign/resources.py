@@ -4,6 +4,7 @@ Owns the readings. Invariant: a reading is taken at rest; what the campaign did 
 """
 
 import time
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -32,23 +33,33 @@ class Held:
     engine_bytes: int
 
 
-def at_rest(server: LiveServer, store_dir: Path, timeout_s: float = 60.0) -> tuple[Held, dict[str, float]]:
-    """Return what is held once the gauges have read 0 for longer than a heartbeat, and what they read last."""
+def wait_for_rest(server: LiveServer, timeout_s: float, *, is_empty: bool) -> dict[str, float]:
+    """Return the metrics once the rest gauges have read 0 for longer than a heartbeat, or as they are after that time.
+
+    Args:
+        is_empty: no adapter is in memory either.
+    """
     deadline, rest_since = time.monotonic() + timeout_s, time.monotonic()
     while time.monotonic() < deadline:
         series = server.metrics()
-        busy = {name: value for name, value in series.items() if value and name.startswith((*REST_GAUGES, *_EMPTY))}
-        if busy:
+        if busy(series, is_empty=is_empty):
             rest_since = time.monotonic()
-        elif time.monotonic() - rest_since > 2 * HEARTBEAT_S:
+        elif time.monotonic() - rest_since > HEARTBEAT_S:
             break
         time.sleep(0.1)
-    return held(server, store_dir), series
+    return series
+
+
+def busy(series: dict[str, float], *, is_empty: bool) -> list[str]:
+    """Say in words which gauges are not at rest."""
+    prefixes = (*REST_GAUGES, *_EMPTY) if is_empty else REST_GAUGES
+    return [f"{name} is {value} at rest" for name, value in series.items() if value and name.startswith(prefixes)]
 
 
 def held(server: LiveServer, store_dir: Path) -> Held:
     """Return what the server holds now."""
-    api, engine = psutil.Process(server.process.pid), psutil.Process(server.engine_pid())
+    api = psutil.Process(server.process.pid)
+    engine = _engine_of(api)
     return Held(
         api_fds=api.num_fds(),
         engine_fds=engine.num_fds(),
@@ -61,6 +72,18 @@ def held(server: LiveServer, store_dir: Path) -> Held:
     )
 
 
+def _engine_of(api: psutil.Process, timeout_s: float = 60.0) -> psutil.Process:
+    """Return the engine process, planted or not; one that was lost is back after its backoff."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        with suppress(psutil.NoSuchProcess):
+            for child in api.children():
+                if "--socket" in child.cmdline():
+                    return child
+        time.sleep(0.1)
+    raise AssertionError(f"no engine process after {timeout_s} s")
+
+
 def differences(before: Held, after: Held, series: dict[str, float]) -> list[str]:
     """Say in words what did not come back to its base."""
     found = []
@@ -69,9 +92,6 @@ def differences(before: Held, after: Held, series: dict[str, float]) -> list[str
         allowed = {"bytes": MAX_GROWTH_BYTES, "threads": _MAX_MORE_THREADS}.get(name.rsplit("_", 1)[1], 0)
         if now > base + allowed:
             found.append(f"{name} was {base} and is {now}")
-    for name, value in series.items():
-        if value and name.startswith((*REST_GAUGES, *_EMPTY)):
-            found.append(f"{name} is {value} at rest")
     came, went = (series[f'chorale_adapter_swap_bytes_total{{direction="{way}"}}'] for way in ("in", "out"))
     if came != went:
         found.append(f"{came} bytes of adapters came into memory, {went} went")

@@ -27,6 +27,7 @@ def _check_clean(report: Report) -> None:
     # the budgets were too small for what was asked: adapters came and went all the time
     assert report.series["chorale_adapter_evictions_total"] > report.scale.num_requests / 10
     assert report.series["chorale_prefix_hit_tokens_total"] > 0
+    assert report.series['chorale_requests_finished_total{reason="abort"}'] > 0
 
 
 @pytest.mark.e2e
@@ -88,6 +89,7 @@ def test_the_judge_lets_nothing_pass_but_the_current_version_s_own_tokens() -> N
     asked = Asked("x", None, (0,), 2, sent=2.0)
     assert judge(catalog, asked, A, [[4, 5]], 3.0, is_whole=True) is None
     assert judge(catalog, asked, A, [[4]], 3.0, is_whole=False) is None
+    assert judge(catalog, asked, A, [[4, 5, 0]], 3.0, is_whole=False) is None
     for digest, tokens in ((A, [4]), (A, [4, 6]), (A, [4, 5, 6]), (A, [7, 8]), (B, [7, 8]), (None, [1, 2])):
         assert judge(catalog, asked, digest, [tokens], 3.0, is_whole=True) is not None
     assert judge(catalog, asked, A, [[5]], 3.0, is_whole=False) is not None
