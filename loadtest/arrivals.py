@@ -80,5 +80,6 @@ def draw_times(law: Arrivals, num_requests: int | None, duration_s: float | None
         now += law.gap(rng)
         if duration_s is not None and now >= duration_s:
             break
-        times.append(now)
+        # whole microseconds: the last bits of a logarithm differ between processors, a plan must not
+        times.append(round(now, 6))
     return times

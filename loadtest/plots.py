@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from loadtest.metrics import Spread
 from loadtest.session import RunResult
 
-_SIZE, _DPI = (11.0, 4.2), 110
+_SIZE, _DPI = (11.0, 3.4), 110
 _COLOURS = ("#2f6fb3", "#d9772b", "#3a9a5b", "#b5466b", "#7a62b8", "#8a8a35", "#3aa0a8", "#8c5a3c", "#5b6770")
 _MAX_LEGEND = 12
 _MISS = "#c0392b"
@@ -48,7 +48,7 @@ def draw_over_time(result: RunResult) -> bytes:
         top = max(firsts, default=1.0)
         moments = [sample.scheduled_s for sample in bad]
         left.scatter(moments, [top] * len(bad), marker="x", color=_MISS, label=f"{len(bad)} failed or absent")
-        left.legend(frameon=False)
+        left.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     left.set(xlabel="due after s", ylabel="time to first token, ms")
     left.set_ylim(bottom=0)
     moments = sorted(moment for sample in ok for moment in sample.token_at_s)
@@ -74,10 +74,14 @@ def draw_sweep(results: Sequence[RunResult]) -> bytes | None:
     places = list(range(len(results)))
     figure, (left, right) = _figure(2)
     summaries = [result.summary for result in results]
-    left.plot(places, [summary.output_tokens_per_s for summary in summaries], "o-", color=_COLOURS[0])
+    # between names there is nothing to draw a line through
+    style = "o" if isinstance(results[0].scenario.swept[0][1], str) else "o-"
+    left.plot(places, [summary.output_tokens_per_s for summary in summaries], style, color=_COLOURS[0])
     left.set(ylabel="output tokens per second")
-    for name, quantile, colour in (("p50", "p50", _COLOURS[0]), ("p99", "p99", _COLOURS[1])):
-        right.plot(places, [_ms(summary.ttft_s, quantile) for summary in summaries], "o-", color=colour, label=name)
+    for quantile, colour in (("p50", _COLOURS[0]), ("p99", _COLOURS[1])):
+        right.plot(
+            places, [_ms(summary.ttft_s, quantile) for summary in summaries], style, color=colour, label=quantile
+        )
     right.set(ylabel="time to first token, ms")
     right.legend(frameon=False)
     for axes in (left, right):

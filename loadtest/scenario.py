@@ -63,7 +63,7 @@ def load_scenarios(path: Path, overrides: Sequence[str] = (), *, is_smoke: bool 
     """Read a file and return its runs, one per combination of its sweeps' values.
 
     Args:
-        overrides: `table.key=value`, the value as TOML spells it; they win over the file and over `[smoke]`.
+        overrides: `table.key=value`, the value as TOML spells it; they win over the file, its sweeps and `[smoke]`.
     Raises:
         InvalidScenario: not TOML, or a value that means nothing; the message names file and key.
     """
@@ -77,9 +77,13 @@ def load_scenarios(path: Path, overrides: Sequence[str] = (), *, is_smoke: bool 
     if is_smoke:
         for key, value in smoke.items():
             _put(source, str(key), value, str(path))
+        source["about"] = f"{source.get('about', '')} (scaled down)".strip()
     for override in overrides:
         key, value = parse_override(override)
         _put(source, key, value, "--set")
+        # the sweep's values would win over it
+        if isinstance(axes := source.get("sweep"), list):
+            source["sweep"] = [axis for axis in axes if not (isinstance(axis, dict) and axis.get("field") == key)]
     return [read_scenario(one, path.name, swept) for one, swept in _expand(source, str(path))]
 
 

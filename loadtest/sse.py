@@ -20,15 +20,18 @@ class EventReader:
     def __init__(self) -> None:
         self._rest = b""
         self._data: list[bytes] = []
+        self._ended_on_cr = False
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Return the data of every event that ends in `chunk`."""
-        text = self._rest + chunk
-        if b"\r" in text:
-            # a CR at the very end may be half of a CR LF
-            keep = b"\r" if text.endswith(b"\r") else b""
-            text = text[: len(text) - len(keep)].replace(b"\r\n", b"\n").replace(b"\r", b"\n") + keep
-        *lines, self._rest = text.split(b"\n")
+        if self._ended_on_cr and chunk:
+            # a line ends at its CR; an LF behind it belongs to it, also when it comes in another chunk
+            chunk = chunk.removeprefix(b"\n")
+            self._ended_on_cr = False
+        if b"\r" in chunk:
+            self._ended_on_cr = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        *lines, self._rest = (self._rest + chunk).split(b"\n")
         events = []
         for line in lines:
             if line.startswith(b"data:"):
