@@ -1,7 +1,7 @@
 """Which flags give a server room for so many of the campaign's adapters.
 
-Owns the sizes, measured from the store's own image of the largest adapter. Invariant: sizes differ little enough that
-a budget for 16 of the largest holds at least 16 and at most twice as many.
+Owns the sizes: those of the largest adapter's image. Invariant: neither tier ever holds more adapters than it is given,
+and its bytes are what so many of the largest take: small ones leave bytes over, never places.
 """
 
 # data section of a rank 4 adapter on all seven sites of the tiny model, float32
@@ -13,7 +13,7 @@ _NUM_KV_BLOCKS = 100
 def budget_options(*, num_host: int, num_device: int) -> tuple[str, ...]:
     """Return the options of `chorale serve`."""
     return (
-        *("--adapter-device-bytes", str(num_device * LARGEST_BYTES)),
-        *("--adapter-host-bytes", str(num_host * LARGEST_BYTES)),
+        *("--adapter-device-count", str(num_device), "--adapter-device-bytes", str(num_device * LARGEST_BYTES)),
+        *("--adapter-host-count", str(num_host), "--adapter-host-bytes", str(num_host * LARGEST_BYTES)),
         *("--kv-blocks", str(_NUM_KV_BLOCKS)),
     )

@@ -16,7 +16,7 @@ from tests.live_server import HEARTBEAT_S, REST_GAUGES, LiveServer
 MAX_GROWTH_BYTES = 160 << 20
 # pools start their threads on demand; one thread too many per change shows all the same
 _MAX_MORE_THREADS = 8
-_EMPTY = ("chorale_adapters_resident", "chorale_adapter_bytes")
+_EMPTY = ("chorale_adapters_resident", "chorale_adapter_bytes", "chorale_adapters_loading")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +72,10 @@ def held(server: LiveServer, store_dir: Path) -> Held:
     )
 
 
+def _swapped(series: dict[str, float], tier: str, direction: str) -> float:
+    return series[f'chorale_adapter_swap_bytes_total{{direction="{direction}",tier="{tier}"}}']
+
+
 def _engine_of(api: psutil.Process, timeout_s: float = 60.0) -> psutil.Process:
     """Return the engine process, planted or not; one that was lost is back after its backoff."""
     deadline = time.monotonic() + timeout_s
@@ -92,9 +96,10 @@ def differences(before: Held, after: Held, series: dict[str, float]) -> list[str
         allowed = {"bytes": MAX_GROWTH_BYTES, "threads": _MAX_MORE_THREADS}.get(name.rsplit("_", 1)[1], 0)
         if now > base + allowed:
             found.append(f"{name} was {base} and is {now}")
-    came, went = (series[f'chorale_adapter_swap_bytes_total{{direction="{way}"}}'] for way in ("in", "out"))
-    if came != went:
-        found.append(f"{came} bytes of adapters came into memory, {went} went")
+    for tier in ("host", "device"):
+        came, went = (_swapped(series, tier, direction) for direction in ("in", "out"))
+        if came != went:
+            found.append(f"{came} bytes of adapters came into the {tier} tier, {went} went")
     if series["chorale_engine_restarts_total"]:
         found.append(f"the engine was lost {series['chorale_engine_restarts_total']:g} times")
     return found

@@ -21,7 +21,7 @@ COMPLAINTS = {
     "extent freed twice": _WRONG_TOKENS,
     "abort keeps the pin": r"chorale_adapter_pins is|chorale_adapters_resident",
     "abort keeps the blocks": r"chorale_kv_blocks_in_use is|status 500",
-    "bytes not given back": r"bytes of adapters came into memory, 0.0 went",
+    "bytes not given back": r"bytes of adapters came into the device tier, 0.0 went",
     "block freed twice": rf"{_WRONG_TOKENS}|status 500|engine was lost",
     "version mixed up in flight": _WRONG_TOKENS,
     "deleted name still answers": r"not current",
