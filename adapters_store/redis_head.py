@@ -6,7 +6,7 @@ but a hint: whatever Redis loses is derived from the journal again, and no conte
 there. Commands: XADD, XREAD, XREVRANGE, DEL, nothing else (`acl_line`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import redis
@@ -74,9 +74,13 @@ class RedisHead:
         self._waiting.close()
 
 
-def acl_line(user: str) -> str:
-    """Return what makes a Redis user that can do what a replica does and nothing else; the password is to be put in."""
-    allowed = " ".join(f"+{command}" for command in COMMANDS)
+def acl_line(user: str, also: Iterable[str] = ()) -> str:
+    """Return what makes a Redis user that can do what a replica does and nothing else; the password is to be put in.
+
+    Args:
+        also: commands that others send on the replica's behalf, over keys of the same prefix.
+    """
+    allowed = " ".join(f"+{command}" for command in sorted({*COMMANDS, *also}))
     return f"ACL SETUSER {user} reset on >PASSWORD ~{KEY_PREFIX}* resetchannels -@all {allowed}"
 
 

@@ -85,7 +85,7 @@ class Follower:
         try:
             self._head.wait(self._registry.number)
             top = self._head.top()
-            self._registry.mark(is_away=False)
+            self._registry.mark(is_away=False, told=top)
             self._registry.catch_up()
             if top < self._registry.number:
                 self._head.announce(self._registry.number)

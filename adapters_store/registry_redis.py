@@ -6,6 +6,7 @@ decides who gets a number, so two replicas can never publish one version twice, 
 reads come from memory and need neither Redis nor the folder; without Redis nothing changes, since nobody would hear.
 """
 
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import suppress
@@ -67,6 +68,8 @@ class SharedRegistry:
         self._head: Head | None = None
         self._before_close: Callable[[], None] | None = None
         self._is_away = False
+        self._told = -1
+        self._seen_s = time.monotonic()
         self._known = JournalReader(journal)
         self._found()
         self._known.catch_up_wholly()
@@ -95,9 +98,19 @@ class SharedRegistry:
         """Take changes from now on, and tell them to `head`, which `close` closes."""
         self._head, self._before_close = head, before_close
 
-    def mark(self, *, is_away: bool) -> None:
-        """Remember whether Redis answers; whoever asked it says so."""
-        self._is_away = is_away
+    def mark(self, *, is_away: bool, told: int = -1) -> None:
+        """Remember whether Redis answers, and the newest number that it told; whoever asked it says so."""
+        self._is_away, self._told = is_away, told
+
+    @property
+    def lag(self) -> int | None:
+        """Return how many changes Redis knows of that this process does not; None while Redis does not answer."""
+        return None if self._is_away else max(0, self._told - self.number)
+
+    @property
+    def seen_s_ago(self) -> float:
+        """Return how long ago this process last looked at the journal's end."""
+        return time.monotonic() - self._seen_s
 
     def publish(self, new: NewVersion) -> AdapterVersion:
         """Give the next number, make it the name's current version, return when durable."""
@@ -204,7 +217,9 @@ class SharedRegistry:
 
     def catch_up(self) -> None:
         """Follow the journal to its end; raises StorageFailed."""
+        begin_s = time.monotonic()
         self._known.catch_up()
+        self._seen_s = begin_s
 
     def close(self) -> None:
         """Give back the connections."""

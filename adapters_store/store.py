@@ -24,6 +24,7 @@ from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.publication import Publication
 from adapters_store.registry import AdapterRef, AdapterVersion, Registry, find_version
 from adapters_store.registry_choice import open_embedded
+from adapters_store.registry_redis import SharedRegistry
 from adapters_store.steering import Actor, aliased, canaried, promoted, rolled_back, unaliased
 from adapters_store.upload import Upload, Wish, copy_parts
 
@@ -107,6 +108,11 @@ class AdapterStore(Publication):
         self._registry.close()
 
     def put_dir(
+    @property
+    def shared(self) -> SharedRegistry | None:
+        """Return the registry that replicas share, if this store has one."""
+        return self._registry if isinstance(self._registry, SharedRegistry) else None
+
         self,
         name: str,
         folder: Path,

@@ -110,6 +110,7 @@ def _status(state: ApiState, ref: AdapterRef) -> Json:
         "last_load_seconds": history.load_s,
         "last_fetch_seconds": history.fetch_s,
     }
+        "replica": state.replica.describe(),
 
 
 def _engine_state(engine: EngineGateway) -> str:

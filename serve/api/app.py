@@ -38,6 +38,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
 from serve.api.owned_adapters import OwnedAdapters
+from serve.api.replica import Replica
 from serve.api.request_context import RequestContext
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
@@ -47,7 +48,6 @@ from serve.api.tool_families import detect_family
 from serve.api.training_desk import TrainingDesk
 from serve.config import ApiConfig
 from serve.metrics import Metrics
-from serve.tenants.limits import TenantLimiter
 from serve.tenants.principal import Principal
 
 _ROOMS = (
@@ -90,6 +90,7 @@ def build_app(
         state.training.close()
         state.door.close()
 
+        await state.limiter.close()
     app = FastAPI(
         title="Chorale",
         version=state.version,
@@ -122,7 +123,7 @@ def _build_state(
     return ApiState(
         config=config,
         door=door,
-        limiter=TenantLimiter(config.tenant_limits, now_us=lambda: time.monotonic_ns() // 1000),
+        replica=Replica.open(config, store),
         engine=engine,
         # a request without a principal sees nothing: no tenant has this name
         store=OwnedAdapters(store, config.served_model_name, Principal("", frozenset(), "nobody"), door.shared_with),

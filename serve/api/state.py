@@ -17,6 +17,7 @@ from serve.api.drain import Drain
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
 from serve.api.last_uses import LastUses
+from serve.api.replica import Replica
 from serve.api.owned_adapters import OwnedAdapters
 from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import ToolFamily
@@ -28,7 +29,7 @@ from serve.messages import Ready
 from serve.metrics import Metrics
 from serve.probe.probe import proving_on
 from serve.tenants.audit import AuditEvent
-from serve.tenants.limits import TenantLimiter
+from serve.tenants.limiter import Limiter
 from serve.tenants.principal import Principal, Scope
 
 
@@ -38,7 +39,7 @@ class ApiState:
 
     config: ApiConfig
     door: Door
-    limiter: TenantLimiter
+    replica: Replica
     engine: EngineGateway
     # as one principal sees it: `api_state` gives each request the view of its own
     store: OwnedAdapters
@@ -55,6 +56,11 @@ class ApiState:
     training: TrainingDesk
     uploads: UploadPool = field(default_factory=UploadPool)
     last_uses: LastUses = field(default_factory=lambda: LastUses(time.time))
+
+    @property
+    def limiter(self) -> Limiter:
+        """Return who counts what tenants use."""
+        return self.replica.limiter
 
     @property
     def ready(self) -> Ready:

@@ -13,7 +13,7 @@ from fastapi import Request
 from serve.api.auth import principal_of
 from serve.api.route_scopes import OPEN, required_scopes
 from serve.tenants.gcra import MICROSECONDS_PER_S, Standing
-from serve.tenants.limits import TenantLimiter
+from serve.tenants.limiter import Limiter, Place
 
 # text in most languages has at least so many bytes per token; the true count replaces the estimate at the end
 _BYTES_PER_TOKEN = 4
@@ -24,22 +24,20 @@ _UNCOUNTED = frozenset({"/metrics"})
 class TenantShare:
     """A request's account. `leave` may be called at any time, once."""
 
-    def __init__(self, limiter: TenantLimiter, tenant: str) -> None:
+    def __init__(self, limiter: Limiter, tenant: str) -> None:
         self._limiter = limiter
         self._tenant = tenant
-        self._has_entered = False
-        self._num_charged = 0
+        self._place: Place | None = None
         self._num_used: Callable[[], int] = _nothing
 
-    def enter(self) -> None:
+    async def enter(self) -> None:
         """Take a place; raises RateLimited."""
-        self._limiter.enter(self._tenant)
-        self._has_entered = True
+        self._place = await self._limiter.admit(self._tenant)
 
-    def charge(self, num_tokens: int) -> None:
+    async def charge(self, num_tokens: int) -> None:
         """Pay for so many tokens in advance; raises RateLimited."""
-        self._limiter.charge(self._tenant, num_tokens)
-        self._num_charged += num_tokens
+        assert self._place is not None, "only who was let in is charged"
+        await self._place.charge(num_tokens)
 
     def pay_by(self, num_used: Callable[[], int]) -> None:
         """Let this count, read at the end, decide what the request has cost; until then it has cost nothing."""
@@ -47,10 +45,9 @@ class TenantShare:
 
     def leave(self) -> None:
         """Settle and give the place back."""
-        if self._has_entered:
-            self._has_entered = False
-            self._limiter.settle(self._tenant, charged=self._num_charged, used=self._num_used())
-            self._limiter.leave(self._tenant)
+        place, self._place = self._place, None
+        if place is not None:
+            place.leave(self._num_used())
 
     def headers(self) -> list[tuple[bytes, bytes]]:
         """Return what the tenant has left, as OpenAI's clients read it."""
@@ -70,7 +67,7 @@ async def take_share(request: Request) -> None:
     share = TenantShare(request.app.state.api.limiter, principal_of(request).tenant)
     # before it enters: a refusal tells what is left, too
     request.state.share = share
-    share.enter()
+    await share.enter()
 
 
 def share_of(request: Request) -> TenantShare:
@@ -85,7 +82,7 @@ async def charge_tokens(request: Request, num_output_tokens: int) -> None:
         RateLimited: its tenant has not so many left.
     """
     num_prompt_tokens = len(await request.body()) // _BYTES_PER_TOKEN
-    share_of(request).charge(num_prompt_tokens + num_output_tokens)
+    await share_of(request).charge(num_prompt_tokens + num_output_tokens)
 
 
 def _nothing() -> int:

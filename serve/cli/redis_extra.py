@@ -36,7 +36,8 @@ def acl_line(user: str) -> str:
     """Return the Redis command that makes the replicas' user; raises StartError."""
     with _client_installed():
         from adapters_store.redis_head import acl_line as line  # noqa: PLC0415
-    return line(user)
+        from serve.tenants.redis_accounts import COMMANDS  # noqa: PLC0415
+    return line(user, COMMANDS)
 
 
 @contextmanager

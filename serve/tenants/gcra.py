@@ -59,6 +59,12 @@ class Bucket:
             self._used_until = max(self._used_until, now_us * self._rate.amount)
         self._used_until += difference * self._rate.period_us
 
+    def fill(self, cost: int, now_us: int) -> None:
+        """Charge what was admitted elsewhere, down to nothing left but never into debt."""
+        empty = (now_us * self._rate.amount) + self._rate.burst * self._rate.period_us
+        used = max(self._used_until, now_us * self._rate.amount) + cost * self._rate.period_us
+        self._used_until = max(self._used_until, min(used, empty))
+
     def standing(self, now_us: int) -> Standing:
         """Return what is left."""
         rate = self._rate

@@ -12,7 +12,7 @@ from serve.config import TenantLimits
 from serve.errors import RateLimited, Unavailable
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate, Standing
 
-_MINUTE_US = 60 * MICROSECONDS_PER_S
+MINUTE_US = 60 * MICROSECONDS_PER_S
 _CONCURRENT_RETRY_S = 1
 _MAX_TENANTS = 10_000
 
@@ -58,14 +58,33 @@ class TenantLimiter:
         accounts = self._of(tenant)
         most = self._limits.max_concurrent
         if most is not None and accounts.num_running >= most:
-            raise RateLimited(
-                f"{accounts.num_running} of this tenant's requests are running; the limit is {most} at once",
-                retry_after_s=_CONCURRENT_RETRY_S,
-            )
+            raise too_many_at_once(accounts.num_running, most)
         wait_us = accounts.requests.take(1, self._now_us()) if accounts.requests is not None else 0
         if wait_us:
-            raise _too_many("requests", self._limits.requests_per_minute, wait_us)
+            raise too_many("requests", self._limits.requests_per_minute, wait_us)
         accounts.num_running += 1
+
+    async def admit(self, tenant: str) -> "LocalPlace":
+        """Let one request in; raises as `enter`."""
+        self.enter(tenant)
+        return LocalPlace(self, tenant)
+
+    def note(self, tenant: str, *, num_requests: int = 0, num_tokens: int = 0) -> None:
+        """Count what was admitted for a tenant elsewhere, so that taking over from there gives it no second burst."""
+        accounts, now_us = self._of(tenant), self._now_us()
+        if accounts.requests is not None:
+            accounts.requests.fill(num_requests, now_us)
+        if accounts.tokens is not None:
+            accounts.tokens.fill(num_tokens, now_us)
+
+    def change(self, limits: TenantLimits) -> None:
+        """Have other limits from now on; what is used up of the old rates is forgotten."""
+        self._limits = limits
+        for accounts in self._accounts.values():
+            accounts.requests, accounts.tokens = _bucket(limits.requests_per_minute), _bucket(limits.tokens_per_minute)
+
+    async def close(self) -> None:
+        """Nothing is held."""
 
     def leave(self, tenant: str) -> None:
         """Give back one request's place."""
@@ -86,13 +105,9 @@ class TenantLimiter:
         if limit is None or bucket is None:
             return
         if num_tokens > limit:
-            raise RateLimited(
-                f"the request is worth about {num_tokens} tokens, prompt and output together; this tenant's limit is "
-                f"{limit} a minute: send less text or a smaller max_tokens",
-                retry_after_s=60,
-            )
+            raise too_large(num_tokens, limit)
         if wait_us := bucket.take(num_tokens, self._now_us()):
-            raise _too_many("tokens", limit, wait_us)
+            raise too_many("tokens", limit, wait_us)
 
     def settle(self, tenant: str, *, charged: int, used: int) -> None:
         """Replace a charge by what was used; more than the charge becomes a debt that later requests wait for."""
@@ -139,11 +154,48 @@ class TenantLimiter:
 
 
 def _bucket(per_minute: int | None) -> Bucket | None:
-    return None if per_minute is None else Bucket(Rate(per_minute, _MINUTE_US, burst=per_minute))
+    return None if per_minute is None else Bucket(Rate(per_minute, MINUTE_US, burst=per_minute))
 
 
-def _too_many(what: str, limit: int | None, wait_us: int) -> RateLimited:
+class LocalPlace:
+    """One request that this process counts."""
+
+    def __init__(self, limiter: TenantLimiter, tenant: str) -> None:
+        self._limiter = limiter
+        self._tenant = tenant
+        self._num_charged = 0
+
+    async def charge(self, num_tokens: int) -> None:
+        """Take so many tokens; raises RateLimited."""
+        self._limiter.charge(self._tenant, num_tokens)
+        self._num_charged += num_tokens
+
+    def leave(self, num_used: int) -> None:
+        """Settle and give the place back."""
+        self._limiter.settle(self._tenant, charged=self._num_charged, used=num_used)
+        self._limiter.leave(self._tenant)
+
+
+def too_many(what: str, limit: int | None, wait_us: int) -> RateLimited:
+    """Return the refusal of one more request, or of its tokens, before `wait_us` have passed."""
     wait_s = -(-wait_us // MICROSECONDS_PER_S)
     return RateLimited(
         f"this tenant's limit of {limit} {what} a minute is used up; try again in {wait_s} s", retry_after_s=wait_s
+    )
+
+
+def too_many_at_once(num_running: int, most: int) -> RateLimited:
+    """Return the refusal of a request while others run."""
+    return RateLimited(
+        f"{num_running} of this tenant's requests are running; the limit is {most} at once",
+        retry_after_s=_CONCURRENT_RETRY_S,
+    )
+
+
+def too_large(num_tokens: int, limit: int) -> RateLimited:
+    """Return the refusal of a request that is worth more than there can ever be."""
+    return RateLimited(
+        f"the request is worth about {num_tokens} tokens, prompt and output together; this tenant's limit is "
+        f"{limit} a minute: send less text or a smaller max_tokens",
+        retry_after_s=60,
     )
