@@ -30,7 +30,7 @@ help: ## list the targets
 setup: $(DEV) ## make .venv with everything for development
 
 serve: $(RUNTIME) ## start the server on PORT with MODEL and STORE
-	@exec $(BIN)/chorale serve --model $(MODEL) --store $(STORE) --port $(PORT) $(PRELOAD) $(ARGS)
+	@exec $(BIN)/chorale serve --model $(MODEL) --store $(STORE) --port $(PORT) $(PRELOAD) --train-worker on $(ARGS)
 
 demo: $(RUNTIME) ## 24 concurrent requests over the demo base and its adapters
 	@$(BIN)/python scripts/with_server.py --port $(PORT) -- $(BIN)/python scripts/demo.py --url http://127.0.0.1:$(PORT)
@@ -78,7 +78,7 @@ $(BIN)/python:
 # torch first and alone, at its exact version: an open range would take the build with CUDA libraries, gigabytes of them
 $(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
-	$(PIP) -c constraints.txt -e .
+	$(PIP) -c constraints.txt -e '.[train]'
 	@touch $@
 
 $(DEV): $(RUNTIME)

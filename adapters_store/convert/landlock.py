@@ -18,9 +18,11 @@ _ASK_VERSION = 1
 _PATH_BENEATH = 1
 
 _EXECUTE, _WRITE_FILE, _READ_FILE, _READ_DIR, _REMOVE_FILE, _MAKE_REG = 1 << 0, 1 << 1, 1 << 2, 1 << 3, 1 << 5, 1 << 8
-_TRUNCATE = 1 << 14
+_REMOVE_DIR, _MAKE_DIR, _REFER, _TRUNCATE = 1 << 4, 1 << 7, 1 << 13, 1 << 14
 _READ = _READ_FILE | _READ_DIR
 _WRITE = _READ | _WRITE_FILE | _REMOVE_FILE | _MAKE_REG | _TRUNCATE
+# folders in a writable one, and moves between them
+_FOLDERS = _MAKE_DIR | _REMOVE_DIR | _REFER
 # the rights that a rule for one file may hold
 _FILE_RIGHTS = _EXECUTE | _WRITE_FILE | _READ_FILE | _TRUNCATE
 # highest right of each version of the interface; all of them are denied unless a rule gives them
@@ -31,7 +33,7 @@ _ABSTRACT_SOCKETS_AND_SIGNALS = 0b11
 _ABSENT = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
-def restrict_files(readable: Iterable[Path], writable: Iterable[Path]) -> bool:
+def restrict_files(readable: Iterable[Path], writable: Iterable[Path], *, may_make_folders: bool = False) -> bool:
     """Deny this process every file but those beneath the folders, TCP, and signals to others; there is no way back.
 
     A readable folder's own links are followed to the files they mean today, wherever these lie.
@@ -56,7 +58,7 @@ def restrict_files(readable: Iterable[Path], writable: Iterable[Path]) -> bool:
             for path in _meant(folder):
                 _allow(ruleset, path, _READ & handled)
         for folder in writable:
-            _allow(ruleset, folder, _WRITE & handled)
+            _allow(ruleset, folder, (_WRITE | _FOLDERS if may_make_folders else _WRITE) & handled)
         syscall(_RESTRICT_SELF, ruleset, 0)
     finally:
         os.close(ruleset)

@@ -1,4 +1,5 @@
-"""The walls around a process that reads foreign files: it sets them up itself, before the first foreign byte.
+"""The walls around a process that reads foreign files or trains on them: it sets them up itself, before the first
+foreign byte.
 
 Owns the order of the layers: resource limits, no_new_privs, Landlock, another user and no capabilities, seccomp.
 Invariant: when `confine` returns, every layer that this kernel offers holds for the rest of the process, and the layers
@@ -30,16 +31,20 @@ _SET_NO_NEW_PRIVS, _SET_DUMPABLE = 38, 4
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITIES_VERSION_3 = 0x20080522
 _NOBODY = 65534
-_MAX_OPEN_FILES = 32
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the process may use: bytes of address space, of its largest file, and seconds of processor time."""
+    """What the process may use: bytes of address space, of its largest file, and seconds of processor time.
+
+    `may_compute` is for a process that trains: it may have threads of its own, and folders in what it may write.
+    """
 
     max_memory_bytes: int
     max_file_bytes: int
     cpu_seconds: int
+    max_open_files: int = 32
+    may_compute: bool = False
 
 
 def confine(limits: Limits, *, readable: Iterable[Path], writable: Path) -> tuple[str, ...]:
@@ -59,22 +64,25 @@ def confine(limits: Limits, *, readable: Iterable[Path], writable: Path) -> tupl
     # no other process of the same user may attach to it or read its memory
     prctl(_SET_DUMPABLE, 0)
     folders += _code_folders()
-    has_landlock = restrict_files(folders, [target])
+    has_landlock = restrict_files(folders, [target], may_make_folders=limits.may_compute)
     is_root = os.geteuid() == 0 and not become_nobody([*folders, target], target)
     _drop_capabilities()
-    holds = {"landlock": has_landlock, "seccomp": refuse_calls(), "user": not is_root}
+    holds = {"landlock": has_landlock, "seccomp": refuse_calls(may_thread=limits.may_compute), "user": not is_root}
     return tuple(layer for layer in LAYERS if not holds[layer])
 
 
 def _limit(limits: Limits) -> None:
-    for kind, value in (
+    limited = [
         (resource.RLIMIT_CORE, 0),
         (resource.RLIMIT_CPU, limits.cpu_seconds),
         (resource.RLIMIT_FSIZE, limits.max_file_bytes),
         (resource.RLIMIT_AS, limits.max_memory_bytes),
-        (resource.RLIMIT_NOFILE, _MAX_OPEN_FILES),
-        (resource.RLIMIT_NPROC, 0),
-    ):
+        (resource.RLIMIT_NOFILE, limits.max_open_files),
+    ]
+    if not limits.may_compute:
+        # counts threads, too
+        limited.append((resource.RLIMIT_NPROC, 0))
+    for kind, value in limited:
         resource.setrlimit(kind, (value, value))
 
 

@@ -18,7 +18,9 @@ from adapters_store.convert.kernel_calls import syscall
 
 _SET_MODE_FILTER, _ALL_THREADS = 1, 1
 _ALLOW, _REFUSE, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
+_LOAD, _JUMP_EQUAL, _JUMP_AT_LEAST, _JUMP_IF_BITS, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+# a flag of clone(2)
+_CLONE_THREAD = 0x00010000
 # offsets in struct seccomp_data
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16
 # calls of x86_64's 32-bit-pointer interface begin here
@@ -143,9 +145,11 @@ _CLONE3 = 435
 _TO_ITSELF_ONLY = {"kill": (62, 129), "tgkill": (234, 131)}
 
 
-def refuse_calls() -> bool:
+def refuse_calls(*, may_thread: bool = False) -> bool:
     """Install the filter.
 
+    Args:
+        may_thread: let the process have threads of its own; new processes stay refused.
     Returns:
         False where this kernel or architecture has no seccomp filters we know: then nothing is refused.
     Raises:
@@ -155,7 +159,7 @@ def refuse_calls() -> bool:
     if machine not in _MACHINES:
         return False
     number, architecture = _MACHINES[machine]
-    program = b"".join(_program(machine, architecture))
+    program = b"".join(_program(machine, architecture, may_thread=may_thread))
     instructions = ctypes.create_string_buffer(program, len(program))
     pointer = struct.pack("@HP", len(program) // 8, ctypes.addressof(instructions))
     try:
@@ -167,8 +171,8 @@ def refuse_calls() -> bool:
     return True
 
 
-def _program(machine: str, architecture: int) -> Iterator[bytes]:
-    """Yield the filter's instructions: one pair per refused call, so that no jump is longer than three."""
+def _program(machine: str, architecture: int, *, may_thread: bool) -> Iterator[bytes]:
+    """Yield the filter's instructions: one pair per refused call, so that no jump is longer than four."""
     column = list(_MACHINES).index(machine)
     refuse = _RETURN, 0, 0, _REFUSE | errno.EPERM
     yield _instruction(_LOAD, 0, 0, _ARCHITECTURE)
@@ -178,6 +182,13 @@ def _program(machine: str, architecture: int) -> Iterator[bytes]:
     if machine == "x86_64":
         yield _instruction(_JUMP_AT_LEAST, 0, 1, _X32)
         yield _instruction(_RETURN, 0, 0, _KILL)
+    if may_thread:
+        # a clone that is a thread passes, any other goes on to the refusal below
+        yield _instruction(_JUMP_EQUAL, 0, 4, REFUSED["clone"][column] or 0)
+        yield _instruction(_LOAD, 0, 0, _FIRST_ARGUMENT)
+        yield _instruction(_JUMP_IF_BITS, 0, 1, _CLONE_THREAD)
+        yield _instruction(_RETURN, 0, 0, _ALLOW)
+        yield _instruction(_LOAD, 0, 0, _NUMBER)
     for numbers in REFUSED.values():
         if (number := numbers[column]) is not None:
             yield _instruction(_JUMP_EQUAL, 0, 1, number)

@@ -139,14 +139,15 @@ class DataFiles:
         summary = self._check(upload.path, self._limits)
         return self._insert(upload.path, replace(new, summary=summary), max_tenant_bytes)
 
-    def keep_result(self, tenant: str, filename: str, content: bytes) -> DataFile:
-        """Keep a file that the trainer made, under its tenant."""
+    def keep_result(self, tenant: str, filename: str, content: bytes, *, file_id: str) -> DataFile:
+        """Keep a file that the trainer made, under its tenant; one that is there already under this id stays."""
+        with suppress(DataFileNotFound):
+            return self.get(file_id, tenant)
         with self.stage() as upload:
             upload.write(content)
             upload.end()
-            return self._insert(
-                upload.path, DataFile("", tenant, 0, RESULTS, filename, upload.num_bytes, None, None), None
-            )
+            new = DataFile(file_id, tenant, 0, RESULTS, filename, upload.num_bytes, None, None)
+            return self._insert(upload.path, new, None)
 
     def get(self, file_id: str, tenant: str | None, *, param: str | None = None) -> DataFile:
         """Return a file; raises DataFileNotFound, whose `param` is this one."""
@@ -190,7 +191,7 @@ class DataFiles:
             return {row["id"] for row in db.execute("SELECT id FROM files").fetchall()}
 
     def _insert(self, path: Path, new: DataFile, max_tenant_bytes: int | None) -> DataFile:
-        file_id, now = new_id("file-"), self._database.clock()
+        file_id, now = new.id or new_id("file-"), self._database.clock()
         target = self._folders.data_files / file_id
         with storage_errors():
             self._files.rename(path, target)

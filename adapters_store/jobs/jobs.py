@@ -99,6 +99,14 @@ class JobQueue(Protocol):
         """Hold on for so long from now."""
         ...
 
+    def check(self, claim: Claim) -> None:
+        """Do nothing; costs no write."""
+        ...
+
+    def is_paused(self, job_id: str) -> bool:
+        """Return whether a job was paused."""
+        ...
+
     def report(self, claim: Claim, events: Iterable[NewEvent], progress: Progress | None = None) -> None:
         """Add events, and say how far the job is."""
         ...
@@ -115,8 +123,8 @@ class JobQueue(Protocol):
         """End the job; the claim ends."""
         ...
 
-    def give_back(self, claim: Claim) -> None:
-        """Queue the job again, in front, for any worker; the claim ends."""
+    def give_back(self, claim: Claim, *, was_lost: bool = False) -> None:
+        """Queue the job again, in its old place, for any worker; the claim ends. `was_lost` counts as a dead worker."""
         ...
 
 

@@ -49,6 +49,17 @@ class SqliteJobQueue:
             now = self._check(db, claim)
             db.execute("UPDATE jobs SET lease_until = ? WHERE id = ?", (now + lease_s, claim.job.id))
 
+    def check(self, claim: Claim) -> None:
+        """Raise LeaseLost unless the claim holds; writes nothing."""
+        with self._database.read() as db:
+            self._check(db, claim)
+
+    def is_paused(self, job_id: str) -> bool:
+        """Return whether a job was paused."""
+        with self._database.read() as db:
+            row = db.execute("SELECT state FROM jobs WHERE id = ?", (job_id,)).fetchone()
+        return row is not None and row["state"] == JobState.PAUSED
+
     def report(self, claim: Claim, events: Iterable[NewEvent], progress: Progress | None = None) -> None:
         """Add events, and say how far the job is."""
         with self._database.write() as db:
@@ -88,13 +99,15 @@ class SqliteJobQueue:
             event = NewEvent(f"Fine-tuning job failed: {error.message}", level="error")
             end_job(db, claim.job.id, JobState.FAILED, now, event, error)
 
-    def give_back(self, claim: Claim) -> None:
-        """Queue the job again, in front, for any worker; the claim ends."""
+    def give_back(self, claim: Claim, *, was_lost: bool = False) -> None:
+        """Queue the job again, in its old place, for any worker; the claim ends."""
         with self._database.write() as db:
             now = self._check(db, claim)
-            query = "UPDATE jobs SET state = ?, worker = NULL, lease_until = NULL WHERE id = ?"
-            db.execute(query, (JobState.QUEUED, claim.job.id))
-            add_events(db, claim.job.id, [NewEvent("The worker stops; another one resumes the job")], now)
+            query = "UPDATE jobs SET state = ?, worker = NULL, lease_until = NULL, num_lost = num_lost + ? WHERE id = ?"
+            db.execute(query, (JobState.QUEUED, int(was_lost), claim.job.id))
+            told = "The training process was killed" if was_lost else "The worker stops"
+            event = NewEvent(f"{told}; the job waits to be resumed", level="warn" if was_lost else "info")
+            add_events(db, claim.job.id, [event], now)
 
     def _take(
         self, db: sqlite3.Connection, row: sqlite3.Row, worker: str, num_lost: int, now: float, lease_s: float

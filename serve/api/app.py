@@ -32,23 +32,24 @@ from serve.api import (
 )
 from serve.api.auth import Door, authorise
 from serve.api.body import BodyGuard
-from serve.text.chat_encoder import ChatEncoder
 from serve.api.drain import Drain, DrainGate
 from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
+from serve.api.job_publisher import publishing
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.replica import Replica
 from serve.api.request_context import RequestContext
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
-from serve.text.tokenizer import TextTokenizer
 from serve.api.tool_families import detect_family
 from serve.api.training_desk import TrainingDesk
 from serve.config import ApiConfig
 from serve.metrics import Metrics
 from serve.tenants.principal import Principal
+from serve.text.chat_encoder import ChatEncoder
+from serve.text.tokenizer import TextTokenizer
 
 _ROOMS = (
     chat,
@@ -84,13 +85,14 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        yield
+        async with publishing(state):
+            yield
         await state.grammar_gate.close()
         state.uploads.close()
         state.training.close()
+        await state.limiter.close()
         state.door.close()
 
-        await state.limiter.close()
     app = FastAPI(
         title="Chorale",
         version=state.version,

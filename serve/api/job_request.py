@@ -62,7 +62,7 @@ async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
         validation_file=None if validation is None else validation.id,
         suffix=body.suffix or None,
         seed=spec.seed,
-        spec=spec.to_json(),
+        spec=_said(spec),
         hyperparameters=_shown_hyperparameters(spec, summary.num_examples),
         metadata=body.metadata,
         promotion=None,
@@ -104,6 +104,13 @@ def read_spec(body: FineTuningRequest) -> TrainSpec:
     except InvalidJob as error:
         field = error.param or ""
         raise InvalidJob(given[field].param if field in given else field, error.message, code=error.code) from None
+
+
+def _said(spec: TrainSpec) -> dict[str, Json]:
+    """Return what a spec says beyond the defaults, as it is parsed again by whoever trains."""
+    defaults = TrainSpec().to_json()
+    always = {"family": spec.family, "seed": spec.seed}
+    return {name: value for name, value in spec.to_json().items() if value != defaults[name]} | always
 
 
 def _shown_hyperparameters(spec: TrainSpec, num_examples: int) -> dict[str, Json]:
@@ -155,7 +162,7 @@ def _with_promotion(state: ApiState, new: NewJob, promote: Promote) -> NewJob:
     if bounds == (None, None):
         raise InvalidValue("'above' or 'below' is needed: the metric's bound", param="promote.when")
     metric = _METRICS.get(promote.when.metric, promote.when.metric)
-    has_validation = new.validation_file is not None or bool(new.spec["validation_split"])
+    has_validation = new.validation_file is not None or bool(new.spec.get("validation_split"))
     if metric.startswith("valid_") and not has_validation:
         raise UnsupportedParameter(
             f"{promote.when.metric} is not measured without validation data; send 'validation_file', or "

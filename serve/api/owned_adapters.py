@@ -47,11 +47,14 @@ class OwnedAdapters:
         """Return the same store as another principal sees it."""
         return OwnedAdapters(self._store, self._served_name, principal, self._shared_with)
 
-    def resolve(self, model: str, sticky: StickyId | None = None) -> AdapterRef | None:
+    def resolve(self, model: str, sticky: StickyId | None = None, *, to_serve: bool = False) -> AdapterRef | None:
         """Return what `model` stands for; None if no adapter is meant that this principal may see.
 
         Args:
             sticky: whose request it is, where a canary may answer it.
+            to_serve: it shall be loaded or used, so its signature must count.
+        Raises:
+            SignatureInvalid: this server does not serve it.
         """
         text = model.removeprefix(f"{self._served_name}:")
         # the store knows the prefix, too, and that an exact name comes before it
@@ -61,7 +64,11 @@ class OwnedAdapters:
         if found is None and foreign != own and self._may_name(foreign):
             found = self._store.resolve(foreign, sticky)
             found = found if found is not None and self._may_see(found.name) else None
-        return None if found is None else replace(found, name=self._shown(found.name))
+        if found is None:
+            return None
+        if to_serve:
+            self._store.check_promotion(found)
+        return replace(found, name=self._shown(found.name))
 
     def list(self) -> Versions:
         """Return the current version of every adapter that this principal may see."""
@@ -126,9 +133,12 @@ class OwnedAdapters:
         """Raise InvalidName, NameTaken or OwnerFull if an upload of `name` would be refused; before its bytes come."""
         self._store.check_name(self._new(name))
 
-    def put_dir(self, name: str, folder: Path, *, proving: Proving) -> AdapterVersion:
+    def put_dir(
+        self, name: str, folder: Path, *, proving: Proving, declared: Declared | None = None, staged: bool = False
+    ) -> AdapterVersion:
         """Publish a folder of the server as this principal's; raises as `AdapterStore.put_dir`."""
-        return self._show(self._store.put_dir(self._new(name), folder, proving=proving, wish=Wish(by=self._by)))
+        wish, stored = Wish(by=self._by, staged=staged), self._new(name)
+        return self._show(self._store.put_dir(stored, folder, declared=declared, proving=proving, wish=wish))
 
     def owned_name(self, name: str) -> str:
         """Return the store's name of an adapter that this principal may change.

@@ -1,9 +1,7 @@
-"""The `chorale` command: `serve`, `adapters ...`, `keys ...`, `audit`, `tune`, `loadtest`, `version`.
+"""The `chorale` command: `serve`, `train-worker`, `adapters ...`, `keys ...`, `audit`, `tune`, `loadtest`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
-
-from importlib.metadata import PackageNotFoundError, version
 
 import typer
 
@@ -14,7 +12,9 @@ from serve.cli.keys_command import keys_app
 from serve.cli.loadtest_command import loadtest
 from serve.cli.serve_command import serve
 from serve.cli.store_command import redis_acl, store_app
+from serve.cli.train_worker_command import train_worker
 from serve.cli.tune_command import tune
+from serve.cli.version import installed_version
 
 app = typer.Typer(
     name="chorale",
@@ -27,6 +27,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(tune)
+app.command()(train_worker)
 app.command()(audit)
 adapters_app.command()(export)
 app.add_typer(adapters_app)
@@ -42,11 +43,3 @@ app.add_typer(keys_app)
 def show_version() -> None:
     """Print the version."""
     typer.echo(f"chorale {installed_version()}")
-
-
-def installed_version() -> str:
-    """Return the installed distribution's version, or "unknown" in a checkout that is not installed."""
-    try:
-        return version("chorale")
-    except PackageNotFoundError:
-        return "unknown"

@@ -9,12 +9,15 @@ import re
 import sys
 from collections.abc import Iterable
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
+from serve.cli.train_options import TrainWorker, TrainWorkerOption
+from serve.cli.train_sidecar import run_beside
 from serve.config import ApiConfig, DrainConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
 from serve.errors import StartError
 from serve.model.download import resolve_model_dir
@@ -84,6 +87,7 @@ def serve(
     keep_versions: options.KeepVersions = None,
     probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
+    train_worker: TrainWorkerOption = TrainWorker.OFF,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
     """Serve a base model and the adapters of a store over HTTP."""
@@ -102,7 +106,8 @@ def serve(
     engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
     engine = replace(engine, max_waiting=max_in_flight, **{_ENGINE_FLAGS[name]: flags[name] for name in _ENGINE_FLAGS})
     watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
-    run_server(ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s)), preload=preload)
+    config = ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s))
+    run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))
 
 
 def with_tenants(api: ApiConfig, *, require_keys: bool, pepper_file: Path | None, limits: Iterable[str]) -> ApiConfig:

@@ -1,0 +1,183 @@
+"""Publishes what training workers have exported, as its tenant's own upload: converted, checked, probed, committed.
+
+Owns the last step of a job, in the one process that has the engine for the probe. Invariants: an export passes the very
+door of an upload, with no short cut; each is published once, however many servers share the store and whenever one of
+them dies; a job succeeds only when its adapter can be asked for.
+"""
+
+import asyncio
+import contextlib
+import csv
+import hashlib
+import io
+import logging
+import os
+import time
+from collections.abc import AsyncIterator
+from functools import partial
+from pathlib import Path
+
+from adapters_store.errors import AdapterNotFound, CorruptUpload, StoreError
+from adapters_store.file_system import open_regular
+from adapters_store.formats import Declared
+from adapters_store.jobs.job import JobError, NewEvent, Parcel
+from adapters_store.proof import Proving
+from adapters_store.registry import AdapterVersion
+from adapters_store.strict_json import read_json
+from serve.api.owned_adapters import OwnedAdapters
+from serve.api.promotion import promote
+from serve.api.state import ApiState
+from serve.errors import ServeError
+from serve.tenants.audit import AuditEvent
+from serve.tenants.principal import Principal
+
+logger = logging.getLogger("chorale.training")
+
+_POLL_S, _RETRY_S, _SWEEP_S = 0.3, 3.0, 60.0
+_MAX_TRIES = 20
+_UPLOAD_NAME, _MAX_UPLOAD_BYTES = "upload.json", 64 << 10
+_METRICS_NAME = "step_metrics.csv"
+_COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+
+
+class JobPublisher:
+    """The task of one server. Event loop only."""
+
+    def __init__(self, state: ApiState) -> None:
+        self._state = state
+        self._desk = state.training
+        self._sweep_at = 0.0
+        # what failed for a reason that may pass: not before this time, and how often it was tried
+        self._later: dict[tuple[str, int | None], tuple[float, int]] = {}
+
+    async def run(self) -> None:
+        """Publish until cancelled; nothing that goes wrong with one job or with the disk ends it."""
+        while True:
+            try:
+                await self._round()
+            except (StoreError, ServeError) as error:
+                logger.warning("training jobs: %s", error)
+            # the wall of this task: it must outlive whatever one job can do to it
+            except Exception:
+                logger.exception("training jobs: unexpected")
+            await asyncio.sleep(_POLL_S)
+
+    async def _round(self) -> None:
+        ready = self._state.engine.ready
+        if ready is None:
+            return
+        now = time.monotonic()
+        if now >= self._sweep_at:
+            self._sweep_at = now + _SWEEP_S
+            await asyncio.to_thread(self._desk.sweep)
+        for parcel in await asyncio.to_thread(self._desk.outbox.parcels, ready.base_fingerprint):
+            not_before, num_tries = self._later.get((parcel.job.id, parcel.step), (0.0, 0))
+            if now >= not_before:
+                await self._deliver(parcel, num_tries)
+
+    async def _deliver(self, parcel: Parcel, num_tries: int) -> None:
+        """Publish one parcel, refuse it, or try it again later."""
+        key = (parcel.job.id, parcel.step)
+        try:
+            principal = Principal(parcel.job.tenant, frozenset(), "trainer")
+            view = self._state.store.seen_by(principal)
+            publish = partial(self._publish, parcel, view, self._state.proving())
+            version = await self._state.uploads.commit(publish)
+            self._later.pop(key, None)
+        except (StoreError, ServeError) as error:
+            is_final = error.http_status < 500 or num_tries >= _MAX_TRIES
+            logger.warning("job %s: not published: %s", parcel.job.id, error)
+            if not is_final:
+                self._later[key] = (time.monotonic() + _RETRY_S, num_tries + 1)
+                return
+            self._later.pop(key, None)
+            reason = JobError(error.code or "publication_failed", error.message)
+            await asyncio.to_thread(self._desk.outbox.refused, parcel, reason)
+            return
+        if version is not None and self._state.door.tenancy is not None:
+            detail = f"version {version.version} sha256:{version.digest}, trained by {parcel.job.id}"
+            await self._state.door.tenancy.record(principal, AuditEvent.UPLOAD, version.name, detail)
+
+    def _publish(self, parcel: Parcel, view: OwnedAdapters, proving: Proving) -> AdapterVersion | None:
+        """Publish one parcel in a thread; None if somebody else does or did."""
+        lock = self._desk.folders.lock_job(parcel.job.id)
+        if lock is None:
+            return None
+        try:
+            if not self._desk.outbox.is_waiting(parcel):
+                return None
+            folder = self._desk.folders.job(parcel.job.id) / parcel.export
+            version = _published(view, parcel.model_name)
+            if version is None:
+                # not trusted: what trained it read a tenant's data
+                version = view.put_dir(parcel.model_name, folder, declared=_declared(folder), proving=proving)
+            result_files: tuple[str, ...] = ()
+            if parcel.step is None:
+                for event in self._promote(parcel, view, folder, version, proving):
+                    self._desk.outbox.tell(parcel.job.id, event)
+                result_files = (self._keep_metrics(parcel),)
+            self._desk.outbox.published(parcel, result_files=result_files)
+            return version
+        finally:
+            os.close(lock)
+
+    def _promote(
+        self, parcel: Parcel, view: OwnedAdapters, folder: Path, version: AdapterVersion, proving: Proving
+    ) -> list[NewEvent]:
+        promotion = parcel.job.new.promotion
+        if promotion is None:
+            return []
+        put = partial(view.put_dir, promotion.name, folder, declared=_declared(folder), proving=proving)
+        try:
+            return promote(promotion, parcel.job.metrics, view, version.digest, put)
+        except (StoreError, ServeError) as error:
+            # the job's own name is published; what it should replace stays as it is
+            return [NewEvent(f"'{promotion.name}' was left as it is: {error.message}", level="warn")]
+
+    def _keep_metrics(self, parcel: Parcel) -> str:
+        """Keep the steps' metrics as a file of the tenant's; the same id whenever it is done again."""
+        rows: dict[int, dict[str, object]] = {}
+        for event in self._desk.jobs.events(parcel.job.id, None, limit=1 << 20).items:
+            if event.type == "metrics" and event.data is not None:
+                rows.setdefault(int(str(event.data["step"])), {}).update(event.data)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, _COLUMNS, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[step] for step in sorted(rows))
+        file_id = f"file-{hashlib.sha256(parcel.job.id.encode()).hexdigest()[:24]}"
+        file = self._desk.files.keep_result(parcel.job.tenant, _METRICS_NAME, text.getvalue().encode(), file_id=file_id)
+        return file.id
+
+
+@contextlib.asynccontextmanager
+async def publishing(state: ApiState) -> AsyncIterator[None]:
+    """Run a publisher for as long as the block does."""
+    task = asyncio.create_task(JobPublisher(state).run())
+    try:
+        yield
+    finally:
+        task.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await task
+
+
+def _published(view: OwnedAdapters, name: str) -> AdapterVersion | None:
+    """Return what a publisher that died before it could say so has published; the name holds the job's id."""
+    try:
+        return view.get(name)
+    except AdapterNotFound:
+        return None
+
+
+def _declared(folder: Path) -> Declared:
+    """Return what the trainer says of its export; raises CorruptUpload, InvalidOption."""
+    try:
+        with open_regular(folder / _UPLOAD_NAME) as file:
+            said = read_json(file.read(_MAX_UPLOAD_BYTES + 1), _UPLOAD_NAME, max_bytes=_MAX_UPLOAD_BYTES)
+    except OSError:
+        raise CorruptUpload(f"the export has no {_UPLOAD_NAME}", param=_UPLOAD_NAME) from None
+    declared, options = said.get("format"), said.get("options", {})
+    if not isinstance(declared, str) or not isinstance(options, dict):
+        raise CorruptUpload(f"{_UPLOAD_NAME} names no format", param=_UPLOAD_NAME)
+    # the format is checked as a client's
+    return Declared(Declared.parse(declared, None).format, options)

@@ -1,0 +1,55 @@
+"""`chorale train-worker`: a process beside the server that trains its jobs.
+
+Owns flags, signals and priority. Invariant: SIGTERM or SIGINT ends it after the current step, and the job in hand can
+be resumed by another worker at once.
+"""
+
+import os
+import signal
+from contextlib import suppress
+
+import typer
+
+from serve.cli import options
+from serve.cli.operator_errors import one_line_errors
+from serve.cli.serve_command import start_logging
+from serve.cli.train_options import DeviceMemory, LeaseS, MaxMemory, Nice, Threads, TrainDevice
+from serve.cli.version import installed_version
+from serve.model.download import resolve_model_dir
+from serve.trainer.starting import check_extra, open_worker, worker_config
+
+
+def train_worker(
+    store: options.Store,
+    model: options.Model,
+    device: TrainDevice = "cpu",
+    num_threads: Threads = None,
+    lease_s: LeaseS = 30.0,
+    nice: Nice = 10,
+    max_memory_bytes: MaxMemory = None,
+    device_memory_bytes: DeviceMemory = None,
+    log_level: options.LogLevelOption = options.LogLevel.INFO,
+) -> None:
+    """Train the fine-tuning jobs of a store, one at a time."""
+    start_logging(log_level)
+    with one_line_errors(exit_status=2):
+        check_extra()
+        base = resolve_model_dir(model).absolute()
+        config = worker_config(
+            base,
+            device=device,
+            num_threads=num_threads,
+            lease_s=lease_s,
+            max_memory_bytes=max_memory_bytes,
+            device_memory_bytes=device_memory_bytes,
+            code_version=installed_version(),
+        )
+        with suppress(OSError):
+            os.nice(nice)
+        with open_worker(store.absolute(), config) as worker:
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: worker.stop())
+            parent = os.getppid()
+            typer.echo(f"chorale train-worker ready {config.name}")
+            # started by a server, it ends with it, also when that was killed
+            worker.run(is_orphaned=lambda: os.getppid() != parent)
