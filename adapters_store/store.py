@@ -107,12 +107,12 @@ class AdapterStore(Publication):
         """Give back the registry's connection; open images stay valid."""
         self._registry.close()
 
-    def put_dir(
     @property
     def shared(self) -> SharedRegistry | None:
         """Return the registry that replicas share, if this store has one."""
         return self._registry if isinstance(self._registry, SharedRegistry) else None
 
+    def put_dir(
         self,
         name: str,
         folder: Path,

@@ -109,8 +109,8 @@ def _status(state: ApiState, ref: AdapterRef) -> Json:
         "fetches": history.num_fetches,
         "last_load_seconds": history.load_s,
         "last_fetch_seconds": history.fetch_s,
-    }
         "replica": state.replica.describe(),
+    }
 
 
 def _engine_state(engine: EngineGateway) -> str:
