@@ -25,6 +25,8 @@ class FakeStore:
         self._versions: dict[str, Versions] = {}
         self.aliases: dict[str, int] = {}
         self.num_resolves = 0
+        # nobody shares it
+        self.shared = None
 
     def reset(self) -> None:
         """Hold the two adapters that tests expect."""
