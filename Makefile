@@ -21,7 +21,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint test-long test-clients test-deploy debian-tools bench-cpu eviction-study gpu-check
+.PHONY: help setup serve demo test lint test-long test-clients test-deploy debian-tools bench-cpu loadtest-smoke eviction-study gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -58,6 +58,9 @@ debian-tools: ## haproxy, nginx and Prometheus into .cache, where they are not i
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 	$(BIN)/python scripts/bench_cpu.py $(ARGS)
+
+loadtest-smoke: $(DEV) ## every load test scenario, scaled down and verified, against the demo server; writes an HTML report
+	$(BIN)/python scripts/loadtest_smoke.py $(ARGS)
 
 eviction-study: $(DEV) ## which eviction policy keeps the right adapters, by simulation
 	$(PIP) -c constraints.txt -e '.[plots]'
