@@ -19,10 +19,11 @@ from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
 from adapters_store.locks import StoreLock
 from adapters_store.manifest import Manifest
-from adapters_store.names import check_stored_name
+from adapters_store.names import check_stored_name, owner_of
 from adapters_store.proof import NotProbed, Probe, Proof, Staged
 from adapters_store.quotas import OwnerQuota, check_quota
 from adapters_store.registry import AdapterVersion, BaseFacts, NewVersion, Registry, base_facts, fits
+from adapters_store.signatures import OpenGate, SignatureGate
 from adapters_store.staging import Staging, hold
 from adapters_store.steering import older_than
 from adapters_store.upload import Upload
@@ -54,6 +55,8 @@ class Publication:
         self.quota = OwnerQuota()
         # how many of a name's versions stay beside those that something points to; None: all
         self.keep_versions: int | None = None
+        # decides about signatures; set likewise
+        self.signatures: SignatureGate = OpenGate()
         self._files = files
         self._convert = convert
         self._clock = clock
@@ -95,6 +98,7 @@ class Publication:
 
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         self.check_name(name)
+        signature = self.signatures.check_upload(owner_of(name), upload.sent())
         options = replace(self._options, declared=declared)
         self._convert(upload.source, upload.object, options)
         limits = (options.largest_rank, options.dense_budget_bytes)
@@ -102,7 +106,7 @@ class Publication:
             manifest = check_adapter(upload.object, options.base, options.dtype, *limits)
             self._blobs.make_durable(upload.object)
         new = NewVersion.of(name, manifest, created=int(self._clock()))
-        new = replace(new, by=upload.wish.by, staged=upload.wish.staged)
+        new = replace(new, by=upload.wish.by, staged=upload.wish.staged, signature=signature)
         self.sweep()
         try:
             if isinstance(upload.proving, NotProbed):

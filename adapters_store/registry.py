@@ -74,6 +74,8 @@ class AdapterVersion:
     # who uploaded it, and whether it was to wait for its promotion
     by: str = ""
     staged: bool = False
+    # what was found of its signature, with the bundle itself; None: none was sent, none was asked for
+    signature: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,7 @@ class NewVersion:
     not_probed: str = ""
     by: str = ""
     staged: bool = False
+    signature: dict[str, Json] | None = None
 
     @classmethod
     def of(cls, name: str, manifest: Manifest, *, created: int) -> "NewVersion":

@@ -25,6 +25,7 @@ from adapters_store.publication import Publication
 from adapters_store.registry import AdapterRef, AdapterVersion, Registry, find_version
 from adapters_store.registry_choice import open_embedded
 from adapters_store.registry_redis import SharedRegistry
+from adapters_store.signatures import OpenGate
 from adapters_store.steering import Actor, aliased, canaried, promoted, rolled_back, unaliased
 from adapters_store.upload import Upload, Wish, copy_parts
 
@@ -150,6 +151,17 @@ class AdapterStore(Publication):
         if found is None:
             return None
         return AdapterRef.of(found, is_canary=self._registry.canary(found.name) == found.version)
+
+    def check_promotion(self, ref: AdapterRef) -> None:
+        """Check a version's signature again, before its image is brought to a faster tier or used.
+
+        Args:
+            ref: what `resolve` returned.
+        Raises:
+            SignatureInvalid: this server does not serve it. AdapterNotFound: it was deleted meanwhile.
+        """
+        if not isinstance(self.signatures, OpenGate):
+            self.signatures.check_promotion(self._version(ref.name, ref.version))
 
     def list(self) -> Versions:
         """Return the current version of every adapter of this base, by name."""

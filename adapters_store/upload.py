@@ -20,6 +20,8 @@ from adapters_store.locks import lock_folder
 from adapters_store.parts import staged_name
 from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.registry import AdapterVersion
+from adapters_store.signatures import Sent
+from adapters_store.signing.bundle import MAX_BUNDLE_BYTES, SIGNATURE_PART
 
 # the same limit as the config's reader: refused before it is stored
 _MAX_CONFIG_BYTES = 1 << 20
@@ -95,6 +97,7 @@ class Upload:
         self._num_bytes = 0
         self._publish = publish
         self._parts: dict[str, PartWriter] = {}
+        self._signature: PartWriter | None = None
         with storage_errors():
             files.make_dir(self.folder)
             self._lock = lock_folder(self.folder)
@@ -126,6 +129,8 @@ class Upload:
         Raises:
             UnsupportedFormat: a pickle that nothing restricts. CorruptUpload: an unknown name, or a part sent twice.
         """
+        if filename == SIGNATURE_PART:
+            return self._open_signature()
         refuse_name(filename)
         if filename in self._parts:
             raise CorruptUpload(f"{filename} was sent twice", param="files")
@@ -133,6 +138,15 @@ class Upload:
         part = PartWriter(self, self.source / staged_name(filename), cap)
         self._parts[filename] = part
         return part
+
+    def sent(self) -> Sent:
+        """Return the files as the client named them, and the signature over them."""
+        files = {filename: self.source / staged_name(filename) for filename in self._parts}
+        if self._signature is None:
+            return Sent(files)
+        self._signature.close()
+        with storage_errors(), (self.folder / SIGNATURE_PART).open("rb") as file:
+            return Sent(files, file.read())
 
     def count(self, num_bytes: int) -> None:
         """Add to the upload's size; raises UploadTooLarge at the limit."""
@@ -164,9 +178,15 @@ class Upload:
         check_parts(self._parts.keys(), declared.format)
         return self._publish(self, name, declared)
 
+    def _open_signature(self) -> PartWriter:
+        if self._signature is not None:
+            raise CorruptUpload(f"{SIGNATURE_PART} was sent twice", param="files")
+        self._signature = PartWriter(self, self.folder / SIGNATURE_PART, MAX_BUNDLE_BYTES)
+        return self._signature
+
     def close(self) -> None:
         """Remove the staging folder; further calls do nothing. What cannot be removed is left to the next sweep."""
-        for part in self._parts.values():
+        for part in (*self._parts.values(), *filter(None, [self._signature])):
             part.close()
         self._parts.clear()
         try:
@@ -198,7 +218,9 @@ def copy_parts(folder: Path, upload: Upload, declared: Declared, *, trusted: boo
     refuse_foreign_parts(folder)
     with storage_errors():
         names = parts_in(folder, declared.format)
-    for filename in names:
+    # a signature covers what is sent here
+    signature = [SIGNATURE_PART] if os.path.lexists(folder / SIGNATURE_PART) else []
+    for filename in [*names, *signature]:
         with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
             while chunk := file.read(_COPY_CHUNK_BYTES):
                 part.write(chunk)

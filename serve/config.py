@@ -109,6 +109,9 @@ class ApiConfig:
     tenant_limits: TenantLimits = field(default_factory=TenantLimits)
     # where replicas of one store tell each other of changes; None: SQLite, for one server
     redis_url: str | None = None
+    # "off", "warn" or "require", and the public keys that count
+    signatures: str = "off"
+    trust_roots: Path | None = None
     # versions of a name that stay beside those that something points to; None: all
     keep_versions: int | None = None
     # run every adapter on the base, against its source's own formula, before it is published

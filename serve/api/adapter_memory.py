@@ -6,6 +6,7 @@ last heartbeat, so nothing but the operator's own commands waits for the engine.
 """
 
 import asyncio
+from functools import partial
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
@@ -34,7 +35,7 @@ async def get_status(request: Request, name: str) -> Json:
 async def prefetch_adapter(request: Request, name: str) -> Json:
     """Bring the adapter's image into memory ahead of its first request; answers before it is there."""
     state = api_state(request)
-    ref = await _resolve(state, name)
+    ref = await _resolve(state, name, to_serve=True)
     state.engine.load_adapter(ref.digest)
     return _status(state, ref)
 
@@ -46,7 +47,7 @@ async def pin_adapter(request: Request, name: str) -> Json:
     409 when that would leave no room for others.
     """
     state = api_state(request)
-    ref = await _resolve(state, name)
+    ref = await _resolve(state, name, to_serve=True)
     await state.engine.desk.pin(ref.digest)
     return _status(state, ref)
 
@@ -73,13 +74,13 @@ async def evict_adapter(request: Request, name: str) -> JSONResponse:
     return JSONResponse(body, 202 if done.is_pending else 200)
 
 
-async def _resolve(state: ApiState, name: str) -> AdapterRef:
+async def _resolve(state: ApiState, name: str, *, to_serve: bool = False) -> AdapterRef:
     """Return the version that a name means.
 
     Raises:
-        AdapterNotFound: none that this principal may see.
+        AdapterNotFound: none that this principal may see. SignatureInvalid: it is `to_serve`, and may not be.
     """
-    ref = await asyncio.to_thread(state.store.resolve, name)
+    ref = await asyncio.to_thread(partial(state.store.resolve, name, to_serve=to_serve))
     if ref is None:
         raise AdapterNotFound(f"there is no adapter {show(name)}; GET /v1/adapters lists them", param="name")
     if state.metrics is not None:

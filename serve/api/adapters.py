@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse
 
 from adapters_store.formats import FORMATS
 from adapters_store.pointers import Pointers
+from adapters_store.signatures import shown
 from adapters_store.store import AdapterVersion
 from serve.api.adapter_place import ON_DISK, Place, places_of
 from serve.api.errors import error_responses
@@ -134,6 +135,7 @@ def adapter_card(version: AdapterVersion) -> Json:
         "report": asdict(version.report),
         "proof": version.proof,
         "not_probed": version.not_probed if version.proof is None else None,
+        "signature": shown(version.signature),
     }
 
 

@@ -6,6 +6,7 @@ that is not known is a 404 of one shape, and never becomes the base's answer.
 
 import asyncio
 import hashlib
+from functools import partial
 
 from fastapi import Request
 
@@ -47,7 +48,7 @@ async def resolve_target(state: ApiState, choice: ModelChoice, sticky: StickyId)
             state.last_uses.use(share.adapter.digest)
         return Target(choice.model, None, shares)
     model, param = _selected_model(state, choice)
-    adapter = await resolve_adapter(state, model, sticky, param=param)
+    adapter = await resolve_adapter(state, model, sticky, param=param, to_serve=True)
     if adapter is None and choice.adapters:
         raise _names_base(model, param)
     if adapter is not None:
@@ -56,16 +57,21 @@ async def resolve_target(state: ApiState, choice: ModelChoice, sticky: StickyId)
 
 
 async def resolve_adapter(
-    state: ApiState, model: str, sticky: StickyId | None = None, *, param: str = "model"
+    state: ApiState,
+    model: str,
+    sticky: StickyId | None = None,
+    *,
+    param: str = "model",
+    to_serve: bool = False,
 ) -> AdapterRef | None:
     """Return the adapter that `model` names, None for the base.
 
     Raises:
-        ModelNotFound: neither.
+        ModelNotFound: neither. SignatureInvalid: it is `to_serve`, and this server does not serve it.
     """
     if model == state.config.served_model_name:
         return None
-    ref = await asyncio.to_thread(state.store.resolve, model, sticky)
+    ref = await asyncio.to_thread(partial(state.store.resolve, model, sticky, to_serve=to_serve))
     if ref is None:
         raise ModelNotFound(f"the model {show(model)} does not exist; GET /v1/models lists what is served", param=param)
     if state.metrics is not None:
@@ -95,7 +101,7 @@ async def _resolve_shares(state: ApiState, adapters: list[WeightedAdapter], stic
     shares: list[Share] = []
     for index, entry in enumerate(adapters):
         param = f"adapters.{index}.name"
-        ref = await resolve_adapter(state, entry.name, sticky, param=param)
+        ref = await resolve_adapter(state, entry.name, sticky, param=param, to_serve=True)
         if ref is None:
             raise _names_base(entry.name, param)
         if any(share.adapter.digest == ref.digest for share in shares):

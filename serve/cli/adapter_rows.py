@@ -31,6 +31,7 @@ class AdapterRow(TypedDict):
     report: dict[str, list[str]]
     proof: dict[str, Json] | None
     not_probed: str | None
+    signature: dict[str, Json]
 
 
 def show_rows(rows: Sequence[AdapterRow], *, as_json: bool) -> None:
@@ -76,6 +77,14 @@ def proof_lines(row: AdapterRow) -> list[str]:
         f"  first differing token: {differing}",
         *_size_lines(proof),
     ]
+
+
+def signature_line(row: AdapterRow) -> str:
+    """Return what people read of a version's signature."""
+    facts = row["signature"]
+    if facts["status"] == "verified":
+        return f"signature: verified, by {facts['signer']} ({facts['key']}) over {facts['files_digest']}"
+    return f"signature: {facts['status']}" + (f" ({facts['reason']})" if "reason" in facts else "")
 
 
 def _size_lines(proof: dict[str, Json]) -> list[str]:

@@ -11,13 +11,15 @@ import typer
 
 from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
-from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows
+from serve.cli.adapter_options import Signatures, SignaturesOption, TrustRoots
+from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows, signature_line
 from serve.cli.adapters_memory import add_memory_commands
 from serve.cli.adapters_place import place_of
 from serve.cli.adapters_remote import RemoteAdapters
 from serve.cli.adapters_versions import add_version_commands
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import DenseBudgetBytes, Dtype, DtypeOption, Probe
+from serve.cli.signing_extra import open_gate, sign_adapter
 from serve.errors import StartError
 
 adapters_app = typer.Typer(
@@ -49,6 +51,9 @@ ProbeChoice = Annotated[
     Probe,
     typer.Option("--probe", help="Whether to run it on the base of --base, against its source's own formula, first."),
 ]
+KeyFile = Annotated[
+    Path, typer.Option("--key", help="Private key in PEM: P-256, P-384, P-521 or Ed25519, without a password.")
+]
 Promote = Annotated[
     bool,
     typer.Option("--promote/--no-promote", help="Whether a NAME that means a version already means this one."),
@@ -70,6 +75,8 @@ def add(
     dense_budget_bytes: DenseBudgetBytes = 0,
     probe: ProbeChoice = Probe.ON,
     promotes: Promote = True,
+    signatures: SignaturesOption = Signatures.OFF,
+    trust_roots: TrustRoots = None,
 ) -> None:
     """Convert, check and publish an adapter as the next version of NAME, which NAME means from then on."""
     with one_line_errors(exit_status=1):
@@ -78,6 +85,8 @@ def add(
             if isinstance(place, RemoteAdapters):
                 if dense_budget_bytes:
                     raise StartError("--dense-budget-bytes goes with --store; a running server has its own")
+                if trust_roots is not None:
+                    raise StartError("--trust-roots goes with --store; a running server has its own")
                 if probe is Probe.OFF:
                     raise StartError("--probe goes with --store; a running server has its own")
                 row = place.add(name, folder, declared, promotes=promotes)
@@ -92,8 +101,17 @@ def add(
                     dense_budget_bytes=dense_budget_bytes,
                     is_probed=probe is Probe.ON,
                     promotes=promotes,
+                    gate=open_gate(signatures.value, trust_roots),
                 )
         show_rows([row], as_json=as_json)
+
+
+@adapters_app.command()
+def sign(folder: Folder, key: KeyFile, source_format: Format = AUTO) -> None:
+    """Write FOLDER/model.sig, an OpenSSF model signature over the files that `add` sends."""
+    with one_line_errors(exit_status=1):
+        path, hint = sign_adapter(folder, key, Declared.parse(source_format, None))
+        typer.echo(f"signed {path} with key sha256:{hint}")
 
 
 @adapters_app.command("list")
@@ -141,5 +159,5 @@ def verify(
 def _show_report(row: AdapterRow) -> None:
     for title, modules in row["report"].items():
         typer.echo(f"{title}: {', '.join(modules) if modules else 'none'}")
-    for line in proof_lines(row):
+    for line in (*proof_lines(row), signature_line(row)):
         typer.echo(line)

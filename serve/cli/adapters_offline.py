@@ -17,6 +17,7 @@ from adapters_store.proof import NotProbed, Proving
 from adapters_store.registry import AdapterVersion, Registry, base_dims
 from adapters_store.registry_choice import kinds_of, open_embedded
 from adapters_store.registry_redis import SharedRegistry
+from adapters_store.signatures import SignatureGate, shown
 from adapters_store.store import AdapterStore
 from adapters_store.upload import Wish
 from serve.cli.adapter_rows import AdapterRow
@@ -43,6 +44,7 @@ def add(
     dense_budget_bytes: int = 0,
     is_probed: bool = True,
     promotes: bool = True,
+    gate: SignatureGate | None = None,
 ) -> AdapterRow:
     """Publish a folder as the next version of `name`.
 
@@ -52,6 +54,7 @@ def add(
         dtype: of the image; "auto" takes the base's own, or that of the adapters already there.
         dense_budget_bytes: what the adapter may hold of dense changes.
         is_probed: run it on the base before it is published, which needs `base`.
+        gate: decides about its signature; nothing: none is asked for.
         promotes: the name means it from then on; else only if it means nothing yet.
     Raises:
         StartError: the base is not known, or does not start. StoreError, ServeError: the adapter is refused.
@@ -72,6 +75,7 @@ def add(
     )
     proving = _proving(base_dir, root, image_dtype, is_probed=is_probed)
     with closing(opened) as store:
+        store.signatures = gate if gate is not None else store.signatures
         wish = Wish(by=f"{LOCAL_TENANT}/{operator()}", staged=not promotes)
         version = store.put_dir(name, folder, trusted=True, declared=declared, proving=proving, wish=wish)
         record(root, AuditEvent.UPLOAD, name, f"version {version.version} sha256:{version.digest}")
@@ -122,6 +126,7 @@ def row_of(version: AdapterVersion) -> AdapterRow:
         report={key: [*modules] for key, modules in asdict(report).items()},
         proof=version.proof,
         not_probed=version.not_probed if version.proof is None else None,
+        signature=shown(version.signature),
     )
 
 

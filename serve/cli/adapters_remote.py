@@ -14,6 +14,7 @@ import httpx
 
 from adapters_store.formats import AUTO, Declared, parts_in
 from adapters_store.object_files import OBJECT_FILES
+from adapters_store.signing.bundle import SIGNATURE_PART
 from serve.cli.adapter_rows import AdapterRow
 from serve.errors import StartError
 
@@ -110,7 +111,9 @@ def _open_parts(folder: Path, declared: Declared) -> Iterator[list[Part]]:
     with ExitStack() as stack:
         parts: list[Part] = []
         try:
-            names = parts_in(folder, declared.format)
+            names = [*parts_in(folder, declared.format)]
+            # a signature covers what is sent here
+            names += [SIGNATURE_PART] if (folder / SIGNATURE_PART).exists() else []
         except OSError as error:
             raise StartError(f"{folder}: {error.strerror}") from error
         for filename in names:

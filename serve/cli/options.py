@@ -217,14 +217,6 @@ RequestTimeoutS = Annotated[
         help="Seconds a request may take in all.",
     ),
 ]
-KeepVersions = Annotated[
-    int | None,
-    typer.Option(
-        envvar="CHORALE_KEEP_VERSIONS",
-        min=1,
-        help="Forget all but each adapter's newest N versions and those that a name, an alias or a rollback needs.",
-    ),
-]
 HeartbeatTimeoutS = Annotated[
     float,
     typer.Option(

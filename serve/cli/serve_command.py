@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-from serve.cli import options
+from serve.cli import adapter_options, options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
 from serve.cli.train_options import TrainWorker, TrainWorkerOption
@@ -28,6 +28,9 @@ _ENGINE = EngineConfig(model_dir=Path(), store_dir=Path())
 _LIMITS = LimitsConfig()
 _WATCHDOG = WatchdogConfig()
 _DRAIN = DrainConfig()
+# flags that go unchanged into a field of the same name
+_SAME = ("host", "port", "redis_url", "keep_versions", "trust_roots")
+_LIMIT_FLAGS = ("max_in_flight", "max_upload_bytes", "request_timeout_s", "dense_budget_bytes")
 # flags that go unchanged into a field of the engine's config
 _ENGINE_FLAGS = MappingProxyType(
     {
@@ -84,7 +87,9 @@ def serve(
     preload: options.Preload = None,
     drain_delay_s: options.DrainDelayS = _DRAIN.delay_s,
     drain_timeout_s: options.DrainTimeoutS = _DRAIN.timeout_s,
-    keep_versions: options.KeepVersions = None,
+    keep_versions: adapter_options.KeepVersions = None,
+    signatures: adapter_options.SignaturesOption = adapter_options.Signatures.OFF,
+    trust_roots: adapter_options.TrustRoots = None,
     probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
     train_worker: TrainWorkerOption = TrainWorker.OFF,
@@ -95,14 +100,12 @@ def serve(
     start_logging(log_level)
     # the engine process has another working folder
     model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
-    limits = replace(_LIMITS, max_in_flight=max_in_flight, max_upload_bytes=max_upload_bytes)
-    limits = replace(limits, request_timeout_s=request_timeout_s, dense_budget_bytes=dense_budget_bytes)
+    limits = replace(_LIMITS, **{name: flags[name] for name in _LIMIT_FLAGS})
     name = served_model_name or served_name(model, model_dir)
-    api = replace(_API, model_dir=model_dir, store_dir=store, served_model_name=name, host=host, port=port)
-    api = replace(api, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
-    api = replace(api, metrics_compat_vllm=metrics_compat is options.MetricsCompat.VLLM)
+    api = replace(_API, limits=limits, metrics_compat_vllm=metrics_compat == "vllm", **{n: flags[n] for n in _SAME})
+    api = replace(api, model_dir=model_dir, store_dir=store, served_model_name=name, probe_adapters=probe == "on")
+    api = replace(api, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()), signatures=signatures.value)
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
-    api = replace(api, probe_adapters=probe is options.Probe.ON, redis_url=redis_url)
     engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
     engine = replace(engine, max_waiting=max_in_flight, **{_ENGINE_FLAGS[name]: flags[name] for name in _ENGINE_FLAGS})
     watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)

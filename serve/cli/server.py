@@ -30,6 +30,7 @@ from serve.api.drain import Drain, Phase
 from serve.api.engine_client import EngineClient
 from serve.api.http_guard import guarded_protocol
 from serve.cli.redis_extra import open_shared
+from serve.cli.signing_extra import open_gate
 from serve.config import ServeConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
@@ -91,6 +92,7 @@ class Server:
         bounds = config.api.tenant_limits
         store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
         store.keep_versions = config.api.keep_versions
+        store.signatures = open_gate(config.api.signatures, config.api.trust_roots)
         self._listener = listener
         self._host = config.api.host
         self._delay_s = config.drain.delay_s

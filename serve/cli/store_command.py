@@ -18,9 +18,10 @@ from adapters_store.registry_choice import check_kind, kinds_of, open_embedded, 
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.upkeep import all_versions, collect, retire_old
 from adapters_store.upkeep import verify as verify_objects
+from serve.cli.adapter_options import KeepVersions
 from serve.cli.offline_audit import record
 from serve.cli.operator_errors import one_line_errors
-from serve.cli.options import KeepVersions, RedisUrl
+from serve.cli.options import RedisUrl
 from serve.cli.redis_extra import acl_line, connect, rebuild_journal
 from serve.errors import StartError
 from serve.tenants.audit import AuditEvent
