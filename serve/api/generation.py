@@ -15,10 +15,10 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
 from serve.api.sampling import choice_seed
 from serve.api.target import Acts, Target
-from serve.text.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
 from serve.messages import SamplingParams, Started, Submit
+from serve.text.tokenizer import TextTokenizer
 
 KEEP_ALIVE_S = 15.0
 # pieces that wait for a slow client before its sequences are no longer read

@@ -7,8 +7,8 @@ shape is its text in the other.
 from collections.abc import Sequence
 
 from serve.api.detokenizer import Detokenizer
-from serve.text.tokenizer import TextTokenizer
 from serve.messages import TokenLogprobs
+from serve.text.tokenizer import TextTokenizer
 
 Json = dict[str, object]
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from serve.api.detokenizer import Detokenizer
 from serve.api.schemas import GenerationRequest
 from serve.api.stop_strings import StopStrings
-from serve.text.token_bytes import TokenBytes
 from serve.errors import EngineFailed
 from serve.messages import Finished, FinishReason, Ready, Started, TokenLogprobs, Tokens
+from serve.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,14 +12,12 @@ from fastapi import Request
 
 from adapters_store.proof import Proving
 from serve.api.auth import Door
-from serve.text.chat_encoder import ChatEncoder
 from serve.api.drain import Drain
 from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
 from serve.api.last_uses import LastUses
-from serve.api.replica import Replica
 from serve.api.owned_adapters import OwnedAdapters
-from serve.text.tokenizer import TextTokenizer
+from serve.api.replica import Replica
 from serve.api.tool_families import ToolFamily
 from serve.api.training_desk import TrainingDesk
 from serve.api.uploads import UploadPool
@@ -31,6 +29,8 @@ from serve.probe.probe import proving_on
 from serve.tenants.audit import AuditEvent
 from serve.tenants.limiter import Limiter
 from serve.tenants.principal import Principal, Scope
+from serve.text.chat_encoder import ChatEncoder
+from serve.text.tokenizer import TextTokenizer
 
 
 @dataclass(frozen=True, slots=True)

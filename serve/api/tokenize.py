@@ -8,7 +8,6 @@ import asyncio
 
 from fastapi import APIRouter, Request
 
-from serve.text.chat_encoder import require_template
 from serve.api.errors import error_responses
 from serve.api.json_body import read_model
 from serve.api.openapi import json_endpoint
@@ -17,6 +16,7 @@ from serve.api.selection import resolve_adapter
 from serve.api.state import ApiState, api_state
 from serve.api.tools import plan_tools
 from serve.errors import InvalidValue
+from serve.text.chat_encoder import require_template
 
 Json = dict[str, object]
 

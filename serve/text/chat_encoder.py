@@ -8,10 +8,10 @@ import secrets
 from collections.abc import Sequence
 from pathlib import Path
 
+from serve.errors import InvalidRequest
 from serve.text.chat_template import ChatTemplate, read_chat_template
 from serve.text.special_text import SpecialText
 from serve.text.tokenizer import TextTokenizer
-from serve.errors import InvalidRequest
 
 Json = dict[str, object]
 

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.api import chat_template
+from serve.errors import InvalidRequest, StartError
 from serve.text.chat_encoder import ChatEncoder, require_template
 from serve.text.chat_template import ChatTemplate
 from serve.text.special_text import SpecialText
 from serve.text.tokenizer import TextTokenizer
-from serve.errors import InvalidRequest, StartError
 from tests.api.byte_tokenizer import IM_END, TEMPLATE, THINK, write_model_dir
 from tests.api.test_detokenizer import BYTE_LEVEL, SENTENCEPIECE
 

@@ -12,8 +12,8 @@ from serve.api.generation import Generation
 from serve.api.output import OutputRules
 from serve.api.schemas_completions import CompletionRequest
 from serve.api.target import Target
-from serve.text.tokenizer import TextTokenizer
 from serve.messages import Started, TokenLogprobs
+from serve.text.tokenizer import TextTokenizer
 from tests.api.api_server import ApiServer
 from tests.api.byte_tokenizer import IM_END, VOCAB_SIZE
 from tests.api.fake_engine import text_ids

@@ -11,10 +11,10 @@ from serve.api.generation import Generation, run_generation
 from serve.api.output import OutputRules
 from serve.api.sampling import choice_seed
 from serve.api.target import Target
-from serve.text.tokenizer import TextTokenizer
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
 from serve.messages import AdapterState, Finished, SamplingParams, Started, Submit, Tokens
+from serve.text.tokenizer import TextTokenizer
 from tests.api.byte_tokenizer import IM_END
 from tests.api.fake_engine import FakeEngine
 from tests.api.test_models import stats_with

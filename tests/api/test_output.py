@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve.api.output import OutputReader, OutputRules, Piece
-from serve.text.token_bytes import TokenBytes
 from serve.errors import EngineFailed
 from serve.messages import Finished, FinishReason, Tokens
+from serve.text.token_bytes import TokenBytes
 from tests.api.byte_tokenizer import IM_END, IM_START
 from tests.api.test_detokenizer import BYTE_LEVEL
 

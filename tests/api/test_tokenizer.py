@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from serve.text.tokenizer import TextTokenizer
 from serve.errors import StartError
+from serve.text.tokenizer import TextTokenizer
 from tests.api.byte_tokenizer import IM_END, tokenizer_json, write_model_dir
 from tests.api.fake_engine import text_ids
 
