@@ -85,6 +85,7 @@ class Level(Generic[Key]):
         if not self._num_waiting[key]:
             del self._num_waiting[key]
             self._last_left = (key,)
+            self._forget_idle()
 
     def check_invariants(self, waiting: Counter[Key]) -> None:
         """Compare with who waits."""
