@@ -6,8 +6,10 @@ JSON object.
 """
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from adapters_store.errors import InvalidOption, StoreError
+from adapters_store.file_system import open_regular
 from adapters_store.parts import (
     CONFIG_FORMATS,
     CONFIG_PART,
@@ -29,6 +31,7 @@ from adapters_store.strict_json import Json, read_json
 __all__ = [
     "AUTO",
     "CONFIG_PART",
+    "EXPORT_PART",
     "FORMATS",
     "MAX_OPTIONS_BYTES",
     "MODEL_CONFIG_PART",
@@ -46,6 +49,8 @@ AUTO = "auto"
 # how the operator spells them; `auto` goes by the names of files and tensors
 FORMATS = (AUTO, *CONFIG_FORMATS, *MODEL_FORMATS, *FOLDER_FORMATS, *LOOSE_FORMATS)
 MAX_OPTIONS_BYTES = 32 << 10
+# beside the files of an adapter that our trainer exported: how they are to be declared
+EXPORT_PART = "upload.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +76,20 @@ class Declared:
         except StoreError as error:
             raise InvalidOption(error.message, param="options") from None
         return cls(source_format, values)
+
+    @classmethod
+    def of_export(cls, folder: Path) -> "Declared":
+        """Read what a folder of the trainer's says of itself in `upload.json`; nothing where it has none.
+
+        Raises:
+            StoreError: the file is not one strict JSON object of a known format and its options.
+        """
+        path = folder / EXPORT_PART
+        if not path.is_file():
+            return cls()
+        with open_regular(path) as file:
+            said = read_json(file.read(MAX_OPTIONS_BYTES + 1), EXPORT_PART, max_bytes=MAX_OPTIONS_BYTES)
+        options, source_format = said.get("options", {}), said.get("format")
+        if not isinstance(options, dict) or not isinstance(source_format, str):
+            raise InvalidOption(f"{EXPORT_PART} must hold a format and its options", param=EXPORT_PART)
+        return cls(cls.parse(source_format, None).format, options)

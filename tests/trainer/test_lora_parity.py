@@ -23,26 +23,29 @@ from tests.trainer.tiny_base import Place, finish
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 NUM_STEPS, BATCH, RATE, SEED = 50, 4, 0.01, 5
+PLAIN: dict[str, Json] = {}
 TARGETS = ["q_proj", "v_proj", "o_proj", "down_proj"]
 
 
 def encoded(tokenizer: Tokenizer, line: dict[str, Json]) -> tuple[list[int], list[int]]:
-    user, assistant = (str(message["content"]) for message in line["messages"])  # type: ignore[union-attr,call-overload,index]
+    messages = line["messages"]
+    assert isinstance(messages, list)
+    user, assistant = (message["content"] for message in messages if isinstance(message, dict))
     prompt = tokenizer.encode(f"<|user|>{user}<|end|><|assistant|>").ids
     answer = tokenizer.encode(f"{assistant}<|end|>").ids
     return prompt + answer, [-100] * len(prompt) + answer
 
 
 def reference_losses(
-    base: Path, lines: list[dict[str, Json]], **options: object
+    base: Path, lines: list[dict[str, Json]], *, use_dora: bool
 ) -> tuple[list[float], dict[str, torch.Tensor]]:
     """Train with transformers' own loss on padded batches; return the losses and the factors."""
     tokenizer = Tokenizer.from_file(str(base / "tokenizer.json"))
     rows = [encoded(tokenizer, line) for line in lines]
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    base_model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     torch.manual_seed(SEED)
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", **options)
-    model = get_peft_model(model, config)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, task_type="CAUSAL_LM", use_dora=use_dora)
+    model = get_peft_model(base_model, config)
     model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0)
@@ -57,7 +60,7 @@ def reference_losses(
         mask = torch.tensor([[1] * len(ids) + [0] * (width - len(ids)) for ids, _ in batch])
         labels = torch.tensor([labels + [-100] * (width - len(labels)) for _, labels in batch])
         loss = model(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
@@ -98,7 +101,7 @@ def test_gradient_checkpointing_and_packing_change_nothing(place: Place) -> None
     plain, *others = (
         finish(place.job(name, max_steps=6, rank=4, **more))[1]
         for name, more in (
-            ("plain", {}),
+            ("plain", PLAIN),
             ("checkpointed", {"gradient_checkpointing": True}),
             ("packed", {"packing": True}),
         )

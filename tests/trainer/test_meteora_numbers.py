@@ -87,11 +87,11 @@ def test_the_gate_s_loss_equals_the_reference_and_leaves_unlabelled_tokens_out()
 def test_gradients_equal_those_of_a_dense_formula(top_k: int) -> None:
     layer, x = layer_of(top_k, 0.7), random_tensor(5, IN, seed=6)
     tasks = torch.tensor([0, 1, 2, 3, 1])
-    (layer(x).square().sum() + 3.0 * gate_loss([_logits(layer)], tasks)[0]).backward()
+    torch.autograd.backward(layer(x).square().sum() + 3.0 * gate_loss([_logits(layer)], tasks)[0])
     ours = {name: parameter.grad for name, parameter in layer.named_parameters()}
     gate, a, bt = (parameter.detach().double().requires_grad_(True) for parameter in (layer.gate, layer.a, layer.bt))
     wanted = _dense_loss(layer, x.double(), tasks, (gate, a, bt), top_k)
-    wanted.backward()
+    torch.autograd.backward(wanted)
     for name, parameter in (("gate", gate), ("a", a), ("bt", bt)):
         found = ours[name]
         assert found is not None and parameter.grad is not None

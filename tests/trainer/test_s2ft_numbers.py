@@ -54,7 +54,7 @@ def test_a_layer_equals_the_dense_one_with_its_slices_added(is_columns: bool) ->
     y, dense_y = layer(x), nn.functional.linear(dense_x, weight, bias)
     torch.testing.assert_close(y, dense_y, atol=1e-5, rtol=1e-5)
     for output in (y, dense_y):
-        (output * random_tensor(3, 5, OUT, seed=4)).sum().backward()
+        torch.autograd.backward((output * random_tensor(3, 5, OUT, seed=4)).sum())
     assert layer.delta.grad is not None and weight.grad is not None and x.grad is not None
     restricted = weight.grad[:, idx].T if is_columns else weight.grad[idx]
     torch.testing.assert_close(layer.delta.grad, restricted, atol=1e-5, rtol=1e-5)
@@ -96,9 +96,9 @@ def loss_of(model: nn.Module, rows: list[Row]) -> Tensor:
 def test_a_model_s_gradients_are_the_dense_ones_restricted(tiny_base: Path, rows: list[Row]) -> None:
     spec = spec_of(ratio=0.15)
     attached = attach_s2ft(load_base(tiny_base, spec, "cpu"), Setting(spec, (), (), ()))
-    loss_of(attached.model, rows).backward()
+    torch.autograd.backward(loss_of(attached.model, rows))
     dense = AutoModelForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
-    loss_of(dense, rows).backward()
+    torch.autograd.backward(loss_of(dense, rows))
     weights = dict(dense.named_parameters())
     choice = attached.frozen_choice()
     assert len(choice) == 8
@@ -139,7 +139,7 @@ def reference_norms(kind: str, base: Path, rows: list[Row]) -> Iterator[tuple[st
     seen: dict[int, Tensor] = {}
     for layer, block in enumerate(model.model.layers):
         block.mlp.down_proj.register_forward_pre_hook(lambda _, inputs, layer=layer: seen.update({layer: inputs[0]}))
-    loss_of(model, rows).backward()
+    torch.autograd.backward(loss_of(model, rows))
     for layer, block in enumerate(model.model.layers):
         weight = block.mlp.down_proj.weight
         if kind == "weight":

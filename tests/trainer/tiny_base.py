@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.strict_json import Json
-from serve.trainer.progress import AlwaysRun, Control, Finished, NamedAdapter, Progress, TrainingRun
+from serve.trainer.progress import AlwaysRun, Control, Finished, Progress, TrainingRun
 from serve.trainer.train import run
 from tests.live_server import REPO_ROOT
 
@@ -81,21 +81,12 @@ class Place:
     root: Path
     lines: list[dict[str, Json]] = field(default_factory=lambda: backwards(24))
 
-    def job(
-        self,
-        name: str,
-        *,
-        experts: tuple[NamedAdapter, ...] = (),
-        disjoint_with: tuple[NamedAdapter, ...] = (),
-        **spec: Json,
-    ) -> TrainingRun:
+    def job(self, name: str, **spec: Json) -> TrainingRun:
         """Return a job on this place's data in the folder `name`."""
         path = write_lines(self.root / f"{name}.jsonl", self.lines)
         small: dict[str, Json] = {"max_length": 128, "batch_size": 4, "learning_rate": 0.01, "warmup": 0.0, "seed": 5}
         parsed = TrainSpec.parse({**small, **spec})
-        return TrainingRun(
-            self.base, path, None, parsed, self.root / name, experts=experts, disjoint_with=disjoint_with
-        )
+        return TrainingRun(self.base, path, None, parsed, self.root / name)
 
 
 def finish(job: TrainingRun, control: Control | None = None) -> tuple[Finished, list[Progress]]:

@@ -1,0 +1,133 @@
+"""Ask a real server held-out questions of the demo's tasks, and count exact answers.
+
+Owns the server it starts and what is asked of it. Invariants: every question is held out of every training file; an
+answer counts only if it is the expected one, character for character; all answers come over HTTP from `chorale serve`.
+"""
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from adapters_store.strict_json import Json
+from scripts.demo_data import Composite, composite_checks
+from scripts.demo_products import BY_NAME, EXPERTS, MIXTURE, PRODUCTS, SEED
+from scripts.demo_tasks import check_turns
+
+BASE_NAME = "chorale-demo"
+_READY = re.compile(r"^chorale ready (http://\S+)$")
+_STOP_TIMEOUT_S, _REQUEST_TIMEOUT_S = 30.0, 120.0
+_MAX_TOKENS, _CONCURRENT = 72, 8
+# checked against answers that training never saw, under another seed than the shipped checks
+_CHECK_SEED = SEED + 7
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """How many of some questions were answered right."""
+
+    right: int
+    asked: int
+
+    @property
+    def percent(self) -> float:
+        """The share in percent."""
+        return 100.0 * self.right / self.asked
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One request: model, adapters to compose (none: the model alone), prompt."""
+
+    model: str
+    prompt: str
+    adapters: tuple[str, ...] = ()
+
+
+@contextmanager
+def running_server(model: Path, store: Path) -> Iterator[str]:
+    """Start a server over a store that holds all products; yield its address."""
+    command = [sys.executable, "-m", "serve", "serve", "--model", str(model), "--store", str(store), "--port", "0"]
+    command += ["--log-level", "warning", "--max-num-seqs", str(_CONCURRENT)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    try:
+        for line in process.stdout:
+            if match := _READY.match(line.strip()):
+                yield match[1]
+                return
+        raise SystemExit(f"the server ended with status {process.wait()} before it was ready")
+    finally:
+        process.terminate()
+        try:
+            process.wait(_STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+
+
+def measure(url: str, num_questions: int, num_composites: int) -> dict[str, dict[str, Share]]:
+    """Return shares by who was asked and what: a task's name, "composite" or "composite lines"."""
+    tasks = [name for name in BY_NAME if any(product.task == name for product in PRODUCTS)]
+    asked_of: dict[str, list[tuple[str, tuple[str, ...], str]]] = {"base": [("base", (), task) for task in tasks]}
+    for product in PRODUCTS:
+        own = EXPERTS if product.task is None else (product.task,)
+        asked_of[product.name] = [(product.name, (), task) for task in own]
+    fused = tuple(product.name for product in PRODUCTS if product.family == "s2ft")
+    asked_of["fused S2FT"] = [
+        (BASE_NAME, fused, product.task)
+        for product in PRODUCTS
+        if product.family == "s2ft" and product.task is not None
+    ]
+    shares: dict[str, dict[str, Share]] = {}
+    for who, entries in asked_of.items():
+        for model, adapters, task in entries:
+            name = BASE_NAME if model == "base" else model
+            turns = check_turns(BY_NAME[task], num_questions, _CHECK_SEED, real_words_first=False)
+            answers = _ask_all(url, [Question(name, turn.user, adapters) for turn in turns])
+            right = sum(answer == turn.assistant for answer, turn in zip(answers, turns, strict=True))
+            shares.setdefault(who, {})[task] = Share(right, len(turns))
+    composites = composite_checks([BY_NAME[name] for name in EXPERTS], num_composites, _CHECK_SEED)
+    for who in (MIXTURE, *EXPERTS):
+        shares[who] |= _composite_shares(_ask_all(url, [Question(who, each.prompt) for each in composites]), composites)
+    return shares
+
+
+def _composite_shares(answers: Sequence[str], composites: Sequence[Composite]) -> dict[str, Share]:
+    whole = sum(answer == each.answer for answer, each in zip(answers, composites, strict=True))
+    lines = 0
+    for answer, each in zip(answers, composites, strict=True):
+        given = answer.split("\n")
+        lines += sum(line == turn.assistant for line, turn in zip(given, each.turns, strict=False))
+    num_lines = sum(len(each.turns) for each in composites)
+    return {"composite": Share(whole, len(composites)), "composite lines": Share(lines, num_lines)}
+
+
+def _ask_all(url: str, questions: Sequence[Question]) -> list[str]:
+    with (
+        httpx.Client(base_url=url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as client,
+        ThreadPoolExecutor(_CONCURRENT) as pool,
+    ):
+        return list(pool.map(lambda question: _ask(client, question), questions))
+
+
+def _ask(client: httpx.Client, question: Question) -> str:
+    body: dict[str, Json] = {
+        "model": question.model,
+        "messages": [{"role": "user", "content": question.prompt}],
+        "temperature": 0,
+        "max_tokens": _MAX_TOKENS,
+    }
+    if question.adapters:
+        body["adapters"] = [{"name": name, "weight": 1.0} for name in question.adapters]
+    response = client.post("/v1/chat/completions", json=body)
+    if response.status_code != 200:
+        raise SystemExit(f"{question.model} answers {response.status_code}: {response.text[:300]}")
+    return str(response.json()["choices"][0]["message"]["content"])
