@@ -23,8 +23,8 @@ _MIB = 1 << 20
 _HEAD = """# Training
 
 `make demo-train` ([scripts/train_demo.py](../../scripts/train_demo.py)) makes the demo's adapters with the project's
-own trainer, publishes them in a store as uploads are, and asks a real server {questions} held-out questions per task over
-HTTP, greedily; an answer counts if it is the expected one, character for character. Every adapter was served in bf16.
+own trainer, publishes them in a store as uploads are, and asks a real server {questions} held-out questions per task
+over HTTP, greedily; an answer counts if it is the expected one, character for character. All were served in bf16.
 {environment}
 
 ## What the adapters can do

@@ -21,6 +21,8 @@ import uvicorn
 import uvloop
 
 from adapters_store.errors import StorageFailed, StoreFull
+from adapters_store.formats import EXPORT_PART, Declared
+from adapters_store.parts import CONFIG_PART
 from adapters_store.proof import Proving
 from adapters_store.quotas import OwnerQuota
 from adapters_store.redis_url import masked
@@ -227,7 +229,7 @@ def bound_socket(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def missing_adapters(store: AdapterStore, folder: Path) -> list[Path]:
-    """Return the PEFT folders in `folder` whose name the store does not have yet.
+    """Return the adapters in `folder`, PEFT's or our trainer's, whose name the store does not have yet.
 
     Raises:
         StartError: no such folder.
@@ -235,14 +237,15 @@ def missing_adapters(store: AdapterStore, folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise StartError(f"--preload {folder}: no such folder")
     present = {version.name for version in store.list()}
-    found = sorted(path.parent for path in folder.glob("*/adapter_config.json"))
+    found = sorted({path.parent for part in (CONFIG_PART, EXPORT_PART) for path in folder.glob(f"*/{part}")})
     return [adapter for adapter in found if adapter.name not in present]
 
 
 def publish(store: AdapterStore, folders: list[Path], proving: Proving) -> None:
     """Publish folders under their names; raises StoreError or ServeError if one of them is refused."""
     for folder in folders:
-        version = store.put_dir(folder.name, folder, trusted=True, proving=proving)
+        declared = Declared.of_export(folder)
+        version = store.put_dir(folder.name, folder, trusted=True, declared=declared, proving=proving)
         logger.info("published adapter '%s' version %d", version.name, version.version)
 
 
