@@ -19,7 +19,7 @@ from serve.api.auth import principal_of
 from serve.api.disconnect import unless_disconnected
 from serve.api.generation import Generation, run_generation
 from serve.api.output import Piece
-from serve.api.request_context import request_id
+from serve.api.request_log import RequestRecord, record_of
 from serve.api.selection import fingerprint
 from serve.api.sse import KEEP_ALIVE, EventStream, data_frame, with_end
 from serve.api.state import ApiState
@@ -67,9 +67,10 @@ class Reply(Protocol):
 
 
 class Usage:
-    """The token counts of one request."""
+    """The token counts of one request; its record sees what is counted."""
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, record: RequestRecord) -> None:
+        self._record = record
         self._num_choices = generation.num_choices
         self._num_prompt_tokens = sum(len(prompt) for prompt in generation.prompts)
         self._num_completion_tokens = 0
@@ -77,6 +78,7 @@ class Usage:
 
     def count(self, piece: Piece) -> None:
         """Count what a piece carries; of a prompt's choices the first one speaks for the cache."""
+        self._record.saw(piece)
         self._num_completion_tokens += len(piece.token_ids)
         if piece.started is not None and piece.index % self._num_choices == 0:
             self._num_cached_tokens += piece.started.num_cached_tokens
@@ -114,7 +116,9 @@ async def answer_generation(
     principal = principal_of(request)
     generation = replace(generation, cache_salt=state.door.salt_of(principal), tenant=principal.tenant)
     pieces = run_generation(state.engine, state.tokenizer, generation, limits)
-    usage = Usage(generation)
+    record = record_of(request)
+    record.runs(generation.target, generation.prompts)
+    usage = Usage(generation, record)
     share_of(request).pay_by(usage.total)
     if not stream:
         outputs = await unless_disconnected(request, _collect(pieces, usage))
@@ -125,7 +129,7 @@ async def answer_generation(
     first = await unless_disconnected(request, _first(pieces))
     frames = _frames(first, pieces, reply, usage, envelope, include_usage=include_usage)
     headers = generation.headers(first.started if first is not None else None)
-    return EventStream(with_end(frames, request_id(request)), headers, send_timeout_s=limits.slow_client_timeout_s)
+    return EventStream(with_end(frames, record), headers, send_timeout_s=limits.slow_client_timeout_s)
 
 
 async def _first(pieces: Pieces) -> Piece | None:

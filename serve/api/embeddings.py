@@ -19,6 +19,7 @@ from serve.api.disconnect import unless_disconnected
 from serve.api.json_body import read_model
 from serve.api.limits import check_num_prompts
 from serve.api.openapi import json_endpoint
+from serve.api.request_log import record_of
 from serve.api.sampling import fit_prompt, output_budget
 from serve.api.schemas_completions import EmbeddingRequest, Prompt
 from serve.api.selection import resolve_target, sticky_id
@@ -48,6 +49,7 @@ async def create_embeddings(request: Request) -> Response:
     ]
     num_tokens = sum(len(prompt) for prompt in prompts)
     share_of(request).pay_by(lambda: num_tokens)
+    record_of(request).runs(target, prompts)
     principal = principal_of(request)
     vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean", principal))
     is_base64 = body.encoding_format == "base64"

@@ -13,7 +13,7 @@ from typing import NoReturn, TypeVar
 
 from fastapi import Request
 
-from serve.api.schemas import FieldError, RequestModel
+from serve.api.schemas import FieldError, ModelChoice, RequestModel
 from serve.errors import InvalidRequest, InvalidValue, UnsupportedMediaType, UnsupportedParameter
 
 MAX_DEPTH = 100
@@ -35,9 +35,11 @@ async def read_model(request: Request, model: type[Model]) -> Model:
     """
     _check_media_type(request)
     body = await request.body()
-    if len(body) > _THREAD_BYTES:
-        return await asyncio.to_thread(parse_model, body, model)
-    return parse_model(body, model)
+    is_large = len(body) > _THREAD_BYTES
+    read = await asyncio.to_thread(parse_model, body, model) if is_large else parse_model(body, model)
+    if isinstance(read, ModelChoice):
+        request.state.record.asks(read.model)
+    return read
 
 
 def parse_model(body: bytes, model: type[Model]) -> Model:

@@ -1,4 +1,5 @@
-"""The outermost layer of one HTTP request: its id, its processing time, and the wall for unexpected errors.
+"""The outermost layer of one HTTP request: its id, its processing time, its line in the log, and the wall for
+unexpected errors.
 
 Owns the two headers that every answer carries, and the end of the request's share of its tenant's limits. Invariant: an
 exception that nobody foresaw is logged once with the request id and becomes a 500 without details; the client always
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import error_response
+from serve.api.request_log import RequestRecord
 from serve.api.tenant_share import TenantShare
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -37,7 +39,8 @@ class RequestContext:
             return
         start_s = time.monotonic()
         identity = _sent_request_id(scope) or f"req_{uuid.uuid4().hex}"
-        scope.setdefault("state", {})["request_id"] = identity
+        record = RequestRecord(identity)
+        scope.setdefault("state", {}).update(request_id=identity, record=record)
         has_started = False
 
         async def send_with_headers(message: Message) -> None:
@@ -48,6 +51,7 @@ class RequestContext:
                 extra = [(b"x-request-id", identity.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
                 headers = _with_standings(message.get("headers", ()), scope)
                 message = {**message, "headers": [*headers, *extra]}
+            record.sends(message)
             await send(message)
 
         try:
@@ -61,6 +65,7 @@ class RequestContext:
             share: TenantShare | None = scope["state"].get("share")
             if share is not None:
                 share.leave()
+            record.write(scope)
 
 
 def request_id(request: Request) -> str:

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from serve.api.disconnect import wait_for_disconnect
 from serve.api.errors import error_body
+from serve.api.request_log import RequestRecord
 from serve.errors import ServeError
 
 logger = logging.getLogger("chorale.api")
@@ -35,8 +36,8 @@ def data_frame(value: object) -> bytes:
     return b"data: " + msgspec.json.encode(value) + b"\n\n"
 
 
-async def with_end(frames: AsyncGenerator[bytes, None], request_id: str) -> AsyncGenerator[bytes, None]:
-    """Yield `frames`, then an error frame if they failed, then `[DONE]`."""
+async def with_end(frames: AsyncGenerator[bytes, None], record: RequestRecord) -> AsyncGenerator[bytes, None]:
+    """Yield `frames`, then an error frame if they failed, which the record learns of, then `[DONE]`."""
     async with aclosing(frames):
         try:
             async for frame in frames:
@@ -44,7 +45,8 @@ async def with_end(frames: AsyncGenerator[bytes, None], request_id: str) -> Asyn
         # the request's wall: headers are out, so the error becomes the last event
         except Exception as error:
             if not isinstance(error, ServeError):
-                logger.exception("request %s failed in mid-stream", request_id)
+                logger.exception("request %s failed in mid-stream", record.request_id)
+            record.fails(error.code if isinstance(error, ServeError) else "engine_error")
             yield data_frame(error_body(error))
     yield DONE
 

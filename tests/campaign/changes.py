@@ -29,10 +29,11 @@ class Publisher:
         """Do what was planned for this name, or what makes sense instead: a deleted one can only be created."""
         if self._catalog.is_changing(name):
             return
-        if kind is ChangeKind.DELETE and self._catalog.is_live(name):
-            await self.delete(name)
-        else:
-            await self.publish(name)
+        is_deletion = kind is ChangeKind.DELETE and self._catalog.is_live(name)
+        try:
+            await (self.delete(name) if is_deletion else self.publish(name))
+        except (OSError, EOFError, TimeoutError) as error:
+            self._tally.complain(f"{kind} {name}: {type(error).__name__}: {error}")
 
     async def publish(self, name: str) -> None:
         """Upload the pool's next adapter as the name's next version."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
 
+from adapters_store.canary import StickyId
 from adapters_store.store import AdapterRef, AdapterStore
 from adapters_store.upload import Upload
 from serve.api.target import Acts, Target
@@ -37,8 +38,8 @@ def _deleted_name_still_answers() -> None:
     resolve = AdapterStore.resolve
     known: dict[str, AdapterRef] = {}
 
-    def wrong(self: AdapterStore, model: str) -> AdapterRef | None:
-        found = resolve(self, model)
+    def wrong(self: AdapterStore, model: str, sticky: StickyId | None = None) -> AdapterRef | None:
+        found = resolve(self, model, sticky)
         if found is not None:
             known[model] = found
         return known.get(model)
@@ -50,8 +51,8 @@ def _replacement_seen_late() -> None:
     resolve = AdapterStore.resolve
     known: dict[str, AdapterRef] = {}
 
-    def wrong(self: AdapterStore, model: str) -> AdapterRef | None:
-        before, now = known.get(model), resolve(self, model)
+    def wrong(self: AdapterStore, model: str, sticky: StickyId | None = None) -> AdapterRef | None:
+        before, now = known.get(model), resolve(self, model, sticky)
         if now is not None:
             known[model] = now
         return before if before is not None and now is not None else now

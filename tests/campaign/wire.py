@@ -6,11 +6,14 @@ for hostile servers. Invariant: a connection that was left in the middle of an a
 
 import asyncio
 import json
+import time
 from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass
 
 _TIMEOUT_S = 120.0
+# the server closes connections that were idle for 5 s
+_MAX_IDLE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +37,7 @@ class Wire:
     def __init__(self, host: str, port: int) -> None:
         self._address = (host, port)
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
+        self._used_at = 0.0
 
     async def ask(self, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> Answer:
         """Send one request and return its whole answer."""
@@ -48,7 +52,9 @@ class Wire:
         return await self.head()
 
     async def send(self, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> None:
-        """Send one request."""
+        """Send one request; over a new connection when the server may just be closing the old one as idle."""
+        if time.monotonic() - self._used_at > _MAX_IDLE_S:
+            self.close()
         if self._streams is None:
             self._streams = await asyncio.open_connection(*self._address)
         head = f"{method} {path} HTTP/1.1\r\nHost: campaign\r\nContent-Type: {content_type}\r\n"
@@ -73,6 +79,7 @@ class Wire:
             await reader.readexactly(2)
         elif size := int(answer.headers.get("content-length", "0")):
             yield await reader.readexactly(size)
+        self._used_at = time.monotonic()
         if answer.headers.get("connection") == "close":
             self.close()
 

@@ -1,0 +1,157 @@
+"""One JSON line per request: who asked what of which adapter, what came of it, and where its time went.
+
+Owns the record of a request and the line's shape. Invariants: one line per request, whatever way it ends; never a word
+of a prompt or an answer; whatever a client spelled is escaped to ASCII and cut, so no line can forge another.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import cast
+
+import msgspec
+from fastapi import Request
+from starlette.types import Message, Scope
+
+from serve.api.output import Piece
+from serve.api.target import Target
+from serve.tenants.principal import Principal
+
+logger = logging.getLogger("chorale.request")
+
+_MAX_CHARS = 200
+# asked for every few milliseconds, and of no interest unless they fail
+_QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+# as nginx writes a client that left before its answer
+_CLIENT_GONE = 499
+
+Json = dict[str, object]
+
+
+@dataclass(slots=True)
+class RequestRecord:
+    """What is known of one request so far; times in seconds of `clock`."""
+
+    request_id: str
+    clock: Callable[[], float] = time.monotonic
+    begin_s: float = 0.0
+    status: int = _CLIENT_GONE
+    error_code: str | None = None
+    has_ended: bool = False
+    model: str | None = None
+    adapters: tuple[str, ...] = ()
+    digests: tuple[str, ...] = ()
+    num_prompt_tokens: int | None = None
+    num_cached_tokens: int = 0
+    num_output_tokens: int = 0
+    finish_reasons: dict[int, str] = field(default_factory=dict)
+    # of several sequences the longest
+    queue_s: float = 0.0
+    load_s: float = 0.0
+    handed_over_s: float | None = None
+    first_token_s: float | None = None
+    last_token_s: float | None = None
+
+    def __post_init__(self) -> None:
+        self.begin_s = self.clock()
+
+    def asks(self, model: str) -> None:
+        """Note how the client spelled the model, before anybody knows whether there is one."""
+        self.model = model
+
+    def runs(self, target: Target, prompts: Sequence[list[int]]) -> None:
+        """Note what acts and how long the prompts are; from now on the engine has it."""
+        refs = [share.adapter for share in target.shares] if target.adapter is None else [target.adapter]
+        self.model = target.model
+        self.adapters = tuple(f"{ref.name}@{ref.version}" for ref in refs)
+        self.digests = tuple(ref.digest for ref in refs)
+        self.num_prompt_tokens = sum(map(len, prompts))
+        self.handed_over_s = self.clock()
+
+    def saw(self, piece: Piece) -> None:
+        """Take one piece of the answer, of which only the times and counts are kept."""
+        if piece.started is not None:
+            self.queue_s = max(self.queue_s, piece.started.queue_s)
+            self.load_s = max(self.load_s, piece.started.adapter_load_s)
+            self.num_cached_tokens += piece.started.num_cached_tokens
+        if piece.token_ids:
+            self.last_token_s = self.clock()
+            self.first_token_s = self.last_token_s if self.first_token_s is None else self.first_token_s
+            self.num_output_tokens += len(piece.token_ids)
+        if piece.finish_reason is not None:
+            self.finish_reasons[piece.index] = piece.finish_reason
+
+    def sends(self, message: Message) -> None:
+        """Take one message of the answer on its way out: its status, the code of a refusal, its end."""
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        elif message["type"] == "http.response.body":
+            if self.status >= 400 and self.error_code is None:
+                self.error_code = _code_in(message.get("body", b""))
+            self.has_ended = not message.get("more_body", False)
+
+    def fails(self, code: str | None) -> None:
+        """Note the error that ended a stream whose headers were out."""
+        self.error_code = code
+
+    def write(self, scope: Scope) -> None:
+        """Log the line; called once, when nothing more can happen."""
+        route = getattr(scope.get("route"), "path", None)
+        if route in _QUIET_ROUTES and self.status < 400:
+            return
+        logger.info("%s", json.dumps(self._line(scope, route), ensure_ascii=True, separators=(",", ":")))
+
+    def _line(self, scope: Scope, route: str | None) -> Json:
+        principal: Principal | None = scope["state"].get("principal")
+        return {
+            "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            "event": "request",
+            "request_id": self.request_id,
+            "method": _shown(str(scope["method"])),
+            "route": route if route is not None else _shown(str(scope["path"])),
+            "status": self.status,
+            "is_complete": self.has_ended,
+            "error_code": self.error_code,
+            "tenant": None if principal is None else principal.tenant,
+            "key_id": None if principal is None else principal.key_id,
+            "model": None if self.model is None else _shown(self.model),
+            "adapters": list(self.adapters),
+            "adapter_digests": list(self.digests),
+            "prompt_tokens": self.num_prompt_tokens,
+            "cached_tokens": self.num_cached_tokens,
+            "output_tokens": self.num_output_tokens,
+            "finish_reasons": [reason for _, reason in sorted(self.finish_reasons.items())],
+            "ms": self._milliseconds(),
+        }
+
+    def _milliseconds(self) -> dict[str, float]:
+        found = {"total": self.clock() - self.begin_s}
+        if self.handed_over_s is not None:
+            found |= {"prepare": self.handed_over_s - self.begin_s, "queue": self.queue_s, "load": self.load_s}
+            if self.first_token_s is not None and self.last_token_s is not None:
+                found["first_token"] = self.first_token_s - self.begin_s
+                waited_s = self.handed_over_s + self.queue_s + self.load_s
+                found["prefill"] = max(0.0, self.first_token_s - waited_s)
+                found["decode"] = self.last_token_s - self.first_token_s
+        return {name: round(1000 * seconds, 1) for name, seconds in found.items()}
+
+
+def record_of(request: Request) -> RequestRecord:
+    """Return the record that the outermost layer keeps of this request."""
+    return cast(RequestRecord, request.state.record)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
+
+
+def _code_in(body: bytes) -> str | None:
+    """Return the code of one of our own error bodies."""
+    try:
+        code = msgspec.json.decode(body)["error"]["code"]
+    except (msgspec.DecodeError, KeyError, TypeError):
+        return None
+    return code if isinstance(code, str) else None
