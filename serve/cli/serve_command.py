@@ -148,6 +148,11 @@ def start_logging(level: str) -> None:
     logging.basicConfig(
         level=level.upper(), stream=sys.stderr, format="%(asctime)s api %(levelname)s %(name)s: %(message)s"
     )
+    # one JSON object per line and nothing before it: what collects logs need not know ours
+    lines = logging.StreamHandler(sys.stderr)
+    lines.setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("chorale.request").addHandler(lines)
+    logging.getLogger("chorale.request").propagate = False
     # one line per start and stop of its own; ours say more
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     logging.getLogger("httpx").setLevel(logging.WARNING)
