@@ -45,6 +45,7 @@ from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
 from serve.api.tool_families import detect_family
 from serve.api.training_desk import TrainingDesk
+from serve.api.training_metrics import training_metrics
 from serve.config import ApiConfig
 from serve.metrics import Metrics
 from serve.tenants.principal import Principal
@@ -85,7 +86,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        async with publishing(state):
+        async with publishing(state), training_metrics(state):
             yield
         await state.grammar_gate.close()
         state.uploads.close()

@@ -17,6 +17,7 @@ from serve.metrics.engine_view import EngineView
 from serve.metrics.exposition import exposition
 from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
 from serve.metrics.request_meter import RequestInstruments, RequestMeter
+from serve.metrics.training_page import TrainingCollector, TrainingSummary
 from serve.metrics.vllm_aliases import VllmCollector
 
 RENDER_S = 0.1
@@ -60,6 +61,8 @@ class Metrics:
         self._rejected = Counter("chorale_requests_rejected", "Refusals by error code.", ["code"], registry=registry)
         self._restarts = Counter("chorale_engine_restarts", "Engine processes lost.", registry=registry)
         registry.register(EngineCollector(self._view, self._requests.usage))
+        self._training = TrainingCollector()
+        registry.register(self._training)
         if compat_vllm:
             self._vllm_load_s = Histogram(
                 "vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry
@@ -89,6 +92,10 @@ class Metrics:
         """Note that the engine process is gone: nothing runs, nothing is resident."""
         self._view.stats = None
         self._restarts.inc()
+
+    def observe_training(self, summary: TrainingSummary) -> None:
+        """Take what the training jobs do."""
+        self._training.summary = summary
 
     def count_rejection(self, code: str) -> None:
         """Count a request that was refused before any work; `code` is one of our own error codes."""
