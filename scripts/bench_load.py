@@ -1,20 +1,26 @@
-"""A closed-loop load: a fixed number of clients, each sending its next request as soon as its last one ended.
+"""One cell of the CPU benchmark as a run of the load tester: a closed loop over given models, on any server.
 
-Speaks the completions API with token-id prompts, streaming, so that any OpenAI-compatible server runs the same work.
+Owns the translation from cell to scenario only; sending, measuring and arithmetic are `loadtest`'s. Invariant: every
+prompt is random and seeded by the cell, so no prefix is shared between requests or cells, and a cell with a failure has
+no throughput that could be mistaken for one.
 """
 
 import asyncio
-import random
-import statistics
-import time
 from dataclasses import dataclass
 
-import httpx
+from loadtest.client import Client
+from loadtest.metrics import Slo, summarise
+from loadtest.runner import Names, Progress, run_plan
+from loadtest.samples import Sample
+from loadtest.scenario import read_scenario
+from loadtest.workload import build_plan
+
+TIMEOUT_S = 1200
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`num_requests` requests over `models` in turn; every prompt is random, so no prefix is ever shared."""
+    """`num_requests` requests over `models` in turn."""
 
     models: list[str]
     concurrency: int
@@ -26,69 +32,54 @@ class Workload:
 
 @dataclass(frozen=True, slots=True)
 class LoadResult:
-    """What one run measured; times in seconds."""
+    """What one run measured; times in seconds, TTFT from the moment a client was free."""
 
     tokens_per_s: float
     ttft_p50_s: float
     ttft_p90_s: float
+    itl_p50_s: float
+    tpot_p50_s: float
     e2e_p50_s: float
+    wall_s: float
     num_failed: int
 
 
 def run_load(url: str, workload: Workload, vocab: int) -> LoadResult:
     """Run a workload to its end."""
-    return asyncio.run(_run(url, workload, vocab))
-
-
-async def _run(url: str, workload: Workload, vocab: int) -> LoadResult:
-    rng = random.Random(workload.seed)
-    jobs = [
-        (workload.models[i % len(workload.models)], [rng.randrange(2, vocab) for _ in range(workload.prompt_tokens)])
-        for i in range(workload.num_requests)
-    ]
-    pending = iter(jobs)
-    times: list[tuple[float, float]] = []
-    failures: list[str] = []
-    limits = httpx.Limits(max_connections=workload.concurrency)
-    async with httpx.AsyncClient(base_url=url, timeout=1200, limits=limits) as client:
-
-        async def work() -> None:
-            for model, prompt in pending:
-                try:
-                    times.append(await _request(client, model, prompt, workload.output_tokens))
-                except (httpx.HTTPError, ValueError) as error:
-                    failures.append(str(error))
-
-        begin = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(workload.concurrency)))
-        seconds = time.perf_counter() - begin
-    if failures:
-        print("failed:", failures[0][:300])
-    ttft = sorted(first for first, _ in times) or [float("nan")]
-    ends = [end for _, end in times] or [float("nan")]
+    samples = asyncio.run(_run(url, workload, vocab))
+    summary = summarise(samples, Slo())
+    failed = [sample for sample in samples if not sample.is_ok]
+    if failed:
+        print(f"failed: {failed[0].model}: {failed[0].failure} {failed[0].detail}", flush=True)
     return LoadResult(
-        tokens_per_s=len(times) * workload.output_tokens / seconds,
-        ttft_p50_s=statistics.median(ttft),
-        ttft_p90_s=ttft[int(0.9 * (len(ttft) - 1))],
-        e2e_p50_s=statistics.median(ends),
-        num_failed=len(failures),
+        tokens_per_s=float("nan") if failed else summary.output_tokens_per_s,
+        ttft_p50_s=summary.ttft_s.p50,
+        ttft_p90_s=summary.ttft_s.p90,
+        itl_p50_s=summary.itl_s.p50,
+        tpot_p50_s=summary.tpot_s.p50,
+        e2e_p50_s=summary.e2e_s.p50,
+        wall_s=summary.wall_s,
+        num_failed=len(failed),
     )
 
 
-async def _request(client: httpx.AsyncClient, model: str, prompt: list[int], output_tokens: int) -> tuple[float, float]:
-    body = {"model": model, "prompt": prompt, "max_tokens": output_tokens, "temperature": 0, "ignore_eos": True}
-    begin = time.perf_counter()
-    first = None
-    usage = None
-    async with client.stream(
-        "POST", "/v1/completions", json=body | {"stream": True, "stream_options": {"include_usage": True}}
-    ) as response:
-        if response.status_code != 200:
-            raise ValueError(f"{response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                first = first or time.perf_counter() - begin
-                usage = line if '"completion_tokens"' in line else usage
-    if first is None or usage is None or f'"completion_tokens":{output_tokens}' not in usage.replace(" ", ""):
-        raise ValueError(f"{model}: the stream ended without {output_tokens} tokens: {usage}")
-    return first, time.perf_counter() - begin
+async def _run(url: str, workload: Workload, vocab: int) -> list[Sample]:
+    scenario = read_scenario(
+        {
+            "name": "bench",
+            "seed": workload.seed,
+            "num_requests": workload.num_requests,
+            "arrivals": {"kind": "closed", "concurrency": workload.concurrency},
+            "lengths": {
+                "prompt": {"kind": "fixed", "value": workload.prompt_tokens},
+                "output": {"kind": "fixed", "value": workload.output_tokens},
+            },
+            "adapters": {"count": len(workload.models), "popularity": "distinct"},
+            "request": {"first_id": 2, "last_id": vocab - 1, "timeout_s": TIMEOUT_S},
+        },
+        "bench",
+    )
+    plan = build_plan(scenario)
+    async with Client(url, timeout_s=TIMEOUT_S) as client:
+        names = Names("", tuple(workload.models))
+        return await run_plan(client, scenario, plan, names, Progress(len(plan.requests)))
