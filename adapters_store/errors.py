@@ -203,6 +203,17 @@ class StorageFailed(StoreError):
     default_code = "storage_error"
 
 
+class StoreAway(StorageFailed):
+    """503 `store_unavailable`: the object store does not answer; adapters that are here are served. Has Retry-After."""
+
+    http_status = 503
+    default_code = "store_unavailable"
+
+    def __init__(self, message: str = "", *, retry_after_s: int = 2) -> None:
+        super().__init__(message or "the object store of the adapters cannot be reached; try again later")
+        self.retry_after_s = retry_after_s
+
+
 class ConversionFailed(StoreError):
     """500 `conversion_failed`: the converter process died or ran out of time; nothing was stored."""
 

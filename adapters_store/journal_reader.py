@@ -9,8 +9,9 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from adapters_store.change_log import ChangeLog
 from adapters_store.errors import StorageFailed, storage_errors
-from adapters_store.journal import NOTHING_BEFORE, Journal
+from adapters_store.journal import NOTHING_BEFORE
 from adapters_store.registry_changes import Change, Entry, Everything, read_entry
 from adapters_store.registry_state import RegistryState
 
@@ -20,7 +21,7 @@ Answer = TypeVar("Answer")
 class JournalReader:
     """Follows one journal. For any thread: one at a time follows, and those that read do not wait for it."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: ChangeLog) -> None:
         self._journal = journal
         self._following, self._reading = threading.Lock(), threading.Lock()
         self._state = RegistryState()

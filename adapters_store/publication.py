@@ -11,6 +11,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from adapters_store.blob_choice import Copies
 from adapters_store.blobs import Blobs, OpenAdapter, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
@@ -55,6 +56,8 @@ class Publication:
         self.quota = OwnerQuota()
         # how many of a name's versions stay beside those that something points to; None: all
         self.keep_versions: int | None = None
+        # where the objects lie if not in the folder, which then holds copies; set likewise
+        self.copies: Copies | None = None
         # decides about signatures; set likewise
         self.signatures: SignatureGate = OpenGate()
         self._files = files
@@ -72,7 +75,7 @@ class Publication:
         current = self._registry.current(name)
         if current is not None and not self._is_ours(current):
             raise NameTaken(f"'{name}' is an adapter of another base in this store; choose another name", param="name")
-        check_quota(self._registry, self.quota, name, 0)
+        check_quota(self.quota, name, 0, self._registry)
 
     def stage(self) -> Upload:
         """Begin an upload; use it as a context manager."""
@@ -81,10 +84,15 @@ class Publication:
 
     def open_image(self, digest: str) -> OpenAdapter:
         """Map an adapter's verified image; raises AdapterCorrupt, or AdapterNotFound for another base's adapter."""
-        image = open_image(self._blobs.root, digest)
+        image = open_image(self._blobs.root, digest) if self.copies is None else self.copies.open(digest)
         if not fits(base_facts(image.base, is_base_dependent=image.base_dependent), self._base_facts):
             raise AdapterNotFound(f"adapter {digest[:12]} is for a base of other dimensions or weights")
         return image
+
+    def bring(self, digest: str) -> None:
+        """See that an object's files lie in this folder; raises AdapterCorrupt, StoreAway."""
+        if self.copies is not None:
+            self.copies.bring(digest)
 
     def sweep(self) -> None:
         """Remove staging folders whose owner died, and objects that no version points to.
@@ -113,13 +121,15 @@ class Publication:
                 new = replace(new, not_probed=upload.proving.reason)
             else:
                 new = replace(new, proof=self._prove(upload, upload.proving, manifest, options))
+            if self.copies is not None:
+                # before the name: a version that some replica knows can be fetched by all
+                self.copies.share(upload.object if new.proof is None else self._blobs.root / new.digest, new.digest)
             with self._lock.held():
                 with storage_errors():
                     if new.proof is None:
                         self._blobs.publish(upload.object, new.digest)
                 self.check_name(name)
-                check_quota(self._registry, self.quota, name, new.num_bytes)
-                version = self._registry.publish(new)
+                version = self._registry.publish(new, check=partial(check_quota, self.quota, name, new.num_bytes))
         except BaseException:
             self._abandon(upload, new.digest)
             raise

@@ -1,15 +1,15 @@
 """How many adapters one owner may have, and how many bytes of them; enforced where names are given.
 
 Owns the bounds and the counting; an owner is what stands before the slash of a stored name, the operator's names have
-none. Invariant: no owner ever has more than its bounds say, however many uploads end at once: the last check is made
-under the store's lock, just before the version gets its number.
+none. Invariant: no owner ever has more than its bounds say, however many uploads end at once, on whatever replicas: the
+last check sees exactly the changes that come before the version's own.
 """
 
 from dataclasses import dataclass
 
 from adapters_store.errors import OwnerFull
 from adapters_store.names import owner_of
-from adapters_store.registry import Registry
+from adapters_store.registry import Held
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,8 +20,8 @@ class OwnerQuota:
     max_bytes: int | None = None
 
 
-def check_quota(registry: Registry, quota: OwnerQuota, name: str, num_bytes: int) -> None:
-    """Refuse a version of `name` with so many bytes if its owner's bounds leave no room for it.
+def check_quota(quota: OwnerQuota, name: str, num_bytes: int, held: Held) -> None:
+    """Refuse a version of `name` with so many bytes if its owner's bounds leave no room for it beside what is held.
 
     Raises:
         OwnerFull: too many adapters, or too many bytes.
@@ -29,7 +29,7 @@ def check_quota(registry: Registry, quota: OwnerQuota, name: str, num_bytes: int
     if quota.max_adapters is None and quota.max_bytes is None:
         return
     owner = owner_of(name)
-    names = {version.name for version in registry.all_current() if owner_of(version.name) == owner}
+    names = {version.name for version in held.all_current() if owner_of(version.name) == owner}
     num_adapters = len(names | {name})
     if quota.max_adapters is not None and num_adapters > quota.max_adapters:
         raise OwnerFull(
@@ -38,10 +38,10 @@ def check_quota(registry: Registry, quota: OwnerQuota, name: str, num_bytes: int
         )
     if quota.max_bytes is None:
         return
-    held = sum(version.num_bytes for each in names for version in registry.versions(each))
-    if held + num_bytes > quota.max_bytes:
+    held_bytes = sum(version.num_bytes for each in names for version in held.versions(each))
+    if held_bytes + num_bytes > quota.max_bytes:
         raise OwnerFull(
-            f"the owner's adapters take {held} bytes, and {num_bytes} more are over the limit of {quota.max_bytes}: "
-            "delete some",
+            f"the owner's adapters take {held_bytes} bytes, and {num_bytes} more are over the limit of "
+            f"{quota.max_bytes}: delete some",
             param="files",
         )

@@ -4,6 +4,7 @@ Owns the value types that leave the store. Invariant: a version, once published,
 given again, not even after its name was deleted; `publish` returns only when the version is durable.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -163,12 +164,33 @@ class Traffic:
     pointers: Pointers
 
 
+class Held(Protocol):
+    """What there is, as of one moment: for those who count it."""
+
+    def all_current(self) -> list[AdapterVersion]:
+        """Return the current version of every name, by name."""
+        ...
+
+    def versions(self, name: str) -> list[AdapterVersion]:
+        """Return all versions of a name, oldest first."""
+        ...
+
+
+# raises StoreError if what is held leaves no room
+Check = Callable[[Held], None]
+
+
+def take_all(held: Held) -> None:
+    """Refuse nothing."""
+
+
 class Registry(Protocol):
     """Names -> numbered versions -> digests, and pointers to them. Thread-safe; raises StoreError only."""
 
-    def publish(self, new: NewVersion) -> AdapterVersion:
+    def publish(self, new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         """Give the next number and return when durable; NameTaken on a case twin.
 
+        `check` sees what is held just before, under the store's lock, and may refuse.
         The name means the version from then on, unless it is `staged` and the name means another one already.
         """
         ...

@@ -14,11 +14,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Protocol
 
+from adapters_store.change_log import ChangeLog
 from adapters_store.errors import RegistryUnavailable, StorageFailed
 from adapters_store.journal import NOTHING_BEFORE, Journal, LinkingFileSystem
 from adapters_store.journal_reader import JournalReader
 from adapters_store.pointers import Choose, Decide, Pointers
-from adapters_store.registry import AdapterVersion, NewVersion, Traffic
+from adapters_store.registry import AdapterVersion, Check, NewVersion, Traffic, take_all
 from adapters_store.registry_changes import (
     Change,
     Deleted,
@@ -58,7 +59,7 @@ class Head(Protocol):
 class SharedRegistry:
     """A `Registry` over a journal. Thread-safe; any number of processes on any number of machines."""
 
-    def __init__(self, journal: Journal) -> None:
+    def __init__(self, journal: ChangeLog) -> None:
         """Read the journal, founding it if it is new; changes are refused until `connect`.
 
         Raises:
@@ -112,11 +113,12 @@ class SharedRegistry:
         """Return how long ago this process last looked at the journal's end."""
         return time.monotonic() - self._seen_s
 
-    def publish(self, new: NewVersion) -> AdapterVersion:
+    def publish(self, new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         """Give the next number, make it the name's current version, return when durable."""
 
         def decide(state: RegistryState) -> Change:
             state.check_free(new.name)
+            check(state)
             return Published(AdapterVersion(**_fields(new), version=state.next_number(new.name)))  # type: ignore[arg-type]
 
         entry = self._change(decide)

@@ -16,7 +16,7 @@ from adapters_store.durable_sqlite import connect, snapshot, transaction
 from adapters_store.errors import AdapterNotFound, NameTaken, StorageFailed, StoreFull
 from adapters_store.manifest import Report
 from adapters_store.pointers import CANARY, Choose, Decide, Named, Pointers, pointers_before_moves, read_pointers
-from adapters_store.registry import AdapterVersion, NewVersion, Traffic, move_of
+from adapters_store.registry import AdapterVersion, Check, NewVersion, Traffic, move_of, take_all
 from adapters_store.registry_changes import Everything
 
 _SCHEMA = """
@@ -57,8 +57,10 @@ class SqliteRegistry:
                 self._writer.close()
                 raise
 
-    def publish(self, new: NewVersion) -> AdapterVersion:
+    def publish(self, new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         """Give the next number, make it the name's current version, return when durable."""
+        # its caller holds the store's lock, so nothing comes between
+        check(self)
         folded = new.name.casefold()
         with self._transaction() as db:
             self._check_free(db, new.name)

@@ -43,6 +43,9 @@ class EngineConfig:
     enable_prefix_cache: bool = True
     # None: all cores this process may use
     num_threads: int | None = None
+    # where images are fetched from that the store's folder has no copy of; None: the folder has them all
+    blobs_url: str | None = None
+    blobs_cache_bytes: int = 64 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +112,8 @@ class ApiConfig:
     tenant_limits: TenantLimits = field(default_factory=TenantLimits)
     # where replicas of one store tell each other of changes; None: SQLite, for one server
     redis_url: str | None = None
+    # the object store that replicas share instead of a folder: s3://BUCKET/PREFIX
+    blobs_url: str | None = None
     # "off", "warn" or "require", and the public keys that count
     signatures: str = "off"
     trust_roots: Path | None = None

@@ -39,6 +39,7 @@ async def get_file(request: Request, name: str, file: str) -> Response:
     state = api_state(request)
     version = await asyncio.to_thread(state.store.get, name)
     # hashing a large file takes seconds of a thread that tokenising must not wait for
+    await state.uploads.run(state.store.bring, version.digest)
     opened, sha256 = await state.uploads.run(open_object_file, state.config.store_dir, version.digest, file)
     return _answer(request, opened, sha256, _TYPES[file == MANIFEST_NAME])
 

@@ -78,6 +78,10 @@ class OwnedAdapters:
         """Return the current version of `name`; raises AdapterNotFound."""
         return self._show(self._read(name, self._store.get))
 
+    def bring(self, digest: str) -> None:
+        """See that the files of a version that was found here lie in the store's folder; raises StoreError."""
+        self._store.bring(digest)
+
     def versions(self, name: str) -> Versions:
         """Return all versions of `name`, oldest first; raises AdapterNotFound."""
         return [self._show(version) for version in self._read(name, self._store.versions)]

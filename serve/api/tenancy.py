@@ -9,11 +9,12 @@ import time
 from dataclasses import dataclass, field
 
 from serve.config import ApiConfig
+from serve.errors import StartError
 from serve.tenants.audit import AUDIT_FILE, AuditEvent, AuditLog
 from serve.tenants.gcra import MICROSECONDS_PER_S, Bucket, Rate
 from serve.tenants.key_ring import KeyRing
 from serve.tenants.key_store import KeyStore
-from serve.tenants.key_store_choice import open_key_store
+from serve.tenants.key_store_choice import key_journal, open_key_store
 from serve.tenants.pepper import PEPPER_FILE, read_pepper
 from serve.tenants.principal import Principal
 
@@ -40,8 +41,10 @@ class Tenancy:
             StartError: no pepper, or not the one that the keys were made with. Unavailable: the keys cannot be read.
         """
         folder = config.store_dir
+        if config.blobs_url is not None and config.pepper_file is None:
+            raise StartError("keys that lie in an object store need a pepper from elsewhere: --pepper-file FILE")
         pepper = read_pepper(config.pepper_file or folder / PEPPER_FILE, create=config.pepper_file is None)
-        keys = open_key_store(folder, pepper)
+        keys = open_key_store(folder, pepper, journal=key_journal(config.blobs_url))
         ring = KeyRing(keys, pepper, monotonic=time.monotonic, clock=time.time)
         return cls(keys, ring, pepper, AuditLog(folder / AUDIT_FILE, clock=time.time))
 

@@ -15,11 +15,12 @@ from typing import Annotated
 
 import typer
 
+from serve.cli.blob_options import BlobsUrl
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import PepperFile
 from serve.errors import StartError
 from serve.tenants.audit import AUDIT_FILE, AuditEvent, AuditLog
-from serve.tenants.key_store_choice import holds_keys, open_key_store
+from serve.tenants.key_store_choice import holds_keys, key_journal, open_key_store
 from serve.tenants.keys import KeyRecord, mint
 from serve.tenants.pepper import PEPPER_FILE, read_pepper
 from serve.tenants.principal import LOCAL_TENANT, Scope, check_tenant, parse_scopes
@@ -44,14 +45,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 @keys_app.command()
 def create(
-    store: Store, tenant: Tenant, scope: Scopes, expires_in: ExpiresIn = None, pepper_file: PepperFile = None
+    store: Store,
+    tenant: Tenant,
+    scope: Scopes,
+    expires_in: ExpiresIn = None,
+    pepper_file: PepperFile = None,
+    blobs: BlobsUrl = None,
 ) -> None:
     """Make a key and print it: it cannot be shown again."""
     with one_line_errors(exit_status=1):
         now, expires = int(time.time()), _end(expires_in)
         check_tenant(tenant)
         scopes = parse_scopes(scope)
-        with _opened(store, pepper_file, create=True) as keys:
+        with _opened(store, pepper_file, blobs, create=True) as keys:
             text, record = mint(tenant, scopes, keys.pepper, now=now, expires=expires)
             # first the log: a key that nobody recorded would be worse than a record of a key that was not made
             keys.record(AuditEvent.KEY_MADE, record.key_id, f"{tenant}: {' '.join(sorted(scopes))}")
@@ -60,9 +66,9 @@ def create(
 
 
 @keys_app.command("list")
-def list_keys(store: Store, as_json: Json = False, pepper_file: PepperFile = None) -> None:
+def list_keys(store: Store, as_json: Json = False, pepper_file: PepperFile = None, blobs: BlobsUrl = None) -> None:
     """Show every key, without its secret."""
-    with one_line_errors(exit_status=1), _opened(store, pepper_file) as keys:
+    with one_line_errors(exit_status=1), _opened(store, pepper_file, blobs) as keys:
         records = keys.store.snapshot().records
         if as_json:
             typer.echo(json.dumps([_row(record) for record in records], indent=2))
@@ -75,9 +81,9 @@ def list_keys(store: Store, as_json: Json = False, pepper_file: PepperFile = Non
 
 
 @keys_app.command()
-def revoke(key_id: KeyId, store: Store, pepper_file: PepperFile = None) -> None:
+def revoke(key_id: KeyId, store: Store, pepper_file: PepperFile = None, blobs: BlobsUrl = None) -> None:
     """Make a key invalid for ever, within a second on every running server."""
-    with one_line_errors(exit_status=1), _opened(store, pepper_file) as keys:
+    with one_line_errors(exit_status=1), _opened(store, pepper_file, blobs) as keys:
         record = keys.store.revoke(key_id, now=int(time.time()))
         keys.record(AuditEvent.KEY_REVOKED, key_id, record.tenant)
         typer.echo(f"revoked {key_id} of tenant {record.tenant}")
@@ -90,12 +96,13 @@ def rotate(
     overlap: Overlap = "24h",
     expires_in: ExpiresIn = None,
     pepper_file: PepperFile = None,
+    blobs: BlobsUrl = None,
 ) -> None:
     """Make a key's successor and print it; the old key ends after the overlap."""
     with one_line_errors(exit_status=1):
         now, until, expires = int(time.time()), _end(overlap), _end(expires_in)
         assert until is not None, "the overlap has a default"
-        with _opened(store, pepper_file) as keys:
+        with _opened(store, pepper_file, blobs) as keys:
             old = next((record for record in keys.store.snapshot().records if record.key_id == key_id), None)
             if old is None or not old.is_valid_at(now):
                 state = "unknown" if old is None else _state(old)
@@ -110,9 +117,9 @@ def rotate(
 class _Keys:
     """A store's keys, pepper and audit log."""
 
-    def __init__(self, folder: Path, pepper: bytes) -> None:
+    def __init__(self, folder: Path, pepper: bytes, blobs_url: str | None) -> None:
         self.pepper = pepper
-        self.store = open_key_store(folder, pepper)
+        self.store = open_key_store(folder, pepper, journal=key_journal(blobs_url))
         self._audit = AuditLog(folder / AUDIT_FILE, clock=time.time)
 
     def record(self, event: AuditEvent, key_id: str, detail: str) -> None:
@@ -121,9 +128,11 @@ class _Keys:
 
 
 @contextmanager
-def _opened(folder: Path, pepper_file: Path | None, *, create: bool = False) -> Iterator[_Keys]:
+def _opened(folder: Path, pepper_file: Path | None, blobs_url: str | None, *, create: bool = False) -> Iterator[_Keys]:
     """Open a store's keys; only `create` makes any of it."""
-    if create:
+    if blobs_url is not None and pepper_file is None:
+        raise StartError("keys that lie in an object store need a pepper from elsewhere: --pepper-file FILE")
+    if create or blobs_url is not None:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         except OSError as error:
@@ -131,7 +140,7 @@ def _opened(folder: Path, pepper_file: Path | None, *, create: bool = False) -> 
     elif not holds_keys(folder):
         raise StartError(f"{folder} holds no keys; `chorale keys create` makes the first one")
     pepper = read_pepper(pepper_file or folder / PEPPER_FILE, create=create and pepper_file is None)
-    keys = _Keys(folder, pepper)
+    keys = _Keys(folder, pepper, blobs_url)
     try:
         yield keys
     finally:

@@ -11,11 +11,11 @@ from adapters_store.registry_redis import SharedRegistry
 from serve.errors import StartError
 
 
-def open_shared(store: Path, redis_url: str) -> SharedRegistry:
+def open_shared(store: Path, redis_url: str, blobs_url: str | None) -> SharedRegistry:
     """Open the registry that replicas share, and follow it; raises StartError, StoreError."""
     with _client_installed():
         from adapters_store.registry_replicas import open_shared as open_it  # noqa: PLC0415
-    return open_it(store, redis_url)
+    return open_it(store, redis_url, blobs_url=blobs_url)
 
 
 def connect(registry: SharedRegistry, redis_url: str) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from serve.cli import adapter_options, options
+from serve.cli.blob_options import BlobsCacheBytes, BlobsUrl
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
 from serve.cli.train_options import TrainWorker, TrainWorkerOption
@@ -29,11 +30,15 @@ _LIMITS = LimitsConfig()
 _WATCHDOG = WatchdogConfig()
 _DRAIN = DrainConfig()
 # flags that go unchanged into a field of the same name
-_SAME = ("host", "port", "redis_url", "keep_versions", "trust_roots")
+_SAME = ("model_dir", "served_model_name", "host", "port", "redis_url", "blobs_url", "keep_versions", "trust_roots")
 _LIMIT_FLAGS = ("max_in_flight", "max_upload_bytes", "request_timeout_s", "dense_budget_bytes")
 # flags that go unchanged into a field of the engine's config
 _ENGINE_FLAGS = MappingProxyType(
     {
+        # absolute by then: the engine process has another working folder
+        "model_dir": "model_dir",
+        "store": "store_dir",
+        "max_in_flight": "max_waiting",
         "max_model_len": "max_model_len",
         "kv_blocks": "num_kv_blocks",
         "max_num_seqs": "max_num_seqs",
@@ -46,6 +51,8 @@ _ENGINE_FLAGS = MappingProxyType(
         "gpu_memory_utilization": "gpu_memory_utilization",
         "max_rank": "max_adapter_rank",
         "prefix_cache": "enable_prefix_cache",
+        "blobs_url": "blobs_url",
+        "blobs_cache_bytes": "blobs_cache_bytes",
     }
 )
 
@@ -55,6 +62,8 @@ def serve(
     model: options.Model,
     store: options.Store,
     redis_url: options.RedisUrl = None,
+    blobs_url: BlobsUrl = None,
+    blobs_cache_bytes: BlobsCacheBytes = _ENGINE.blobs_cache_bytes,
     config_file: options.ConfigFile = None,
     served_model_name: options.ServedModelName = None,
     host: options.Host = _API.host,
@@ -96,18 +105,16 @@ def serve(
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
     """Serve a base model and the adapters of a store over HTTP."""
-    flags = dict(locals())
     start_logging(log_level)
-    # the engine process has another working folder
     model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
-    limits = replace(_LIMITS, **{name: flags[name] for name in _LIMIT_FLAGS})
-    name = served_model_name or served_name(model, model_dir)
-    api = replace(_API, limits=limits, metrics_compat_vllm=metrics_compat == "vllm", **{n: flags[n] for n in _SAME})
-    api = replace(api, model_dir=model_dir, store_dir=store, served_model_name=name, probe_adapters=probe == "on")
+    served_model_name = served_model_name or served_name(model, model_dir)
+    flags = dict(locals())
+    api = replace(_API, store_dir=store, metrics_compat_vllm=metrics_compat == "vllm", **{n: flags[n] for n in _SAME})
+    api = replace(api, limits=replace(_LIMITS, **{n: flags[n] for n in _LIMIT_FLAGS}), probe_adapters=probe == "on")
     api = replace(api, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()), signatures=signatures.value)
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
-    engine = replace(_ENGINE, model_dir=model_dir, store_dir=store, device=device.value, dtype=dtype.value)
-    engine = replace(engine, max_waiting=max_in_flight, **{_ENGINE_FLAGS[name]: flags[name] for name in _ENGINE_FLAGS})
+    chosen = {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
+    engine = replace(_ENGINE, device=device.value, dtype=dtype.value, **chosen)
     watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
     config = ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s))
     run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))

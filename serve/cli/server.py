@@ -20,6 +20,7 @@ from pathlib import Path
 import uvicorn
 import uvloop
 
+from adapters_store.blob_choice import open_cache
 from adapters_store.errors import StorageFailed, StoreFull
 from adapters_store.formats import EXPORT_PART, Declared
 from adapters_store.parts import CONFIG_PART
@@ -66,6 +67,8 @@ def run_server(config: ServeConfig, *, preload: Path | None, worker_module: str 
 
 def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
     store_dir, redis_url = config.api.store_dir, config.api.redis_url
+    if config.api.blobs_url is not None and redis_url is None:
+        raise StartError("--blobs is what several replicas share: name their Redis too, with --redis-url")
     try:
         return AdapterStore.open(
             store_dir,
@@ -75,7 +78,7 @@ def _open_store(config: ServeConfig, spec: ModelSpec) -> AdapterStore:
             max_rank=config.engine.max_adapter_rank,
             max_upload_bytes=config.api.limits.max_upload_bytes,
             dense_budget_bytes=config.api.limits.dense_budget_bytes,
-            registry=None if redis_url is None else open_shared(store_dir, redis_url),
+            registry=None if redis_url is None else open_shared(store_dir, redis_url, config.api.blobs_url),
             image_dtype=spec.dtype if config.engine.dtype == "auto" else config.engine.dtype,
         )
     except (StorageFailed, StoreFull) as error:
@@ -94,6 +97,8 @@ class Server:
         bounds = config.api.tenant_limits
         store.quota = OwnerQuota(bounds.max_adapters, bounds.max_adapter_bytes)
         store.keep_versions = config.api.keep_versions
+        cache_bytes = config.engine.blobs_cache_bytes
+        store.copies = open_cache(config.api.store_dir, config.api.blobs_url, cache_bytes=cache_bytes)
         store.signatures = open_gate(config.api.signatures, config.api.trust_roots)
         self._listener = listener
         self._host = config.api.host

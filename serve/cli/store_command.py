@@ -19,10 +19,12 @@ from adapters_store.registry_redis import SharedRegistry
 from adapters_store.upkeep import all_versions, collect, retire_old
 from adapters_store.upkeep import verify as verify_objects
 from serve.cli.adapter_options import KeepVersions
+from serve.cli.blob_options import BlobsUrl
 from serve.cli.offline_audit import record
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.options import RedisUrl
 from serve.cli.redis_extra import acl_line, connect, rebuild_journal
+from serve.cli.remote_upkeep import collect_remote, open_remote, verify_remote
 from serve.errors import StartError
 from serve.tenants.audit import AuditEvent
 
@@ -53,11 +55,11 @@ User = Annotated[str, typer.Option("--user", help="Name of the Redis user.")]
 
 
 @store_app.command()
-def verify(store: Store, redis_url: RedisUrl = None) -> None:
+def verify(store: Store, redis_url: RedisUrl = None, blobs: BlobsUrl = None) -> None:
     """Read the registry and every byte of every adapter, and compare them."""
-    with one_line_errors(exit_status=1), _registry(store, redis_url) as registry:
+    with one_line_errors(exit_status=1), _registry(store, redis_url, blobs) as registry:
         problems = 0
-        for finding in verify_objects(store, registry):
+        for finding in verify_objects(store, registry) if blobs is None else verify_remote(store, blobs, registry):
             problems += bool(finding.problem)
             state = f"WRONG: {finding.problem}" if finding.problem else "intact"
             typer.echo(f"{finding.digest[:12]} {finding.owner or '(no version)'} {state}")
@@ -67,19 +69,23 @@ def verify(store: Store, redis_url: RedisUrl = None) -> None:
 
 
 @store_app.command()
-def gc(store: Store, redis_url: RedisUrl = None, keep_versions: KeepVersions = None) -> None:
+def gc(store: Store, redis_url: RedisUrl = None, keep_versions: KeepVersions = None, blobs: BlobsUrl = None) -> None:
     """Remove objects that nothing has pointed to for an hour; with --redis-url also fold the journal into one file.
 
-    With --keep-versions older versions are forgotten first: their objects go an hour later, so run it again then.
+    With --keep-versions older versions are forgotten first: their objects go an hour later, so run it again then. In
+    an object store, only objects go that are a day old.
     """
-    with one_line_errors(exit_status=1), _registry(store, redis_url) as registry:
+    with one_line_errors(exit_status=1), _registry(store, redis_url, blobs) as registry:
         now = int(time.time())
         if keep_versions is not None:
             for version in retire_old(registry, keep=keep_versions, now=now):
                 record(store, AuditEvent.DELETE, version.name, f"version {version.version} sha256:{version.digest}")
                 typer.echo(f"forgot {version.name}@{version.version}")
         since = now - _GRACE_S
-        collected = collect(store, registry, retired_since=since)
+        if blobs is None:
+            collected = collect(store, registry, retired_since=since)
+        else:
+            collected = collect_remote(blobs, registry, retired_since=since)
         if collected.num_objects:
             record(store, AuditEvent.COLLECT, "objects", f"{collected.num_objects}, {collected.num_bytes} bytes")
         typer.echo(f"removed {collected.num_objects} objects, {collected.num_bytes} bytes")
@@ -118,8 +124,14 @@ def _rebuilt(store: Path, redis_url: str | None, to: Target) -> Registry:
 
 
 @contextmanager
-def _registry(store: Path, redis_url: str | None) -> Iterator[Registry]:
+def _registry(store: Path, redis_url: str | None, blobs_url: str | None) -> Iterator[Registry]:
     """Open what the store has; a shared one may be read without Redis, which only those need that change it."""
+    if blobs_url is not None:
+        with closing(open_remote(blobs_url)) as remote:
+            if redis_url is not None:
+                connect(remote, redis_url)
+            yield remote
+        return
     kinds = kinds_of(store)
     if not kinds:
         raise StartError(f"{store} is not an adapter store; `chorale adapters add` or `chorale serve` makes one")

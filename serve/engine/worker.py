@@ -14,7 +14,7 @@ from functools import partial
 
 import torch
 
-from adapters_store.blobs import OpenAdapter, open_image
+from adapters_store.blob_choice import OpenImage, image_opener
 from serve.config import EngineConfig
 from serve.engine.cpu_threads import leave_core
 from serve.engine.engine import Engine
@@ -59,17 +59,15 @@ def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
     return BuiltEngine(engine, parts.facts.ready(), rest, close=partial(_close, parts.executor.close, images))
 
 
-def _open_image(config: EngineConfig) -> Callable[[str], OpenAdapter]:
-    return partial(open_image, config.store_dir / "objects")
+def _open_image(config: EngineConfig) -> OpenImage:
+    return image_opener(config.store_dir, config.blobs_url, cache_bytes=config.blobs_cache_bytes)
 
 
 def _host_images(config: EngineConfig) -> HostImages | None:
     """Return the host tier's memory; None when it is switched off."""
     if config.adapter_host_bytes == 0:
         return None
-    return HostImages(
-        partial(open_image, config.store_dir / "objects"), config.adapter_host_bytes, prepare_thread=leave_core
-    )
+    return HostImages(_open_image(config), config.adapter_host_bytes, prepare_thread=leave_core)
 
 
 def _close(close_executor: Callable[[], None], images: HostImages | None) -> None:

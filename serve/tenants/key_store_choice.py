@@ -7,6 +7,7 @@ store that came to be shared keeps all its keys, and the file that held them is 
 from contextlib import closing
 from pathlib import Path
 
+from adapters_store.blob_choice import open_journal
 from adapters_store.change_log import ChangeLog
 from adapters_store.errors import StoreError
 from adapters_store.journal import Journal, LinkingFileSystem
@@ -41,6 +42,11 @@ def open_key_store(root: Path, pepper: bytes, *, journal: ChangeLog | None = Non
     except StoreError as error:
         raise Unavailable(error.message, code="key_store_unavailable") from error
     return keys
+
+
+def key_journal(blobs_url: str | None) -> ChangeLog | None:
+    """Return where keys lie if not in the folder; raises StoreError."""
+    return None if blobs_url is None else open_journal(blobs_url, KEY_JOURNAL)
 
 
 def _kept(root: Path, pepper: bytes) -> KeyChange:

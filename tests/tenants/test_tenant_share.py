@@ -26,6 +26,7 @@ class LimitedApi:
     def __init__(self, api: WholeApi, state: ApiState) -> None:
         self.api = api
         self.engine = api.engine
+        assert isinstance(state.limiter, TenantLimiter)
         self.limiter = state.limiter
         self.now_us = 10 * MINUTE_US
         self.limiter._now_us = lambda: self.now_us
