@@ -19,7 +19,7 @@ from tests.campaign.catalog import Catalog, percentiles
 from tests.campaign.changes import Publisher
 from tests.campaign.clients import Client, Tally
 from tests.campaign.plan import MAX_TOKENS, PROMPTS, Plan
-from tests.campaign.resources import Held, busy, differences, held, wait_for_rest
+from tests.campaign.resources import Held, busy, differences, held, unlogged, wait_for_rest
 from tests.campaign.solo import SoloModel
 from tests.campaign.wire import Wire
 from tests.live_server import LiveServer, start_server, stop_server
@@ -105,12 +105,13 @@ def run_campaign(folder: Path, scale: Scale, on_progress: Progress = lambda stag
         series = wait_for_rest(server, scale.rest_timeout_s, is_empty=True)
         rests += [busy(series, is_empty=True)]
         after = held(server, store_dir)
+    unseen = unlogged(server.log_path, tally.outcomes["exact"])
     median, p99 = percentiles(tally.seconds, 0.5, 0.99)
     return Report(
         scale=scale,
         outcomes=dict(tally.outcomes),
         changes=dict(tally.changes),
-        complaints=[*tally.complaints, *chain(*rests), *differences(before, after, series)],
+        complaints=[*tally.complaints, *chain(*rests), *differences(before, after, series), *unseen],
         seconds=seconds,
         request_s={"p50": median, "p99": p99},
         num_cold=tally.num_cold,

@@ -3,6 +3,7 @@
 Owns the readings. Invariant: a reading is taken at rest; what the campaign did not give back shows as a difference.
 """
 
+import json
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
@@ -70,6 +71,18 @@ def held(server: LiveServer, store_dir: Path) -> Held:
         api_bytes=api.memory_info().rss,
         engine_bytes=engine.memory_info().rss,
     )
+
+
+def unlogged(log: Path, num_answered: int) -> list[str]:
+    """Say what the log lacks: one JSON line for each of so many answered completions, with the version's digest."""
+    num_found = 0
+    with log.open(encoding="utf-8") as lines:
+        for line in lines:
+            if line.startswith("{"):
+                entry = json.loads(line)
+                is_answer = (entry["route"], entry["status"], entry["is_complete"]) == ("/v1/completions", 200, True)
+                num_found += is_answer and len(entry["adapter_digests"]) == len(entry["adapters"])
+    return [] if num_found >= num_answered else [f"{num_answered} requests were answered, the log has {num_found}"]
 
 
 def _swapped(series: dict[str, float], tier: str, direction: str) -> float:
