@@ -9,6 +9,7 @@ test: nothing here passes or fails.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -47,6 +48,8 @@ class System:
 def main() -> None:
     """Run the repeats, write after each, print what came of them."""
     args = _arguments()
+    # servers run in sessions of their own: without this they would outlive a run that is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     shape = Shape()
     base = args.cache / "bench-base"
     build_base(base, shape)
