@@ -4,6 +4,7 @@ Owns no parsing and reads no environment: `serve.cli` merges flags, environment 
 Values learnt at start-up (KV blocks, end tokens) arrive in `serve.messages.Ready`, never back in here.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -73,6 +74,8 @@ class LimitsConfig:
     slow_client_timeout_s: float = 30.0
     request_timeout_s: float = 600.0
     cold_start_timeout_s: float = 60.0
+    # a tenant's part of the service relative to others' 1
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -164,5 +164,12 @@ class EngineLoading(Unavailable):
     default_code = "model_loading"
 
 
+class DeadlineExceeded(ServeError):
+    """504 `deadline_exceeded`: the request did not end within the time that it allowed itself."""
+
+    http_status = 504
+    default_code = "deadline_exceeded"
+
+
 class StartError(Exception):
     """A bad start: one clear line for the operator, exit status 2."""

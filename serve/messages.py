@@ -91,6 +91,8 @@ class Submit:
     tenant: str = ""
     # its part of the service, relative to others' 1
     tenant_weight: float = 1.0
+    # seconds from its arrival in the engine within which it must end; None: no limit
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +111,7 @@ class Embed:
     tenant_weight: float = 1.0
     # seeds the prefix hashes together with what acts, as in `Submit`
     cache_salt: str = ""
+    deadline_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +160,15 @@ class Started:
     request_id: str
     num_cached_tokens: int
     queue_s: float
-    # seconds this sequence waited for its adapter's load; 0.0 when the adapter was ready
+    # seconds this sequence waited until its adapters were on the device; 0.0 when they were
     adapter_load_s: float
     prompt_logprobs: list[TokenLogprobs] | None = None
+    # parts of that: while images were read into host memory, and while they were brought to the device; in the rest
+    # other loads were under way, or there was no room
+    adapter_fetch_s: float = 0.0
+    adapter_move_s: float = 0.0
+    # from the first admission to the prompt's end
+    prefill_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -97,6 +97,7 @@ async def _prepare(
         target=target,
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",
+        deadline_s=body.deadline_s,
     )
 
 

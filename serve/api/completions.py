@@ -73,6 +73,7 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
         target=target,
         priority=body.priority or 0,
         cold_start=body.cold_start or "wait",
+        deadline_s=body.deadline_s,
     )
 
 

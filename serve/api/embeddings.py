@@ -51,7 +51,7 @@ async def create_embeddings(request: Request) -> Response:
     share_of(request).pay_by(lambda: num_tokens)
     record_of(request).runs(target, prompts)
     principal = principal_of(request)
-    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body.pooling or "mean", principal))
+    vectors = await unless_disconnected(request, _embed_all(state, prompts, target, body, principal))
     is_base64 = body.encoding_format == "base64"
     answer = {
         "object": "list",
@@ -66,19 +66,21 @@ async def create_embeddings(request: Request) -> Response:
 
 
 async def _embed_all(
-    state: ApiState, prompts: Sequence[list[int]], target: Target, pooling: str, principal: Principal
+    state: ApiState, prompts: Sequence[list[int]], target: Target, body: EmbeddingRequest, principal: Principal
 ) -> list[list[float]]:
     identity = uuid.uuid4().hex
     commands = [
         Embed(
             f"{identity}-{index}",
             prompt,
-            pooling,
+            body.pooling or "mean",
             acts.adapter_digest,
             acts.adapters,
             acts.num_virtual_tokens,
             acts.active_from,
             principal.tenant,
+            state.config.limits.tenant_weights.get(principal.tenant, 1.0),
+            deadline_s=body.deadline_s,
             cache_salt=state.door.salt_of(principal),
         )
         for index, (prompt, acts) in enumerate((prompt, target.acts_on(prompt)) for prompt in prompts)

@@ -40,8 +40,11 @@ class Generation:
     cold_start: str
     # whose prefixes it may share
     cache_salt: str = ""
-    # among whom the engine shares its service
+    # among whom the engine shares its service, and that one's part relative to others' 1
     tenant: str = ""
+    tenant_weight: float = 1.0
+    # seconds within which every choice must have ended
+    deadline_s: float | None = None
 
     def submits(self) -> list[Submit]:
         """Return one submit per choice: prompt by prompt, as OpenAI numbers the choices."""
@@ -54,8 +57,13 @@ class Generation:
         ]
 
     def headers(self, started: Started | None) -> dict[str, str]:
-        """Return the headers that name what acts; for an adapter with invocation tokens also where they are."""
+        """Return the headers that name what acts and what the first token waited for.
+
+        For an adapter with invocation tokens also where they are.
+        """
         headers = self.target.headers(started)
+        if started is not None:
+            headers["server-timing"] = _server_timing(started)
         if self.target.adapter is not None and self.target.adapter.invocation_tokens and len(self.prompts) == 1:
             active_from = self.target.acts_on(self.prompts[0]).active_from
             headers["x-adapter-active-from"] = "none" if active_from is None else str(active_from)
@@ -75,6 +83,8 @@ class Generation:
             num_virtual_tokens=acts.num_virtual_tokens,
             active_from=acts.active_from,
             tenant=self.tenant,
+            tenant_weight=self.tenant_weight,
+            deadline_s=self.deadline_s,
         )
 
 
@@ -86,6 +96,7 @@ async def run_generation(
     Raises:
         ServeError: one choice failed, which ends them all; or the request outlived its time.
     """
+    generation = replace(generation, tenant_weight=limits.tenant_weights.get(generation.tenant, 1.0))
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
     cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digests) else None
     tasks = [
@@ -154,6 +165,18 @@ async def _next(queue: asyncio.Queue[Piece | Exception], timeout_s: float) -> Pi
 def _reader(index: int, submit: Submit, generation: Generation, tokenizer: TextTokenizer) -> OutputReader:
     at_text_start = not any(tokenizer.is_text(token_id) for token_id in submit.prompt_token_ids)
     return OutputReader(index, generation.rules, tokenizer.token_bytes, at_text_start=at_text_start)
+
+
+def _server_timing(started: Started) -> str:
+    """Say in milliseconds how the time to the first token was spent; queue: the line, room, and others' loads."""
+    waited_s = started.adapter_load_s - started.adapter_fetch_s - started.adapter_move_s
+    parts = {
+        "queue": started.queue_s + max(0.0, waited_s),
+        "fetch": started.adapter_fetch_s,
+        "load": started.adapter_move_s,
+        "prefill": started.prefill_s,
+    }
+    return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items())
 
 
 def _is_cold(engine: EngineGateway, digests: tuple[str, ...]) -> bool:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from serve.errors import (
     Conflict,
+    DeadlineExceeded,
     EngineFailed,
     InvalidRequest,
     NotFound,
@@ -35,6 +36,7 @@ _ERRORS_BY_STATUS: dict[int, type[ServeError]] = {
     409: Conflict,
     429: RateLimited,
     503: Unavailable,
+    504: DeadlineExceeded,
     507: QuotaExceeded,
 }
 

@@ -28,6 +28,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_TOKENS = (1 << 31) - 1
 MAX_STOP_TOKEN_IDS = 256
 MAX_USER_CHARS = 1024
+MAX_DEADLINE_S = 86_400
 
 # fields that choose code, paths, templates or salts, or that would change the meaning of the answer unheard
 _REFUSED_NAMES = """adapter_source allowed_token_ids api_token audio bad_words beam_width cache_salt chat_template
@@ -147,6 +148,8 @@ class ModelChoice(RequestModel):
     adapter_id: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     adapters: Annotated[list[WeightedAdapter], Field(max_length=MAX_COMPOSED)] | None = None
     cold_start: Literal["wait", "fail", "base"] | None = None
+    # seconds within which the answer must have ended, from when its prompt is tokenised
+    deadline_s: Annotated[Number, Field(gt=0, le=MAX_DEADLINE_S)] | None = None
     # whose request it is: OpenAI's two names for it; all requests of one user get the same version
     user: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None
     safety_identifier: Annotated[str, Field(max_length=MAX_USER_CHARS)] | None = None

@@ -72,6 +72,7 @@ class Engine:
         for load in self._executor.poll_loads():
             events += self._scheduler.finish_load(load)
         events += self._scheduler.fail_pinned_out()
+        events += self._scheduler.expire()
         while not self._pipeline.is_full:
             step = self._scheduler.schedule(is_ahead=bool(self._pipeline))
             if step is None:

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 
 from serve.engine import adapter_sets
 from serve.engine.adapter_tiers import AdapterTiers, Residency
+from serve.engine.deadlines import Deadlines
 from serve.engine.fairness import WaitingLine
 from serve.engine.host_tier import HostTier
 from serve.engine.kv_blocks import KvBlocks
@@ -38,6 +39,7 @@ class LiveSequences:
         # by right to run: the last one is the first to be preempted
         self.running: list[Sequence] = []
         self.by_id: dict[str, Sequence] = {}
+        self.deadlines = Deadlines(self.by_id)
         # ended with rows in flight
         self.leaving: list[Sequence] = []
         self.num_admissions = 0
@@ -51,6 +53,7 @@ class LiveSequences:
         seq = Sequence.build(command, arrival_index=self._num_arrivals, now_s=now_s)
         self._num_arrivals += 1
         self.by_id[seq.request_id] = seq
+        self.deadlines.add(seq)
         for digest in seq.acting.digests:
             self.tiers.join(digest)
         if adapter_sets.residency(self.tiers, seq.acting.digests) is not Residency.READY:
@@ -76,6 +79,7 @@ class LiveSequences:
         seq.adapter_slots = tuple(map(self.tiers.pin, seq.acting.digests))
         if seq.queue_s is None:
             seq.queue_s = max(0.0, now_s - seq.arrived_s - seq.adapter_load_s)
+            seq.admitted_s = now_s
             seq.num_cached_tokens = max(0, seq.num_computed - seq.num_virtual)
             self.served.charge(seq.payer, num_input=seq.num_tokens - seq.num_computed)
         self._charge_loads(seq)

@@ -26,7 +26,7 @@ class Counters:
 
 
 def finish_row(
-    live: LiveSequences, counters: Counters, seq: Sequence, row: Row, result: RowResult | None
+    live: LiveSequences, counters: Counters, seq: Sequence, row: Row, result: RowResult | None, now_s: float
 ) -> list[Event]:
     """Apply one row's result to its sequence and return the events it causes, in order."""
     seq.num_in_flight -= len(row.token_ids)
@@ -43,7 +43,7 @@ def finish_row(
         return []
     events: list[Event] = []
     if not seq.is_started:
-        events.append(_start(counters, seq))
+        events.append(_start(counters, seq, now_s))
     if seq.pooling is not None:
         live.end(seq)
         scale = 1.0 / seq.num_prompt if seq.pooling == "mean" else 1.0
@@ -73,7 +73,7 @@ def _gather(seq: Sequence, result: RowResult) -> None:
         seq.hidden_sum = [a + b for a, b in zip(so_far, result.hidden_sum, strict=True)]
 
 
-def _start(counters: Counters, seq: Sequence) -> Started:
+def _start(counters: Counters, seq: Sequence, now_s: float) -> Started:
     assert seq.queue_s is not None, f"sequence {seq.request_id} ran before it was admitted"
     asks_logprobs = seq.sampling is not None and seq.sampling.num_prompt_logprobs is not None
     seq.is_started = True
@@ -85,6 +85,9 @@ def _start(counters: Counters, seq: Sequence) -> Started:
         queue_s=seq.queue_s,
         adapter_load_s=seq.adapter_load_s,
         prompt_logprobs=seq.prompt_logprobs if asks_logprobs else None,
+        adapter_fetch_s=min(seq.adapter_fetch_s, seq.adapter_load_s),
+        adapter_move_s=min(seq.adapter_move_s, max(0.0, seq.adapter_load_s - seq.adapter_fetch_s)),
+        prefill_s=max(0.0, now_s - seq.admitted_s),
     )
 
 

@@ -63,6 +63,14 @@ class Scheduler:
         self.live.end(seq)
         return [Finished(request_id, FinishReason.ABORTED)]
 
+    def expire(self) -> list[Event]:
+        """End the sequences whose deadline has passed, wherever they are."""
+        events: list[Event] = []
+        for seq in self.live.deadlines.expired(self._clock()):
+            events.append(Failed(seq.request_id, "deadline_exceeded", _too_late(seq), 504))
+            self.live.end(seq)
+        return events
+
     def schedule(self, *, is_ahead: bool) -> PlannedStep | None:
         """Choose the rows of the next step; steps come back through `finish_step` in the order they were chosen.
 
@@ -94,11 +102,12 @@ class Scheduler:
     def finish_step(self, step: PlannedStep, results: SequenceOf[RowResult | None]) -> list[Event]:
         """Apply a step's results, in its order; None stands for a row whose execution failed."""
         events: list[Event] = []
+        now_s = self._clock()
         self.counters.num_steps += 1
         self.counters.step_adapters.append(len(step.plan.slot_digests))
         for seq, row, result in zip(step.seqs, step.plan.rows, results, strict=True):
             assert result is None or result.request_id == row.request_id, "results are out of the plan's order"
-            events += finish_row(self.live, self.counters, seq, row, result)
+            events += finish_row(self.live, self.counters, seq, row, result, now_s)
         return events
 
     def finish_fetch(self, result: FetchResult) -> list[Event]:
@@ -175,3 +184,14 @@ class Scheduler:
                 return
             if not seq.is_decoding:
                 draft.add(seq)
+
+
+def _too_late(seq: Sequence) -> str:
+    assert seq.deadline_at_s is not None, f"sequence {seq.request_id} has no deadline to miss"
+    if seq.state is SequenceState.RUNNING:
+        where = f"after {len(seq.output_ids)} tokens" if seq.is_started else "while its prompt was computed"
+    else:
+        where = "while it waited" if seq.load_wait_since_s is None else "while its adapter was not loaded"
+    return (
+        f"the request's deadline of {seq.deadline_at_s - seq.arrived_s:g} s passed {where}; allow more, or ask for less"
+    )

@@ -71,6 +71,9 @@ class Sequence:
     adapter_fetch_s: float = 0.0
     adapter_move_s: float = 0.0
     load_wait_since_s: float | None = None
+    admitted_s: float = 0.0
+    # when it must have ended
+    deadline_at_s: float | None = None
     # loads that began for it and are not charged yet
     num_loads_owed: int = 0
     # admissions so far when this sequence was first held up by full adapter slots
@@ -86,6 +89,7 @@ class Sequence:
         seq = Sequence(command.request_id, prompt_ids, acting, Payer.of(command), arrival_index, now_s)
         seq.num_virtual = command.num_virtual_tokens
         seq.cache_salt = command.cache_salt
+        seq.deadline_at_s = None if command.deadline_s is None else now_s + command.deadline_s
         if isinstance(command, Embed):
             seq.pooling = command.pooling
             seq.row_edges = seq._edges()

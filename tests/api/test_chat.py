@@ -110,6 +110,18 @@ def test_an_adapters_answer_names_it_in_the_headers(api: ApiServer) -> None:
     assert answer.headers["x-adapter-id"] == "poet"
     assert answer.headers["x-adapter-digest"] == f"sha256:{digest_of('poet', 2)}"
     assert answer.headers["x-adapter-cold-start-ms"] == "250"
+    # none of it was this adapter's own fetch or load: it waited for others'
+    assert answer.headers["server-timing"] == "queue;dur=250.0, fetch;dur=0.0, load;dur=0.0, prefill;dur=0.0"
+
+
+def test_a_deadline_reaches_the_engine_and_only_a_sound_one(api: ApiServer) -> None:
+    api.chat(deadline_s=2.5)
+    api.http.post("/v1/completions", json={"model": BASE, "prompt": "a", "deadline_s": 7})
+    api.chat()
+    assert [submit.deadline_s for submit in api.engine.submits] == [2.5, 7, None]
+    for wrong in (0, -1, 86_401, "5", True):
+        refused = api.http.post("/v1/completions", json={"model": BASE, "prompt": "a", "deadline_s": wrong})
+        assert refused.status_code == 400 and refused.json()["error"]["param"] == "deadline_s", wrong
     assert answer.json()["model"] == "poet"
     assert api.engine.submits[0].adapter_digest == digest_of("poet", 2)
     assert answer.json()["system_fingerprint"] != api.chat().json()["system_fingerprint"]

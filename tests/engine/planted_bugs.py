@@ -156,11 +156,11 @@ def _non_finite_row_taken_as_good(patch: pytest.MonkeyPatch) -> None:
     finish_row = outcome.finish_row
 
     def wrong(
-        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None
+        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None, now_s: float
     ) -> list[Event]:
         if result is not None and not result.is_finite and row.sample is None:
             result = RowResult(row.request_id, None)
-        return finish_row(live, counters, seq, row, result)
+        return finish_row(live, counters, seq, row, result, now_s)
 
     patch.setattr("serve.engine.scheduler.finish_row", wrong)
 
@@ -204,9 +204,9 @@ def _token_sent_twice(patch: pytest.MonkeyPatch) -> None:
     finish_row = outcome.finish_row
 
     def wrong(
-        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None
+        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None, now_s: float
     ) -> Iterator[Event]:
-        for event in finish_row(live, counters, seq, row, result):
+        for event in finish_row(live, counters, seq, row, result, now_s):
             yield event
             if isinstance(event, Tokens) and len(seq.output_ids) == 3:
                 yield event

@@ -63,10 +63,10 @@ def _late_result_of_an_ended_sequence_applied(patch: pytest.MonkeyPatch) -> None
     finish_row = outcome.finish_row
 
     def wrong(
-        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None
+        live: LiveSequences, counters: outcome.Counters, seq: Sequence, row: Row, result: RowResult | None, now_s: float
     ) -> list[Event]:
         was_ended = seq.state is SequenceState.ENDED
-        events = finish_row(live, counters, seq, row, result)
+        events = finish_row(live, counters, seq, row, result, now_s)
         if was_ended and result is not None and result.token_id is not None:
             events.append(outcome._append(live, counters, seq, result))
         return events
