@@ -3,6 +3,7 @@
 Owns the curves, the count of tokens and the best validation. Invariant: `History.of(history.facts()) == history`.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from adapters_store.json_values import integer, json_list, json_object
@@ -76,6 +77,13 @@ class History:
             (integer(step), {name: _number(value) for name, value in json_object(metrics).items()})
             for step, metrics in pairs
         ]
+
+
+def points(curve: list[Json]) -> Iterator[tuple[int, float, float]]:
+    """Yield step, loss and token accuracy of a curve's points."""
+    for point in curve:
+        step, loss, accuracy = json_list(point)
+        yield integer(step), _number(loss), _number(accuracy)
 
 
 def _number(value: Json) -> float:

@@ -17,7 +17,7 @@ from adapters_store.strict_json import Json
 from serve.trainer.checkpoints import ResumePoint, newest_point, save_point
 from serve.trainer.data import Data, load_data
 from serve.trainer.exporting import export_adapter
-from serve.trainer.history import History
+from serve.trainer.history import History, points
 from serve.trainer.loading import attach, check_base, load_base, read_base
 from serve.trainer.methods.method import Attached, Setting
 from serve.trainer.progress import (
@@ -87,9 +87,7 @@ class _Training:
             num_valid_examples=len(self._data.valid),
             num_trainable=sum(parameter.numel() for parameter in self._attached.trained().values()),
         )
-        # a kill may have come between saving and telling
-        for saved, metrics in history.saved():
-            yield CheckpointSaved(saved, self._folder_of(saved), metrics)
+        yield from self._tell_again()
         while step < schedule.total_steps and not history.is_ended:
             signal = self._agree(control.check())
             if signal != "run":
@@ -104,6 +102,17 @@ class _Training:
             yield Stopped(step, "cancel")
             return
         yield self._finish(step)
+
+    def _tell_again(self) -> Iterator[Progress]:
+        """Yield what is saved, for a kill may have come between saving and telling; only `tokens` are those of now."""
+        history, schedule = self._history, self._schedule
+        for step, loss, accuracy in points(history.curve):
+            rate = schedule.learning_rate_at(step - 1)
+            yield StepDone(step, schedule.total_steps, loss, accuracy, history.tokens, rate)
+        for step, loss, accuracy in points(history.validations):
+            yield Validated(step, loss, accuracy)
+        for saved, metrics in history.saved():
+            yield CheckpointSaved(saved, self._folder_of(saved), metrics)
 
     def _one_step(self, step: int) -> Iterator[Progress]:
         """Take one step and what is due after it; the state is saved before anything of it is told."""

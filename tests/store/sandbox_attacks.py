@@ -2,7 +2,7 @@
 
 `python -m tests.store.sandbox_attacks SOURCE TARGET OUTSIDE NAME`: confines itself, then runs attacks and prints what
 each of them met, as JSON. Invariant: every attack succeeds without the walls, or the test that it passes is worthless;
-`--free` as NAME's prefix leaves the walls away to show it.
+`--free` as NAME's prefix leaves the walls away to show it, `--train` takes those of a training process.
 """
 
 import ctypes
@@ -14,6 +14,7 @@ import socket
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from adapters_store.convert.sandbox import Limits, confine
@@ -31,7 +32,8 @@ def main(arguments: list[str]) -> None:
     missing: tuple[str, ...] = ()
     parent = os.getppid()
     if not name.startswith("--free"):
-        missing = confine(LIMITS, readable=[source], writable=target)
+        limits = replace(LIMITS, may_compute=name.startswith("--train"))
+        missing = confine(limits, readable=[source], writable=target)
     attacks = {**_calls(parent), **_files(source, target, outside)}
     found = {each: _outcome(attack) for each, attack in attacks.items()} if name.endswith("all") else {}
     if name in DEADLY:
