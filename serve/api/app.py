@@ -126,7 +126,7 @@ def _build_state(
     return ApiState(
         config=config,
         door=door,
-        replica=Replica.open(config, store),
+        replica=Replica.open(config, store, metrics),
         engine=engine,
         # a request without a principal sees nothing: no tenant has this name
         store=OwnedAdapters(store, config.served_model_name, Principal("", frozenset(), "nobody"), door.shared_with),

@@ -8,10 +8,13 @@ import logging
 import secrets
 import time
 from dataclasses import dataclass, field
+from functools import partial
 
 from adapters_store.registry_redis import SharedRegistry
 from adapters_store.store import AdapterStore
 from serve.config import ApiConfig, TenantLimits
+from serve.metrics import Metrics
+from serve.metrics.registry_page import RegistryFacts
 from serve.tenants.limiter import Limiter
 from serve.tenants.limits import TenantLimiter
 
@@ -33,15 +36,21 @@ class Replica:
     identity: str = field(default_factory=lambda: secrets.token_hex(6))
 
     @classmethod
-    def open(cls, config: ApiConfig, store: AdapterStore) -> "Replica":
+    def open(cls, config: ApiConfig, store: AdapterStore, metrics: Metrics | None) -> "Replica":
         """Return this server, alone or among others."""
         replica = cls(store.shared, _open_limiter(config, store.shared))
+        if replica.shared is not None and metrics is not None:
+            metrics.follow_registry(partial(_facts, replica.shared))
         logger.info("this replica is %s", replica.identity)
         return replica
 
     def describe(self) -> Json:
         """Return what an operator asks when replicas seem to differ."""
         return {"id": self.identity, "registry": _registry(self.shared)}
+
+
+def _facts(shared: SharedRegistry) -> RegistryFacts:
+    return RegistryFacts(shared.number, shared.lag, shared.seen_s_ago, not shared.is_away)
 
 
 def _registry(shared: SharedRegistry | None) -> Json:

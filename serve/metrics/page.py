@@ -16,6 +16,7 @@ from serve.metrics.engine_page import EngineCollector
 from serve.metrics.engine_view import EngineView
 from serve.metrics.exposition import exposition
 from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
+from serve.metrics.registry_page import RegistryCollector, RegistryFacts
 from serve.metrics.request_meter import RequestInstruments, RequestMeter
 from serve.metrics.training_page import TrainingCollector, TrainingSummary
 from serve.metrics.vllm_aliases import VllmCollector
@@ -68,6 +69,10 @@ class Metrics:
                 "vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry
             )
             registry.register(VllmCollector(self._view, self._requests.names, max_adapters, unix_clock))
+
+    def follow_registry(self, facts: Callable[[], RegistryFacts]) -> None:
+        """Show what this replica knows of the registry that it shares; called once, if it shares one."""
+        self._registry.register(RegistryCollector(facts))
 
     def name_adapter(self, digest: str, name: str) -> None:
         """Remember under which name an adapter's series appear."""
