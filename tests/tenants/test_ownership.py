@@ -46,6 +46,16 @@ ASKS: dict[str, Callable[[Client, str], httpx.Response]] = {
     "alias": lambda client, name: client.http.post(
         f"/v1/adapters/{name}/aliases", json={"alias": "mine", "version": 1}
     ),
+    "promote": lambda client, name: client.http.post(f"/v1/adapters/{name}/promote", json={"version": 1}),
+    "rollback": lambda client, name: client.http.post(f"/v1/adapters/{name}/rollback"),
+    "set canary": lambda client, name: client.http.post(
+        f"/v1/adapters/{name}/canary", json={"version": 1, "percent": 5}
+    ),
+    "canary": lambda client, name: client.http.get(f"/v1/adapters/{name}/canary"),
+    "end canary": lambda client, name: client.http.delete(f"/v1/adapters/{name}/canary"),
+    "forget alias": lambda client, name: client.http.delete(f"/v1/adapters/{name}/aliases/stable"),
+    "history": lambda client, name: client.http.get(f"/v1/adapters/{name}/history"),
+    "remove version": lambda client, name: client.http.delete(f"/v1/adapters/{name}/versions/1"),
     "delete": lambda client, name: client.http.delete(f"/v1/adapters/{name}"),
     "grants": lambda client, name: client.http.get(f"/v1/adapters/{name}/grants"),
     "grant": lambda client, name: client.grant(name, "carol"),
