@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `train-worker`, `adapters ...`, `keys ...`, `audit`, `tune`, `loadtest`, `version`.
+"""The `chorale` command: `serve`, `train-worker`, `adapters`, `keys`, `audit`, `plan`, `tune`, `loadtest`, `version`.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -10,6 +10,7 @@ from serve.cli.adapters_export import export
 from serve.cli.audit_command import audit
 from serve.cli.keys_command import keys_app
 from serve.cli.loadtest_command import loadtest
+from serve.cli.plan_command import plan
 from serve.cli.serve_command import serve
 from serve.cli.store_command import redis_acl, store_app
 from serve.cli.train_worker_command import train_worker
@@ -27,6 +28,7 @@ app = typer.Typer(
 )
 app.command()(serve)
 app.command()(tune)
+app.command()(plan)
 app.command()(train_worker)
 app.command()(audit)
 adapters_app.command()(export)
