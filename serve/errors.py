@@ -4,6 +4,7 @@ Owns the mapping class -> (status, type, code) and the four-key JSON body; the t
 Invariant: a message names what was wrong, the value, the limit and the way out, and no path, address or stack trace.
 """
 
+from collections.abc import Mapping
 from typing import ClassVar
 
 
@@ -23,7 +24,7 @@ class ServeError(Exception):
         self.code = code if code is not None else self.default_code
         self.retry_after_s = retry_after_s
 
-    def body(self) -> dict[str, dict[str, str | None]]:
+    def body(self) -> Mapping[str, object]:
         """Return OpenAI's error object, all four keys."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 

@@ -5,6 +5,7 @@ Invariant: a `lora_path` is read only when its real path lies under a folder tha
 """
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +25,16 @@ from serve.tenants.audit import AuditEvent
 router = APIRouter(prefix="/v1", tags=["vllm"], responses=error_responses(), default_response_class=PlainTextResponse)
 
 
-class InvalidUserInput(ServeError):
+class _InVllmsWords(ServeError):
+    """vLLM's own error object: production-stack's operator reads type and message at the top level, OpenAI's
+    clients inside `error`."""
+
+    def body(self) -> Mapping[str, object]:
+        """Return both."""
+        return {**super().body(), "object": "error", "message": self.message, "type": self.type, "param": self.param}
+
+
+class InvalidUserInput(_InVllmsWords):
     """400 in vLLM's words: a field is missing, or the name is taken."""
 
     http_status = 400
@@ -32,7 +42,7 @@ class InvalidUserInput(ServeError):
     default_code = None
 
 
-class NotFoundError(ServeError):
+class NotFoundError(_InVllmsWords):
     """404 in vLLM's words: no such path, or no such adapter."""
 
     http_status = 404

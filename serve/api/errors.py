@@ -5,7 +5,7 @@ no answer holds a stack trace, a path or an address.
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from fastapi import FastAPI, Request
@@ -21,7 +21,7 @@ from serve.errors import EngineFailed, InvalidRequest, MethodNotAllowed, NotFoun
 
 logger = logging.getLogger("chorale.api")
 
-ErrorBody = dict[str, dict[str, str | None]]
+ErrorBody = Mapping[str, object]
 _DEFAULT_RETRY_AFTER_S = 1
 # nobody reads it: proxies log this status for a client that left
 _CLIENT_GONE = 499
@@ -52,7 +52,7 @@ def error_responses() -> dict[int | str, dict[str, object]]:
 
 
 def error_body(error: Exception) -> ErrorBody:
-    """Return the four-key body of any exception; what is not ours becomes a text that says nothing."""
+    """Return the JSON body of any exception; what is not ours becomes a text that says nothing."""
     if isinstance(error, ServeError):
         return error.body()
     if isinstance(error, StoreError):
