@@ -46,6 +46,8 @@ class BlobCache:
 
         The manifest comes last: an object without one is none.
         """
+        # a store that is silent is found out by a small question, not by the time limit of a large answer
+        self._objects.exists(f"{OBJECTS}/{digest}/{MANIFEST_NAME}")
         for name in (IMAGE_NAME, MANIFEST_NAME):
             self._objects.put_file(f"{OBJECTS}/{digest}/{name}", folder / name)
 

@@ -78,6 +78,15 @@ class ObjectStore:
                 raise CorruptUpload(f"the object {key} has {result.meta['size']} bytes; at most {max_bytes} are read")
             return bytes(result.bytes())
 
+    def exists(self, key: str) -> bool:
+        """Return whether there is such an object; raises StoreAway."""
+        with _away():
+            try:
+                obstore.head(self._store, key)
+            except (NotFoundError, FileNotFoundError):
+                return False
+        return True
+
     def pieces(self, key: str) -> Iterator[bytes]:
         """Yield an object's bytes, a bounded request for each piece; nothing if there is none. Raises StoreAway."""
         with _away():

@@ -113,7 +113,7 @@ def _connect(url: str, timeout_s: float) -> redis.Redis:
 def _unavailable() -> Iterator[None]:
     try:
         yield
-    except redis.RedisError as error:
+    except (redis.RedisError, OSError) as error:
         raise RegistryUnavailable() from error
 
 

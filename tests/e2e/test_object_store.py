@@ -99,25 +99,13 @@ def test_two_replicas_that_share_no_folder(servers: list[LiveServer], tmp_path: 
     assert isinstance(replica, dict) and isinstance(other, dict) and replica["id"] != other["id"]
     assert replica["registry"]["kind"] == "journal" and replica["registry"]["change"] == 2
     assert (replica["registry"]["lag"], replica["registry"]["redis"]) == (0, "connected")
-    s3_server.freeze()
-    try:
-        assert ask(b, "known") == expected and ask(a, "far") != expected
-        with b.client(timeout_s=120.0) as client:
-            cold = client.post("/v1/completions", json={"model": "far", "prompt": "once", "max_tokens": 1})
-        assert cold.status_code >= 500 and not (tmp_path / "b" / "objects" / digest).exists(), cold.text
-        refused = a.upload("new", folders[2])
-        assert refused.status_code == 503, refused.text
-        assert refused.json()["error"]["code"] == "store_unavailable" and int(refused.headers["retry-after"]) > 0
-    finally:
-        s3_server.thaw()
-
-    def is_served() -> bool:
-        with b.client() as client:
-            body = {"model": "far", "prompt": "once", "max_tokens": 4, "temperature": 0, "return_token_ids": True}
-            answer = client.post("/v1/completions", json=body)
-        return answer.status_code == 200 and answer.json()["choices"][0]["token_ids"] == ask(a, "far")
-
-    until(is_served)
-    until(lambda: a.upload("new", folders[2]).status_code == 201)
-    until(lambda: knows(b, "new"))
-    assert ask(a, "new") == ask(b, "new")
+    # gone for good: what is here is served, and nothing else is promised
+    s3_server.close()
+    assert ask(b, "known") == expected and ask(a, "far") != expected
+    with b.client() as client:
+        cold = client.post("/v1/completions", json={"model": "far", "prompt": "once", "max_tokens": 1})
+    assert cold.status_code >= 500 and not (tmp_path / "b" / "objects" / digest).exists(), cold.text
+    refused = a.upload("new", folders[2])
+    assert refused.status_code == 503, refused.text
+    assert refused.json()["error"]["code"] == "store_unavailable" and int(refused.headers["retry-after"]) > 0
+    assert not knows(a, "new") and not knows(b, "new")

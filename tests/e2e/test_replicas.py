@@ -207,7 +207,7 @@ def test_two_replicas_serve_through_the_loss_of_redis_and_agree_afterwards(
 
 
 def test_three_replicas_through_random_faults(replicas: Callable[[int], Replicas], redis_server: RedisServer) -> None:
-    Campaign(replicas(3), redis_server, seed=20261121, max_pause_s=0.5).run(12, kill_a_replica_at={5})
+    Campaign(replicas(3), redis_server, seed=20261121, max_pause_s=0.5).run(8, kill_a_replica_at={4})
 
 
 @pytest.mark.slow
