@@ -17,13 +17,11 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
-from adapters_store.errors import AdapterNotFound, CorruptUpload, StoreError
-from adapters_store.file_system import open_regular
-from adapters_store.formats import Declared
+from adapters_store.errors import AdapterNotFound, StoreError
+from adapters_store.jobs.exported import declared_by
 from adapters_store.jobs.job import JobError, NewEvent, Parcel
 from adapters_store.proof import Proving
 from adapters_store.registry import AdapterVersion
-from adapters_store.strict_json import read_json
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.promotion import promote
 from serve.api.state import ApiState
@@ -35,7 +33,6 @@ logger = logging.getLogger("chorale.training")
 
 _POLL_S, _RETRY_S, _SWEEP_S = 0.3, 3.0, 60.0
 _MAX_TRIES = 20
-_UPLOAD_NAME, _MAX_UPLOAD_BYTES = "upload.json", 64 << 10
 _METRICS_NAME = "step_metrics.csv"
 _COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
@@ -110,7 +107,7 @@ class JobPublisher:
             version = _published(view, parcel.model_name)
             if version is None:
                 # not trusted: what trained it read a tenant's data
-                version = view.put_dir(parcel.model_name, folder, declared=_declared(folder), proving=proving)
+                version = view.put_dir(parcel.model_name, folder, declared=declared_by(folder), proving=proving)
             result_files: tuple[str, ...] = ()
             if parcel.step is None:
                 for event in self._promote(parcel, view, folder, version, proving):
@@ -127,7 +124,7 @@ class JobPublisher:
         promotion = parcel.job.new.promotion
         if promotion is None:
             return []
-        put = partial(view.put_dir, promotion.name, folder, declared=_declared(folder), proving=proving)
+        put = partial(view.put_dir, promotion.name, folder, declared=declared_by(folder), proving=proving)
         try:
             return promote(promotion, parcel.job.metrics, view, version.digest, put)
         except (StoreError, ServeError) as error:
@@ -167,17 +164,3 @@ def _published(view: OwnedAdapters, name: str) -> AdapterVersion | None:
         return view.get(name)
     except AdapterNotFound:
         return None
-
-
-def _declared(folder: Path) -> Declared:
-    """Return what the trainer says of its export; raises CorruptUpload, InvalidOption."""
-    try:
-        with open_regular(folder / _UPLOAD_NAME) as file:
-            said = read_json(file.read(_MAX_UPLOAD_BYTES + 1), _UPLOAD_NAME, max_bytes=_MAX_UPLOAD_BYTES)
-    except OSError:
-        raise CorruptUpload(f"the export has no {_UPLOAD_NAME}", param=_UPLOAD_NAME) from None
-    declared, options = said.get("format"), said.get("options", {})
-    if not isinstance(declared, str) or not isinstance(options, dict):
-        raise CorruptUpload(f"{_UPLOAD_NAME} names no format", param=_UPLOAD_NAME)
-    # the format is checked as a client's
-    return Declared(Declared.parse(declared, None).format, options)

@@ -109,7 +109,7 @@ def read_spec(body: FineTuningRequest) -> TrainSpec:
 def _said(spec: TrainSpec) -> dict[str, Json]:
     """Return what a spec says beyond the defaults, as it is parsed again by whoever trains."""
     defaults = TrainSpec().to_json()
-    always = {"family": spec.family, "seed": spec.seed}
+    always: dict[str, Json] = {"family": spec.family, "seed": spec.seed}
     return {name: value for name, value in spec.to_json().items() if value != defaults[name]} | always
 
 

@@ -84,7 +84,7 @@ def add(
 
 def rows(root: Path) -> list[AdapterRow]:
     """Return the current version of every adapter in the store, of all bases."""
-    with _registry(root) as registry:
+    with open_registry(root) as registry:
         return [row_of(version) for version in registry.all_current()]
 
 
@@ -146,7 +146,7 @@ def _read_base(base_dir: Path) -> tuple[BaseDims, str]:
 def _known_base(root: Path) -> tuple[BaseDims, str]:
     known = {}
     if kinds_of(root):
-        with _registry(root) as registry:
+        with open_registry(root) as registry:
             known = {base_dims(version.base): version.dtype for version in registry.all_current()}
     if len(known) != 1:
         raise StartError(
@@ -158,7 +158,7 @@ def _known_base(root: Path) -> tuple[BaseDims, str]:
 @contextmanager
 def store_of(root: Path, name: str) -> Iterator[AdapterStore]:
     """Open the store as the server of this adapter's base sees it."""
-    with _registry(root) as registry:
+    with open_registry(root) as registry:
         version = registry.current(name)
     if version is None:
         raise AdapterNotFound(
@@ -171,7 +171,7 @@ def store_of(root: Path, name: str) -> Iterator[AdapterStore]:
 
 
 @contextmanager
-def _registry(root: Path) -> Iterator[Registry]:
+def open_registry(root: Path) -> Iterator[Registry]:
     kinds = kinds_of(root)
     if not kinds:
         raise StartError(f"{root} is not an adapter store; `chorale adapters add` or `chorale serve` makes one")

@@ -1,4 +1,4 @@
-"""The `chorale` command: `serve`, `train-worker`, `adapters`, `keys`, `audit`, `plan`, `tune`, `loadtest`, `version`.
+"""The `chorale` command: everything that the operator's shell can ask for.
 
 Owns the assembly of the commands only. Invariant: importing it starts nothing.
 """
@@ -8,6 +8,7 @@ import typer
 from serve.cli.adapters_command import adapters_app
 from serve.cli.adapters_export import export
 from serve.cli.audit_command import audit
+from serve.cli.finetune_command import finetune
 from serve.cli.keys_command import keys_app
 from serve.cli.loadtest_command import loadtest
 from serve.cli.plan_command import plan
@@ -30,6 +31,7 @@ app.command()(serve)
 app.command()(tune)
 app.command()(plan)
 app.command()(train_worker)
+app.command()(finetune)
 app.command()(audit)
 adapters_app.command()(export)
 app.add_typer(adapters_app)

@@ -98,6 +98,13 @@ class Validated:
 
 
 @dataclass(frozen=True, slots=True)
+class Retold:
+    """A step or validation of before a kill or pause, for whoever did not hear of it; its `tokens` are those of now."""
+
+    told: StepDone | Validated
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointSaved:
     """`adapter` is a folder as in `Finished`; it and everything before it survive a kill from now on."""
 
@@ -124,7 +131,7 @@ class Finished:
     provenance: Mapping[str, Json]
 
 
-Progress: TypeAlias = Started | StepDone | Validated | CheckpointSaved | Stopped | Finished
+Progress: TypeAlias = Started | StepDone | Validated | Retold | CheckpointSaved | Stopped | Finished
 Report: TypeAlias = Callable[[Progress], None]
 
 

@@ -25,6 +25,7 @@ from serve.trainer.progress import (
     Control,
     Finished,
     Progress,
+    Retold,
     Signal,
     Started,
     StepDone,
@@ -104,13 +105,13 @@ class _Training:
         yield self._finish(step)
 
     def _tell_again(self) -> Iterator[Progress]:
-        """Yield what is saved, for a kill may have come between saving and telling; only `tokens` are those of now."""
+        """Yield what is saved, for a kill may have come between saving and telling."""
         history, schedule = self._history, self._schedule
         for step, loss, accuracy in points(history.curve):
             rate = schedule.learning_rate_at(step - 1)
-            yield StepDone(step, schedule.total_steps, loss, accuracy, history.tokens, rate)
+            yield Retold(StepDone(step, schedule.total_steps, loss, accuracy, history.tokens, rate))
         for step, loss, accuracy in points(history.validations):
-            yield Validated(step, loss, accuracy)
+            yield Retold(Validated(step, loss, accuracy))
         for saved, metrics in history.saved():
             yield CheckpointSaved(saved, self._folder_of(saved), metrics)
 

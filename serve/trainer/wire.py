@@ -14,6 +14,7 @@ from serve.trainer.progress import (
     Finished,
     NamedAdapter,
     Progress,
+    Retold,
     Started,
     StepDone,
     Stopped,
@@ -80,6 +81,8 @@ class BrokenChild(Exception):
 
 def encode(progress: Progress) -> bytes:
     """Return one line; large facts (the spec, the provenance) stay in the run's folder."""
+    if isinstance(progress, Retold):
+        return encode(progress.told)
     if isinstance(progress, Started):
         facts: dict[str, object] = {
             "total_steps": progress.total_steps,

@@ -2,7 +2,8 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import openai
 import psutil
@@ -142,24 +143,53 @@ def test_upload_train_follow_chat_delete(client: openai.OpenAI, server: LiveServ
     assert not set(names) & {model.id for model in client.models.list()}
 
 
-def test_a_running_job_is_cancelled_and_a_dead_worker_is_replaced(client: openai.OpenAI, server: LiveServer) -> None:
+def processes(server: LiveServer, word: str) -> list[psutil.Process]:
+    """Return the server's descendants with this word in their command line."""
+    found = []
+    for child in psutil.Process(server.process.pid).children(recursive=True):
+        with suppress(psutil.Error):
+            if word in child.cmdline():
+                found.append(child)
+    return found
+
+
+def wait_until(is_true: Callable[[], bool], what: str, server: LiveServer) -> None:
+    """Poll until something holds."""
+    deadline = time.monotonic() + JOB_TIMEOUT_S
+    while not is_true():
+        assert time.monotonic() < deadline, f"waited in vain: {what}\n{server.log_tail()}"
+        time.sleep(0.1)
+
+
+def test_requests_are_answered_while_a_job_trains_and_cancelling_ends_its_process(
+    client: openai.OpenAI, server: LiveServer
+) -> None:
     data = upload(client, lines())
     jobs = client.fine_tuning.jobs
     job = jobs.create(
         model=BASE, training_file=data, extra_body={"adapter": {"n_epochs": 50, "batch_size": 1, "max_length": 64}}
     )
-    deadline = time.monotonic() + JOB_TIMEOUT_S
-    while not any(event.type == "metrics" for event in jobs.list_events(job.id)):
-        assert time.monotonic() < deadline, server.log_tail()
-        time.sleep(0.1)
-    workers = [
-        child
-        for child in psutil.Process(server.process.pid).children(recursive=True)
-        if "serve.trainer" in " ".join(child.cmdline())
-    ]
-    assert len(workers) == 1
+
+    def num_steps() -> int:
+        return sum(event.type == "metrics" for event in jobs.list_events(job.id, limit=1000))
+
+    wait_until(lambda: num_steps() > 0, "the first step", server)
+    before = num_steps()
+    for number in range(12):
+        answer = client.chat.completions.create(
+            model=BASE, messages=[{"role": "user", "content": f"shout: word{number}"}], max_tokens=8
+        )
+        assert answer.choices[0].finish_reason in ("stop", "length")
+    wait_until(lambda: num_steps() > before, "steps beside requests", server)
+    assert jobs.retrieve(job.id).status == "running"
+    (training,) = processes(server, "serve.trainer")
     assert jobs.cancel(job.id).status == "cancelled"
-    while workers[0].is_running() and workers[0].status() != psutil.STATUS_ZOMBIE:
-        assert time.monotonic() < deadline, "the training process of a cancelled job still runs"
-        time.sleep(0.1)
-    assert jobs.retrieve(job.id).status == "cancelled" and jobs.retrieve(job.id).fine_tuned_model is None
+    wait_until(lambda: not processes(server, "serve.trainer"), "the end of the training process", server)
+    assert not training.is_running() or training.status() == psutil.STATUS_ZOMBIE
+    assert jobs.retrieve(job.id).fine_tuned_model is None
+    (worker,) = processes(server, "train-worker")
+    worker.kill()
+    wait_until(
+        lambda: [each.pid for each in processes(server, "train-worker")] not in ([], [worker.pid]), "another", server
+    )
+    assert client.models.retrieve(BASE).id == BASE
