@@ -35,6 +35,10 @@ serve: $(RUNTIME) ## start the server on PORT with MODEL and STORE
 demo: $(RUNTIME) ## 24 concurrent requests over the demo base and its adapters
 	@$(BIN)/python scripts/with_server.py --port $(PORT) -- $(BIN)/python scripts/demo.py --url http://127.0.0.1:$(PORT)
 
+demo-train: $(DEV) ## make the demo's adapters again with the project's own trainer, and ask a server what they can do
+	PYTHONPATH=. $(BIN)/python -m scripts.bench_training_memory
+	PYTHONPATH=. $(BIN)/python -m scripts.train_demo $(ARGS)
+
 lint: $(DEV) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
