@@ -175,6 +175,12 @@ def check_together(values: Mapping[str, Any], family: str) -> None:
             raise InvalidJob(one, f"{one} and {other} say the same thing twice; send one of them")
     if values.get("use_dora") and values.get("init", "default") in ("pissa", "olora"):
         raise InvalidJob("use_dora", f"DoRA cannot start from init {values['init']}, which changes the base's weights")
+    if values.get("dtype") == "bfloat16" and values.get("init", "default") in ("pissa", "olora"):
+        raise InvalidJob(
+            "dtype", f"init {values['init']} changes the base's weights, which bfloat16 would round; use float32"
+        )
+    if values.get("packing") and family == "prompt":
+        raise InvalidJob("packing", "a prompt stands before every row, so rows cannot share a line: leave packing out")
     if family == "meteora":
         experts = values.get("experts", ())
         if len(experts) < 2:

@@ -43,6 +43,8 @@ HOSTILE: list[tuple[str, dict[str, Json]]] = [
     ("dtype", {"dtype": "float8"}),
     ("use_dora", {"use_dora": 1}),
     ("use_dora", {"use_dora": True, "init": "pissa"}),
+    ("dtype", {"init": "pissa", "dtype": "bfloat16"}),
+    ("packing", {"family": "prompt", "packing": True}),
     ("selection", {"family": "lora", "selection": "weight"}),
     ("rank", {"family": "ia3", "rank": 8}),
     ("ratio", {"family": "s2ft", "ratio": 0.5}),
