@@ -4,42 +4,18 @@ Owns the way to what needs the object store's client, which is an extra, and its
 needs no client; a folder that holds a shared store of its own is never used for copies of another.
 """
 
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, Protocol
+from typing import TYPE_CHECKING
 
-from adapters_store.blobs import HashedBytes, OpenAdapter, map_file, open_image
+from adapters_store.blobs import open_image
 from adapters_store.change_log import ChangeLog
+from adapters_store.copies import OpenImage
 from adapters_store.errors import InvalidOption
 
 if TYPE_CHECKING:
     from adapters_store.blob_cache import BlobCache
     from adapters_store.object_store import ObjectStore
-
-
-class OpenImage(Protocol):
-    """Opens a verified image by its digest, from wherever it lies."""
-
-    def __call__(self, digest: str, bring: Callable[[BinaryIO, int], HashedBytes] = map_file) -> OpenAdapter:
-        """Open it; raises StoreError."""
-        ...
-
-
-class Copies(Protocol):
-    """A folder's copies of objects that lie elsewhere; `blob_cache.BlobCache`."""
-
-    def share(self, folder: Path, digest: str) -> None:
-        """Write an object's files to where all replicas find them; raises StoreError."""
-        ...
-
-    def open(self, digest: str, bring: Callable[[BinaryIO, int], HashedBytes] = map_file) -> OpenAdapter:
-        """Open an image, fetched if need be; raises StoreError."""
-        ...
-
-    def bring(self, digest: str) -> bool:
-        """See that a copy is here; raises StoreError."""
-        ...
 
 
 def image_opener(root: Path, blobs_url: str | None, *, cache_bytes: int) -> OpenImage:

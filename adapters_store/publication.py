@@ -11,10 +11,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from adapters_store.blob_choice import Copies
 from adapters_store.blobs import Blobs, OpenAdapter, open_image
 from adapters_store.canonical import check_adapter
 from adapters_store.convert.options import Convert, ConvertOptions
+from adapters_store.copies import Copies
 from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared

@@ -14,7 +14,8 @@ from functools import partial
 
 import torch
 
-from adapters_store.blob_choice import OpenImage, image_opener
+from adapters_store.blob_choice import image_opener
+from adapters_store.copies import OpenImage
 from serve.config import EngineConfig
 from serve.engine.cpu_threads import leave_core
 from serve.engine.engine import Engine
