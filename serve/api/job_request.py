@@ -184,6 +184,8 @@ def _queue(state: ApiState, new: NewJob, spec: TrainSpec) -> Job:
     adapters = {f"experts/{index}": new.sources[name] for index, name in enumerate(spec.experts)}
     adapters |= {f"disjoint/{index}": new.sources[name] for index, name in enumerate(spec.disjoint_with)}
     try:
+        for digest in adapters.values():
+            state.store.bring(digest)
         desk.folders.make_job(job_id, files, adapters)
         most = state.config.tenant_limits.max_training_jobs
         return desk.jobs.create(new, job_id=job_id, max_unfinished=most)
