@@ -56,17 +56,19 @@ async def run_plan(
     names: Names,
     progress: Progress,
     companion: Companion | None = None,
+    stop: asyncio.Event | None = None,
 ) -> list[Sample]:
     """Send every request of the plan; return their samples in the plan's order.
 
     Args:
         companion: what else happens meanwhile (changes of adapters), started with the clock; it is awaited at the end.
+        stop: once set, nothing more is sent; what was sent is waited for.
     """
     # a collection of the plan's objects in mid-run would stop the tester for milliseconds
     gc.collect()
     gc.freeze()
     try:
-        sender = _Sender(client, scenario, names, progress)
+        sender = _Sender(client, scenario, names, progress, stop or asyncio.Event())
         client.start_clock()
         beside = asyncio.ensure_future(companion()) if companion is not None else None
         try:
@@ -85,8 +87,11 @@ async def run_plan(
 class _Sender:
     """Sends one run's requests and keeps their samples."""
 
-    def __init__(self, client: Client, scenario: Scenario, names: Names, progress: Progress) -> None:
+    def __init__(
+        self, client: Client, scenario: Scenario, names: Names, progress: Progress, stop: asyncio.Event
+    ) -> None:
         self.samples: list[Sample] = []
+        self._stop = stop
         self._client, self._scenario, self._names, self._progress = client, scenario, names, progress
 
     async def open_loop(self, requests: Sequence[PlannedRequest]) -> None:
@@ -97,6 +102,8 @@ class _Sender:
                 body = self._body(request)
                 if (wait_s := request.at_s - self._client.now_s()) > 0:
                     await asyncio.sleep(wait_s)
+                if self._stop.is_set():
+                    break
                 tasks.create_task(self._send(request, body, request.at_s))
 
     async def closed_loop(self, requests: Sequence[PlannedRequest]) -> None:
@@ -109,6 +116,8 @@ class _Sender:
 
     async def _work(self, pending: Iterator[PlannedRequest]) -> None:
         for request in pending:
+            if self._stop.is_set():
+                break
             body = self._body(request)
             # a closed loop's request is due when its client is free
             await self._send(request, body, self._client.now_s())

@@ -47,7 +47,7 @@ def main() -> int:
 
 
 @contextmanager
-def running_server(store: Path) -> Iterator[str]:
+def running_server(store: Path, *options: str) -> Iterator[str]:
     """Serve the demo base while the block runs; yield the address.
 
     Raises:
@@ -55,7 +55,7 @@ def running_server(store: Path) -> Iterator[str]:
     """
     command = [sys.executable, "-m", "serve", "serve", "--model", str(DEMO / "chorale-demo"), "--store", str(store)]
     # proving each of dozens of uploads is another test's work
-    command += ["--port", "0", "--dtype", "float32", "--probe", "off", "--log-level", "warning"]
+    command += ["--port", "0", "--dtype", "float32", "--probe", "off", "--log-level", "warning", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=REPO_ROOT, env=dict(os.environ))
     try:
         assert server.stdout is not None, "stdout was asked for"
