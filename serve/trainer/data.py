@@ -70,6 +70,8 @@ def load_data(job: TrainingRun) -> Data:
         valid, valid_cut = _encode_file(job.valid_file, encoder, spec)
     except InvalidData as error:
         raise TrainingFailed("bad_data", error.message) from error
+    except OSError as error:
+        raise TrainingFailed("bad_data", "a data file of the job cannot be read; upload it again") from error
     groups = [rows for rows, _ in encoded]
     held = 0 if job.valid_file is not None else round(len(groups) * spec.validation_split)
     order = epoch_order(len(groups), spec.seed, (1 << 20) - 1)
