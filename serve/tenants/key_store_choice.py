@@ -11,6 +11,7 @@ from adapters_store.blob_choice import open_journal
 from adapters_store.change_log import ChangeLog
 from adapters_store.errors import StoreError
 from adapters_store.journal import Journal, LinkingFileSystem
+from adapters_store.locks import StoreLock
 from adapters_store.registry_choice import kinds_of, put_aside
 from serve.errors import StartError, Unavailable
 from serve.tenants.key_changes import KeyChange
@@ -36,9 +37,11 @@ def open_key_store(root: Path, pepper: bytes, *, journal: ChangeLog | None = Non
         return SqliteKeyStore(root / KEYS_FILE, pepper)
     try:
         place = journal if journal is not None else Journal(root / KEY_JOURNAL, LinkingFileSystem())
-        keys = JournalKeyStore(place, pepper, begin=lambda: _kept(root, pepper))
-        if (root / KEYS_FILE).is_file():
-            _put_aside(root, pepper, keys)
+        # one at a time takes over: whoever opens a SQLite file that is being renamed makes an empty one in its place
+        with StoreLock(root / "lock").held():
+            keys = JournalKeyStore(place, pepper, begin=lambda: _kept(root, pepper))
+            if (root / KEYS_FILE).is_file():
+                _put_aside(root, pepper, keys)
     except StoreError as error:
         raise Unavailable(error.message, code="key_store_unavailable") from error
     return keys
@@ -64,9 +67,4 @@ def _put_aside(root: Path, pepper: bytes, keys: KeyStore) -> None:
         raise StartError(
             f"{KEYS_FILE} holds the key {min(unknown)}, which {KEY_JOURNAL}/ lacks; move aside the one that is wrong"
         )
-    try:
-        put_aside(root / KEYS_FILE)
-    except StoreError:
-        # another replica was faster
-        if (root / KEYS_FILE).is_file():
-            raise
+    put_aside(root / KEYS_FILE)
