@@ -62,9 +62,10 @@ def build_base(folder: Path, shape: Shape) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-def build_adapters(folder: Path, shape: Shape, count: int) -> list[Path]:
-    """Write `count` PEFT folders `bench-00`, `bench-01`, ... and return them."""
-    folders = [folder / f"bench-{index:02d}" for index in range(count)]
+def build_adapters(folder: Path, shape: Shape, count: int, rank: int = RANK) -> list[Path]:
+    """Write `count` PEFT folders `bench-00`, `bench-01`, ... (`bench-r8-00` of another rank) and return them."""
+    name = "bench" if rank == RANK else f"bench-r{rank}"
+    folders = [folder / f"{name}-{index:02d}" for index in range(count)]
     for index, own in enumerate(folders):
         if (own / "adapter_model.safetensors").exists():
             continue
@@ -74,9 +75,9 @@ def build_adapters(folder: Path, shape: Shape, count: int) -> list[Path]:
         for layer in range(shape.num_layers):
             for name, (out_dim, in_dim) in shape.linears().items():
                 prefix = f"base_model.model.model.layers.{layer}.{name}"
-                tensors[f"{prefix}.lora_A.weight"] = _random((RANK, in_dim), generator)
-                tensors[f"{prefix}.lora_B.weight"] = _random((out_dim, RANK), generator)
-        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0}
+                tensors[f"{prefix}.lora_A.weight"] = _random((rank, in_dim), generator)
+                tensors[f"{prefix}.lora_B.weight"] = _random((out_dim, rank), generator)
+        config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": rank, "lora_dropout": 0.0}
         config |= {"bias": "none", "target_modules": list(TARGETS), "base_model_name_or_path": "bench-base"}
         (own / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(tensors, own / "adapter_model.safetensors", metadata={"format": "pt"})

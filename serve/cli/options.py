@@ -191,6 +191,14 @@ TenantLimit = Annotated[
         "requests-per-minute, tokens-per-minute, max-concurrent, max-adapters, max-adapter-bytes.",
     ),
 ]
+TenantWeight = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--tenant-weight",
+        envvar="CHORALE_TENANT_WEIGHT",
+        help="A tenant's part of the service relative to others' 1, as TENANT=WEIGHT; repeatable.",
+    ),
+]
 LoraRoots = Annotated[
     list[Path] | None,
     typer.Option("--lora-root", envvar="CHORALE_LORA_ROOT", help="Folder that lora_path may lie under; repeatable."),

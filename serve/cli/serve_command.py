@@ -7,11 +7,12 @@ Invariant: every start that cannot work ends with one line on stderr and status 
 import logging
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any, TypeVar
 
 from serve.cli import adapter_options, options
 from serve.cli.blob_options import BlobsCacheBytes, BlobsUrl
@@ -21,7 +22,11 @@ from serve.cli.train_options import TrainWorker, TrainWorkerOption
 from serve.cli.train_sidecar import run_beside
 from serve.config import ApiConfig, DrainConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
 from serve.errors import StartError
+from serve.messages import MAX_TENANT_WEIGHT, MIN_TENANT_WEIGHT
 from serve.model.download import resolve_model_dir
+from serve.tenants.principal import check_tenant
+
+Config = TypeVar("Config", ApiConfig, LimitsConfig, WatchdogConfig)
 
 # the dataclasses own the defaults; the flags only show them
 _API = ApiConfig(model_dir=Path(), store_dir=Path(), served_model_name="")
@@ -30,7 +35,18 @@ _LIMITS = LimitsConfig()
 _WATCHDOG = WatchdogConfig()
 _DRAIN = DrainConfig()
 # flags that go unchanged into a field of the same name
-_SAME = ("model_dir", "served_model_name", "host", "port", "redis_url", "blobs_url", "keep_versions", "trust_roots")
+_SAME = (
+    "model_dir",
+    "served_model_name",
+    "host",
+    "port",
+    "redis_url",
+    "blobs_url",
+    "keep_versions",
+    "signatures",
+    "trust_roots",
+)
+_WATCH_FLAGS = ("heartbeat_timeout_s", "start_timeout_s")
 _LIMIT_FLAGS = ("max_in_flight", "max_upload_bytes", "request_timeout_s", "dense_budget_bytes")
 # flags that go unchanged into a field of the engine's config
 _ENGINE_FLAGS = MappingProxyType(
@@ -86,6 +102,7 @@ def serve(
     require_keys: options.RequireKeys = _API.require_keys,
     pepper_file: options.PepperFile = None,
     tenant_limit: options.TenantLimit = None,
+    tenant_weight: options.TenantWeight = None,
     lora_root: options.LoraRoots = None,
     max_in_flight: options.MaxInFlight = _LIMITS.max_in_flight,
     max_upload_bytes: options.MaxUploadBytes = _LIMITS.max_upload_bytes,
@@ -109,14 +126,13 @@ def serve(
     model_dir, store = resolve_model_dir(model).absolute(), store.absolute()
     served_model_name = served_model_name or served_name(model, model_dir)
     flags = dict(locals())
-    api = replace(_API, store_dir=store, metrics_compat_vllm=metrics_compat == "vllm", **{n: flags[n] for n in _SAME})
-    api = replace(api, limits=replace(_LIMITS, **{n: flags[n] for n in _LIMIT_FLAGS}), probe_adapters=probe == "on")
-    api = replace(api, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()), signatures=signatures.value)
+    api = replace(_same(_API, flags, _SAME), metrics_compat_vllm=metrics_compat == "vllm", probe_adapters=probe == "on")
+    limits = replace(_same(_LIMITS, flags, _LIMIT_FLAGS), tenant_weights=read_tenant_weights(tenant_weight or ()))
+    api = replace(api, store_dir=store, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
-    chosen = {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
-    engine = replace(_ENGINE, device=device.value, dtype=dtype.value, **chosen)
-    watchdog = replace(_WATCHDOG, heartbeat_timeout_s=heartbeat_timeout_s, start_timeout_s=start_timeout_s)
-    config = ServeConfig(api, engine, watchdog, DrainConfig(drain_delay_s, drain_timeout_s))
+    engine = replace(_ENGINE, device=device.value, dtype=dtype.value, **_engine_fields(flags))
+    drain = DrainConfig(drain_delay_s, drain_timeout_s)
+    config = ServeConfig(api, engine, _same(_WATCHDOG, flags, _WATCH_FLAGS), drain)
     run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))
 
 
@@ -143,6 +159,38 @@ def read_tenant_limits(values: Iterable[str]) -> TenantLimits:
             )
         found[known[name]] = int(number)
     return TenantLimits(**found)
+
+
+def read_tenant_weights(values: Iterable[str]) -> dict[str, float]:
+    """Read TENANT=WEIGHT.
+
+    Raises:
+        StartError: one given twice, or a weight out of bounds. InvalidValue: no tenant's name.
+    """
+    found: dict[str, float] = {}
+    for value in values:
+        name, _, number = value.partition("=")
+        try:
+            weight = float(number)
+        except ValueError:
+            weight = 0.0
+        # also false for NaN
+        if name in found or not MIN_TENANT_WEIGHT <= weight <= MAX_TENANT_WEIGHT:
+            raise StartError(
+                f"--tenant-weight {ascii(value)[:80]}: give each tenant at most once, as TENANT=WEIGHT with a weight "
+                f"from {MIN_TENANT_WEIGHT} to {MAX_TENANT_WEIGHT:g}; others have 1"
+            )
+        found[check_tenant(name)] = weight
+    return found
+
+
+def _same(config: Config, flags: Mapping[str, Any], names: Iterable[str]) -> Config:
+    """Take the flags of these names into the fields of the same names."""
+    return replace(config, **{name: flags[name] for name in names})
+
+
+def _engine_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
+    return {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
 
 
 def served_name(model: str, model_dir: Path) -> str:

@@ -58,3 +58,14 @@ def test_flags_environment_and_file_say_the_same(tmp_path: Path, started: list[S
         assert (api.require_keys, str(api.pepper_file)) == (True, pepper)
         assert api.tenant_limits == TenantLimits(tokens_per_minute=9, max_adapters=2)
     assert len(started) == 3
+
+
+def test_weights_of_tenants_reach_the_engine_and_only_sound_ones(tmp_path: Path, started: list[ServeConfig]) -> None:
+    assert serve(tmp_path, "--tenant-weight", "acme=4", "--tenant-weight", "bob=0.5").exit_code == 0
+    assert started[0].api.limits.tenant_weights == {"acme": 4.0, "bob": 0.5}
+    assert serve(tmp_path).exit_code == 0 and started[1].api.limits.tenant_weights == {}
+    for wrong in ("acme", "acme=0", "acme=nan", "acme=101", "acme=-1", "acme=many", "A b=1", "=1"):
+        result = serve(tmp_path, "--tenant-weight", wrong)
+        assert result.exit_code == 2 and result.stderr.count("\n") == 1, wrong
+    assert serve(tmp_path, "--tenant-weight", "a=1", "--tenant-weight", "a=2").exit_code == 2
+    assert len(started) == 2

@@ -1,0 +1,221 @@
+"""`python -m scripts.bench_tiers`: what cold adapters cost the warm ones, and where a cold request's time goes.
+
+Three parts on one server of a 0.5B-shaped random base: gaps between the tokens of warm streams while nothing else runs,
+while one client asks warm adapters for single tokens, and while it asks cold ones (slices of the three take turns, so
+that the machine's moods hit all alike); how long a swap takes by rank and size; where adapters were found under Zipf.
+Owns the order of the measurements and the report. Invariant: nothing is written down that was not measured by this run.
+"""
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import httpx
+
+from loadtest.environment import read_environment
+from scripts.bench_model import Shape, build_adapters, build_base
+from scripts.bench_servers import chorale
+from scripts.tier_clients import FirstToken, ask_until, first_token, stream_until
+
+NUM_WARM = 4
+# images on the host and adapters on the device
+NUM_HOST, NUM_DEVICE = 12, 8
+# of adapters whose swaps are timed, beside the others' 16
+OTHER_RANKS = (8, 64)
+MODES = ("alone", "one more warm client", "one client over cold adapters")
+
+
+@dataclass(frozen=True, slots=True)
+class Gaps:
+    """Gaps between tokens of all warm streams in one mode, milliseconds."""
+
+    mode: str
+    count: int
+    p50: float
+    p90: float
+    p99: float
+    # single tokens that the other client got meanwhile
+    num_others: int
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Loads of one adapter: bytes in each tier, and median milliseconds of each way."""
+
+    rank: int
+    host_mib: float
+    device_mib: float
+    fetch_ms: float
+    load_ms: float
+
+
+def main() -> None:
+    """Measure what is asked for and print it as JSON."""
+    args = _arguments()
+    shape = Shape()
+    base = args.cache / "bench-base"
+    build_base(base, shape)
+    folders = build_adapters(args.cache / "adapters", shape, args.adapters)
+    others = [build_adapters(args.cache / "adapters", shape, 1, rank)[0] for rank in OTHER_RANKS]
+    extra = ["--adapter-device-count", str(NUM_DEVICE), "--adapter-host-count", str(NUM_HOST), "--probe", "off"]
+    report: dict[str, object] = {"environment": read_environment(sys.argv[1:], "scripts.bench_tiers")}
+    with chorale(base, args.cache / "tiers-store", args.port, extra) as server:
+        names = _publish(server.url, folders)
+        _publish(server.url, others)
+        if "publish" in args.parts:
+            return
+        if "gaps" in args.parts:
+            gaps, cold = asyncio.run(_gaps(args.port, names, args.slices, args.slice_s))
+            report |= {"gaps": [asdict(each) for each in gaps], "cold_first_token_ms": _split(cold)}
+        if "swaps" in args.parts:
+            report["swaps"] = [asdict(each) for each in _swaps(server.url, names, args.repeats)]
+        if "hits" in args.parts:
+            report["hits"] = asyncio.run(_hits(args.port, server.url, names, args.requests))
+    text = json.dumps(report, indent=1)
+    print(text)
+    args.out.write_text(text + "\n", encoding="utf-8")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cache", type=Path, default=Path(".chorale/bench"))
+    parser.add_argument("--out", type=Path, default=Path(".chorale/bench/tiers.json"))
+    parser.add_argument("--port", type=int, default=18491)
+    parser.add_argument("--adapters", type=int, default=28)
+    parser.add_argument("--slices", type=int, default=7, help="of each mode")
+    parser.add_argument("--slice-s", type=float, default=5.0)
+    parser.add_argument("--repeats", type=int, default=9, help="swaps of each adapter")
+    parser.add_argument("--requests", type=int, default=300, help="of the Zipf part")
+    parser.add_argument("--parts", nargs="+", default=["gaps", "swaps", "hits"])
+    return parser.parse_args()
+
+
+def _publish(url: str, folders: Sequence[Path]) -> list[str]:
+    with httpx.Client(base_url=url, timeout=120) as client:
+        known = {card["name"] for card in client.get("/v1/adapters").json()["data"]}
+        for folder in folders:
+            if folder.name not in known:
+                parts = [("files", (path.name, path.read_bytes())) for path in sorted(folder.iterdir())]
+                client.post("/v1/adapters", data={"name": folder.name}, files=parts).raise_for_status()
+    return [folder.name for folder in folders]
+
+
+async def _gaps(port: int, names: list[str], num_slices: int, slice_s: float) -> tuple[list[Gaps], list[FirstToken]]:
+    warm, cold = names[:NUM_WARM], names[NUM_WARM:]
+    for name in warm:
+        await first_token(port, name, seed=1)
+    others: dict[str, list[str]] = {MODES[0]: [], MODES[1]: warm, MODES[2]: cold}
+    gaps: dict[str, list[float]] = {mode: [] for mode in MODES}
+    asked: dict[str, list[FirstToken]] = {mode: [] for mode in MODES}
+    stop, begin = asyncio.Event(), time.perf_counter()
+    streams = [asyncio.create_task(stream_until(port, name, stop, seed)) for seed, name in enumerate(warm)]
+    windows: list[tuple[str, float, float]] = []
+    await asyncio.sleep(slice_s)
+    for number in range(num_slices):
+        # each mode comes first, second and last equally often
+        for mode in MODES[number % 3 :] + MODES[: number % 3]:
+            windows.append((mode, time.perf_counter(), time.perf_counter() + slice_s))
+            await _slice(port, others[mode], slice_s, asked[mode], seed=1000 * len(windows))
+    stop.set()
+    for task in streams:
+        for at_s, gap_s in (await task).gaps:
+            mode = next((mode for mode, start, end in windows if start <= at_s < end), None)
+            if mode is not None:
+                gaps[mode].append(1000 * gap_s)
+    print(f"{time.perf_counter() - begin:.0f} s of streams", file=sys.stderr)
+    return [_summary(mode, gaps[mode], len(asked[mode])) for mode in MODES], asked[MODES[2]]
+
+
+async def _slice(port: int, models: list[str], slice_s: float, asked: list[FirstToken], seed: int) -> None:
+    done = asyncio.Event()
+    asking = asyncio.create_task(ask_until(port, models, done, seed)) if models else None
+    await asyncio.sleep(slice_s)
+    done.set()
+    if asking is not None:
+        asked += await asking
+
+
+def _summary(mode: str, gaps_ms: list[float], num_others: int) -> Gaps:
+    return Gaps(
+        mode,
+        len(gaps_ms),
+        *(round(_quantile(gaps_ms, share), 1) for share in (0.5, 0.9, 0.99)),
+        num_others=num_others,
+    )
+
+
+def _split(cold: Sequence[FirstToken]) -> dict[str, dict[str, float]]:
+    parts = {name: [each.parts_ms[name] for each in cold] for name in ("queue", "fetch", "load", "prefill")}
+    parts["whole answer, as the client saw it"] = [1000 * each.total_s for each in cold]
+    return {
+        name: {f"p{share}": round(_quantile(values, share / 100), 1) for share in (50, 90, 99)}
+        for name, values in parts.items()
+    }
+
+
+def _swaps(url: str, names: Sequence[str], repeats: int) -> list[Swap]:
+    found = []
+    with httpx.Client(base_url=url, timeout=60) as client:
+        by_rank: dict[int, str] = {}
+        for card in client.get("/v1/adapters").json()["data"]:
+            by_rank.setdefault(card["rank"], card["name"])
+        for rank, name in sorted(by_rank.items()):
+            fetches, loads, status = [], [], {}
+            for _ in range(repeats):
+                client.post(f"/v1/adapters/{name}:evict")
+                _wait(client, name, "absent")
+                client.post(f"/v1/adapters/{name}:prefetch")
+                status = _wait(client, name, "ready")
+                fetches.append(1000 * status["last_fetch_seconds"])
+                loads.append(1000 * status["last_load_seconds"])
+            host, device = (status[key] / (1 << 20) for key in ("host_bytes", "device_bytes"))
+            times = (round(_quantile(values, 0.5), 1) for values in (fetches, loads))
+            found.append(Swap(rank, round(host, 1), round(device, 1), *times))
+    return found
+
+
+def _wait(client: httpx.Client, name: str, state: str) -> dict[str, float]:
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        status: dict[str, float] = client.get(f"/v1/adapters/{name}/status").json()
+        if status["state"] == state:
+            return status
+        time.sleep(0.02)
+    raise RuntimeError(f"{name} is not {state} after a minute")
+
+
+async def _hits(port: int, url: str, names: list[str], num_requests: int) -> dict[str, float]:
+    """Ask for single tokens, adapters drawn by Zipf 1.0, four at a time; tell where they were found."""
+    rng = random.Random(1)
+    weights = [1 / place for place in range(1, len(names) + 1)]
+    chosen, before = rng.choices(names, weights, k=num_requests), _counters(url)
+    for first in range(0, num_requests, 4):
+        wave = enumerate(chosen[first : first + 4], start=first)
+        await asyncio.gather(*(first_token(port, name, seed) for seed, name in wave))
+    # the page is at most a heartbeat behind
+    await asyncio.sleep(1.0)
+    found = {name: value - before[name] for name, value in _counters(url).items()}
+    on_device, misses, on_host = found["hits"], found["misses"], found["host_hits"]
+    shares = {"device": on_device, "host": on_host, "disk": misses - on_host}
+    return {tier: round(count / num_requests, 3) for tier, count in shares.items()} | {"requests": num_requests}
+
+
+def _counters(url: str) -> dict[str, float]:
+    page = httpx.get(f"{url}/metrics", timeout=60).text
+    values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("chorale_adapter_"))
+    return {name: float(values[f"chorale_adapter_{name}_total"]) for name in ("hits", "misses", "host_hits")}
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
+
+
+if __name__ == "__main__":
+    main()
