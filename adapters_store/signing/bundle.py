@@ -22,7 +22,7 @@ from adapters_store.version_errors import SignatureInvalid
 SIGNATURE_PART = "model.sig"
 MAX_BUNDLE_BYTES = 1 << 20
 _MAX_FILES = 4096
-_MAX_PROVENANCE_BYTES = 32 << 10
+MAX_PROVENANCE_BYTES = 32 << 10
 
 _MEDIA_TYPE = "application/vnd.dev.sigstore.bundle.v0.3+json"
 _PAYLOAD_TYPE = "application/vnd.in-toto+json"
@@ -151,8 +151,8 @@ def _read_statement(payload: bytes) -> Statement:
     if digest != root_digest([*files.values()]):
         raise _invalid("its files' digests do not add up to the model's digest")
     provenance = json_object(predicate.get("provenance", {}))
-    if len(canonical_json(dict(provenance))) > _MAX_PROVENANCE_BYTES:
-        raise _invalid(f"its provenance is longer than {_MAX_PROVENANCE_BYTES} bytes")
+    if len(canonical_json(dict(provenance))) > MAX_PROVENANCE_BYTES:
+        raise _invalid(f"its provenance is longer than {MAX_PROVENANCE_BYTES} bytes")
     return Statement(text(subject["name"])[:256], digest, files, dict(provenance))
 
 

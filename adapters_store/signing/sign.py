@@ -4,12 +4,15 @@ Owns which files are signed: those that an upload of the folder sends. Invariant
 all, and covers the bytes that were read here.
 """
 
+import hashlib
 import os
 from pathlib import Path
 
 from adapters_store.errors import InvalidOption, storage_errors
-from adapters_store.formats import Declared, parts_in
+from adapters_store.formats import AUTO, Declared, parts_in
 from adapters_store.signing.bundle import (
+    MAX_BUNDLE_BYTES,
+    MAX_PROVENANCE_BYTES,
     SIGNATURE_PART,
     Statement,
     pre_authentication,
@@ -19,7 +22,23 @@ from adapters_store.signing.bundle import (
 )
 from adapters_store.signing.gate import sha256_of
 from adapters_store.signing.keys import SigningKey
-from adapters_store.strict_json import Json
+from adapters_store.strict_json import Json, read_json
+
+
+def sign_export(folder: Path, key: SigningKey) -> None:
+    """Sign what the trainer leaves: a folder with `upload.json` and `provenance.json`, which is signed along.
+
+    A provenance that is too long for a signature is signed by its SHA-256.
+    Raises:
+        StoreError: the folder is not such a one, or the disk fails.
+    """
+    with storage_errors():
+        upload = read_json((folder / "upload.json").read_bytes(), "upload.json", max_bytes=MAX_BUNDLE_BYTES)
+        raw = (folder / "provenance.json").read_bytes()
+    provenance: dict[str, Json] = {"sha256": hashlib.sha256(raw).hexdigest()}
+    if len(raw) <= MAX_PROVENANCE_BYTES:
+        provenance = read_json(raw, "provenance.json", max_bytes=MAX_PROVENANCE_BYTES)
+    sign_folder(folder, key, declared=Declared(str(upload.get("format", AUTO))), provenance=provenance)
 
 
 def sign_folder(

@@ -6,7 +6,7 @@ a server that shall check signatures and cannot does not start.
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -46,6 +46,15 @@ def sign_adapter(folder: Path, key: Path, declared: Declared) -> tuple[Path, str
         from adapters_store.signing.sign import sign_folder  # noqa: PLC0415
     signer = SigningKey.read(key)
     return sign_folder(folder, signer, declared=declared), signer.public.hint
+
+
+def signer_of_exports(key: Path) -> Callable[[Path], None]:
+    """Return what signs a trained adapter's folder, its provenance included; raises StartError, StoreError."""
+    with _library_installed():
+        from adapters_store.signing.keys import SigningKey  # noqa: PLC0415
+        from adapters_store.signing.sign import sign_export  # noqa: PLC0415
+    signer = SigningKey.read(key)
+    return lambda folder: sign_export(folder, signer)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ Owns spelling and help. Invariant: as in `options`, the defaults are those of wh
 """
 
 from enum import StrEnum
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -34,6 +35,14 @@ Nice = Annotated[int, typer.Option("--nice", min=0, max=19, help="How far it ste
 TrainDevice = Annotated[str, typer.Option("--device", help="Where it trains: cpu, cuda or cuda:N.")]
 MaxMemory = Annotated[
     int | None, typer.Option("--max-memory-bytes", min=1 << 28, help="A job's memory; default: the machine's.")
+]
+SigningKey = Annotated[
+    Path | None,
+    typer.Option(
+        "--signing-key",
+        envvar="CHORALE_SIGNING_KEY",
+        help="Private key in PEM that what jobs train is signed with: P-256, P-384, P-521 or Ed25519.",
+    ),
 ]
 DeviceMemory = Annotated[
     int | None, typer.Option("--device-memory-bytes", min=1 << 28, help="A job's part of the CUDA device's memory.")

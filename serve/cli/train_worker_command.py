@@ -7,13 +7,15 @@ be resumed by another worker at once.
 import os
 import signal
 from contextlib import suppress
+from dataclasses import replace
 
 import typer
 
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.serve_command import start_logging
-from serve.cli.train_options import DeviceMemory, LeaseS, MaxMemory, Nice, Threads, TrainDevice
+from serve.cli.signing_extra import signer_of_exports
+from serve.cli.train_options import DeviceMemory, LeaseS, MaxMemory, Nice, SigningKey, Threads, TrainDevice
 from serve.cli.version import installed_version
 from serve.model.download import resolve_model_dir
 from serve.trainer.starting import check_extra, open_worker, worker_config
@@ -28,6 +30,7 @@ def train_worker(
     nice: Nice = 10,
     max_memory_bytes: MaxMemory = None,
     device_memory_bytes: DeviceMemory = None,
+    signing_key: SigningKey = None,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
     """Train the fine-tuning jobs of a store, one at a time."""
@@ -44,6 +47,8 @@ def train_worker(
             device_memory_bytes=device_memory_bytes,
             code_version=installed_version(),
         )
+        if signing_key is not None:
+            config = replace(config, sign=signer_of_exports(signing_key))
         with suppress(OSError):
             os.nice(nice)
         with open_worker(store.absolute(), config) as worker:

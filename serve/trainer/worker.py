@@ -49,6 +49,8 @@ class WorkerConfig:
     device_memory_bytes: int | None = None
     max_seconds: int = 7 * 24 * 3600
     code_version: str = ""
+    # signs what a job leaves, before it is handed over; None: nothing is signed
+    sign: Callable[[Path], None] | None = None
 
 
 class Worker:
@@ -206,7 +208,10 @@ class _Attempt:
         if not adapter.is_relative_to(folder) or ".." in adapter.parts:
             raise BrokenChild("an adapter outside of the run's folder")
         # the token in the name: what a void claim leaves is never taken for a good one's
-        return self._folders.keep_export(self._claim.job.id, f"{name}.{self._claim.token}", adapter)
+        export = self._folders.keep_export(self._claim.job.id, f"{name}.{self._claim.token}", adapter)
+        if self._config.sign is not None:
+            self._config.sign(self._folders.job(self._claim.job.id) / export)
+        return export
 
     def _write(self) -> None:
         """Write what was noted and renew the lease when a third of it is over; raises LeaseLost."""

@@ -1,6 +1,7 @@
 """Signatures: the library's own bundles are read, all else is refused, what was verified is verified again."""
 
 import base64
+import hashlib
 import json
 from collections.abc import Callable
 from contextlib import closing
@@ -23,7 +24,7 @@ from adapters_store.signing.bundle import (
 )
 from adapters_store.signing.gate import TrustedKeysGate, find_signer, sha256_of
 from adapters_store.signing.keys import SigningKey, public_pem, read_public_key
-from adapters_store.signing.sign import sign_folder
+from adapters_store.signing.sign import sign_export, sign_folder
 from adapters_store.signing.trust import TrustFolder
 from adapters_store.store import AdapterRef, AdapterStore
 from adapters_store.strict_json import Json
@@ -92,6 +93,20 @@ def test_what_we_sign_we_verify(tmp_path: Path, kind: str) -> None:
     assert facts is not None and facts["provenance"] == {"seed": 7, "base": "sha256:aa"}
     with pytest.raises(SignatureInvalid, match="not signed by any of the 1 keys"):
         gate(trust(tmp_path / "others", key=OTHER)).check_upload("", Sent(files, path.read_bytes()))
+
+
+def test_what_a_job_left_is_signed_with_how_it_was_made(tmp_path: Path) -> None:
+    folder = tmp_path / "final"
+    files = write_files(folder, SAMPLE_FILES)
+    write_files(folder, {"upload.json": b'{"format": "peft", "options": {}}'})
+    checks = gate(trust(tmp_path / "keys", key=KEYS["ed25519"]))
+    long = {"loss": [0.125] * 9000}
+    digest = hashlib.sha256(json.dumps(long).encode()).hexdigest()
+    for made, shown in (({"seed": 3, "base": "aa"}, {"seed": 3, "base": "aa"}), (long, {"sha256": digest})):
+        write_files(folder, {"provenance.json": json.dumps(made).encode()})
+        sign_export(folder, KEYS["ed25519"])
+        facts = checks.check_upload("", Sent(files, (folder / "model.sig").read_bytes()))
+        assert facts is not None and facts["provenance"] == shown
 
 
 def test_a_folder_without_an_adapter_is_not_signed(tmp_path: Path) -> None:
