@@ -164,7 +164,7 @@ def test_a_charge_of_all_there_is_fits_once_and_what_was_not_used_comes_back(red
 
             await eventually(is_charged)
             standing = other.standings("acme").tokens
-            assert standing is not None and standing.limit == 600 and standing.remaining < 200
+            assert standing is not None and standing.limit == 600 and standing.remaining < 600
             with pytest.raises(RateLimited, match="about 601 tokens"):
                 await late.charge(601)
 
@@ -210,11 +210,12 @@ def test_requests_at_once_are_counted_over_all_replicas(redis_server: RedisServe
 
 def test_requests_per_minute_are_counted_over_all_replicas(redis_server: RedisServer) -> None:
     async def run() -> None:
-        # a minute's worth: none comes back while the test runs
+        # few a minute: hardly one comes back while the test runs
         async with replicas(redis_server, 3, TenantLimits(requests_per_minute=9)) as limiters:
+            begin_s = time.monotonic()
             answers = await asyncio.gather(*(admitted(limiters[number % 3]) for number in range(30)))
-            assert sum(place is not None for place in answers) <= 10
-            assert sum(place is not None for place in answers) >= 1
+            most = 10 + (time.monotonic() - begin_s) * 9 / 60
+            assert 1 <= sum(place is not None for place in answers) <= most
 
     asyncio.run(run())
 
@@ -235,7 +236,7 @@ def test_the_requests_of_a_dead_replica_are_forgotten(redis_server: RedisServer)
 def test_without_redis_each_replica_gives_its_part_and_nobody_fails(redis_server: RedisServer) -> None:
     async def run() -> None:
         limits = TenantLimits(requests_per_minute=12)
-        async with replicas(redis_server, 3, limits, timeout_s=2.0) as limiters:
+        async with replicas(redis_server, 3, limits) as limiters:
             assert all([await admitted(limiter, "warm") for limiter in limiters])
             # all know of all: one says so every few seconds, or when it is asked to
             for limiter in limiters:
@@ -243,10 +244,12 @@ def test_without_redis_each_replica_gives_its_part_and_nobody_fails(redis_server
             for limiter in limiters:
                 await limiter._renew_once()
             redis_server.kill()
+            begin_s = time.monotonic()
             answers = [await admitted(limiters[number % 3]) for number in range(60)]
             assert all(limiter.is_away for limiter in limiters)
-            # 4 each; a minute has no time to pass, but a slow machine may see one or the other come back
-            assert 12 <= sum(place is not None for place in answers) <= 24
+            # 4 each, and what comes back meanwhile
+            most = 12 + 3 + (time.monotonic() - begin_s) * 12 / 60
+            assert 12 <= sum(place is not None for place in answers) <= most
             for place in answers:
                 if place is not None:
                     place.leave(0)
@@ -259,18 +262,20 @@ def test_without_redis_each_replica_gives_its_part_and_nobody_fails(redis_server
 
 def test_what_was_admitted_before_a_loss_counts_as_used_of_the_part(redis_server: RedisServer) -> None:
     async def run() -> None:
-        async with replicas(redis_server, 1, TenantLimits(requests_per_minute=6), timeout_s=2.0) as (only,):
+        async with replicas(redis_server, 1, TenantLimits(requests_per_minute=6)) as (only,):
+            begin_s = time.monotonic()
             assert sum([await admitted(only) is not None for _ in range(10)]) >= 6
             redis_server.kill()
-            # a part that knew nothing would give six more
-            assert sum([await admitted(only) is not None for _ in range(10)]) <= 3
+            # a part that knew nothing would give six at once
+            num_more = sum([await admitted(only) is not None for _ in range(10)])
+            assert num_more <= 1 + (time.monotonic() - begin_s) * 2 * 6 / 60
 
     asyncio.run(run())
 
 
 def test_a_request_larger_than_the_part_is_served_and_paid_for_over_time(redis_server: RedisServer) -> None:
     async def run() -> None:
-        async with replicas(redis_server, 2, TenantLimits(tokens_per_minute=1000), timeout_s=2.0) as (one, other):
+        async with replicas(redis_server, 2, TenantLimits(tokens_per_minute=1000)) as (one, other):
             for limiter in (one, other, one, other):
                 (await limiter.admit("warm")).leave(0)
                 await limiter._renew_once()
@@ -287,7 +292,7 @@ def test_a_request_larger_than_the_part_is_served_and_paid_for_over_time(redis_s
 
 def test_a_frozen_redis_costs_one_time_limit_and_not_one_per_request(redis_server: RedisServer) -> None:
     async def run() -> None:
-        async with replicas(redis_server, 1, TenantLimits(requests_per_minute=1000), timeout_s=1.0) as (only,):
+        async with replicas(redis_server, 1, TenantLimits(requests_per_minute=1000), timeout_s=3.0) as (only,):
             assert await admitted(only) is not None
             redis_server.freeze()
             try:
