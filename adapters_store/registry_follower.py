@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 LOOK_PAUSE_S = 0.2
 FIRST_PAUSE_S = 0.1
 MAX_PAUSE_S = 1.0
+# a frozen Redis is noticed well within this
+STOP_S = 5.0
 # Redis names a change that the folder does not show yet: network file systems take a moment
 LAG_PAUSE_S = 0.1
 
@@ -110,11 +112,11 @@ class Follower:
             thread.start()
 
     def stop(self) -> None:
-        """End the threads; returns within about two seconds, also if Redis is frozen."""
+        """End the threads; returns within seconds: what waits for a silent object store ends by itself, later."""
         self._stopped.set()
         for thread in self._threads:
             if thread.ident is not None:
-                thread.join()
+                thread.join(STOP_S)
 
     def _pause(self) -> float:
         longest = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2.0 ** min(self._num_failures, 10))
