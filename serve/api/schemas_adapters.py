@@ -34,9 +34,7 @@ class VersionChoice(RequestModel):
     @model_validator(mode="after")
     def _check_one(self) -> "VersionChoice":
         if (self.version is None) == (self.alias is None):
-            raise InvalidValue(
-                "send one of 'version', its number, and 'alias', an alias of it", param="version"
-            )
+            raise InvalidValue("send one of 'version', its number, and 'alias', an alias of it", param="version")
         return self
 
     @property
