@@ -19,8 +19,9 @@ class Script:
     """How one request is answered.
 
     gaps_s: seconds before each piece, the first counted from the request. end: "done" (finish, usage, [DONE]),
-    "no_usage", "cut" (the connection closes in mid-stream), "error" (an error event), "malformed" (half a JSON object),
-    "hang" (nothing more ever comes). status: anything but 200 is answered after the first gap, without a stream.
+    "no_usage", "cut" (the connection closes in mid-stream), "ended" (the body ends properly, the events do not),
+    "error" (an error event), "malformed" (half a JSON object), "hang" (nothing more ever comes). status: anything but
+    200 is answered after the first gap, without a stream.
     cut_into: bytes per write, 0 for one write per event.
     """
 
@@ -31,6 +32,7 @@ class Script:
     cut_into: int = 0
     is_chat: bool = False
     texts: tuple[str, ...] = ()
+    token_ids: tuple[int, ...] = ()
 
 
 @dataclass(slots=True)
@@ -112,6 +114,9 @@ class SyntheticServer:
             await asyncio.sleep(1e6)
         if script.end == "cut":
             return False
+        if script.end == "ended":
+            writer.write(b"0\r\n\r\n")
+            return True
         if script.end == "error":
             _write(writer, script, json.dumps({"error": {"message": "the engine is gone"}}))
         elif script.end == "malformed":
@@ -130,7 +135,8 @@ class SyntheticServer:
 def _token(script: Script, index: int) -> str:
     text = script.texts[index] if script.texts else f"w{index} "
     key = {"delta": {"content": text}} if script.is_chat else {"text": text}
-    return json.dumps({"choices": [{"index": 0, **key, "finish_reason": None}]})
+    ids = {"token_ids": [script.token_ids[index]]} if script.token_ids else {}
+    return json.dumps({"choices": [{"index": 0, **key, **ids, "finish_reason": None}]})
 
 
 def _write(writer: asyncio.StreamWriter, script: Script, data: str) -> None:

@@ -15,6 +15,7 @@ import pytest
 from loadtest.client import Client
 from loadtest.metrics import Slo, jain, percentile, spread, summarise
 from loadtest.samples import Sample
+from loadtest.sse import EventReader
 from loadtest.workload import build_plan
 from tests.loadtest.runs import Ran, make_scenario, run_against
 from tests.loadtest.synthetic_server import Body, Script
@@ -119,6 +120,7 @@ FAILURES = {
     "http_429": Script((0.1,), status=429),
     "http_500": Script((0.1,), status=500),
     "cut": Script((0.1, 0.1), end="cut"),
+    "cut-after-a-proper-end": Script((0.1, 0.1), end="ended"),
     "error": Script((0.1, 0.1), end="error"),
     "timeout": Script((0.1, 0.1), end="hang"),
     "short": Script((0.1, 0.1)),
@@ -132,6 +134,7 @@ def test_each_way_to_fail_has_its_name_and_is_a_miss(tmp_path: Path, failure: st
     scenario = make_scenario(request={"timeout_s": 4.0}, arrivals={"kind": "uniform", "rate": 1.0})
     ran = run_against(tmp_path, scenario, lambda body, number: FAILURES[failure] if number % 4 == 0 else good)
     failed = [sample for sample in ran.samples if not sample.is_ok]
+    failure = failure.partition("-")[0]
     assert {sample.failure for sample in failed} == {failure}
     assert [sample.index for sample in failed] == [0, 4, 8, 12, 16]
     assert all(sample.detail and sample.ttft_s is None and sample.e2e_s is None for sample in failed)
@@ -174,6 +177,24 @@ def test_however_the_bytes_are_cut_the_answer_is_the_same(
         assert sample.failure is None and sample.text == "".join(texts)
         assert sample.gaps_s() == EXACT([0.2, 0.3], abs=1e-9)
         assert sample.num_prompt_tokens == 7 and sample.num_output_tokens == 3
+
+
+def test_an_event_of_several_lines_is_one_event_wherever_its_bytes_are_cut() -> None:
+    for newline in (b"\n", b"\r\n", b"\r"):
+        stream = newline.join([b"data: a", b"data:b", b"event: x", b"", b": comment", b"", b"data: c", b"", b""])
+        for size in range(1, len(stream) + 1):
+            reader = EventReader()
+            events = [e for begin in range(0, len(stream), size) for e in reader.feed(stream[begin : begin + size])]
+            assert events == [b"a\nb", b"c"], (newline, size)
+
+
+def test_no_request_waits_for_a_connection() -> None:
+    async def limit() -> int:
+        async with Client("http://127.0.0.1:1") as client:
+            assert client.session.connector is not None
+            return client.session.connector.limit
+
+    assert run_virtually(limit()) == 0
 
 
 def test_without_usage_tokens_are_counted_as_pieces_and_that_is_said(tmp_path: Path) -> None:

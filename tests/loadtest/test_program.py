@@ -277,6 +277,15 @@ def test_an_answer_that_differs_alone_is_found(tmp_path: Path) -> None:
     assert (verdict.mismatches[0].under_load, verdict.mismatches[0].alone) == ("'abc'", "'abX'")
 
 
+def test_other_token_ids_behind_the_same_text_are_found(tmp_path: Path) -> None:
+    def script(body: Body, number: int) -> Script:
+        return Script(texts=("a", "b", "c"), token_ids=(1, 2, 4 if number == 30 else 3))
+
+    verdict = verify_with(tmp_path, make_scenario(), script)
+    assert verdict.num_equal == 19 and verdict.by_token_ids
+    assert [(one.index, one.under_load, one.alone) for one in verdict.mismatches] == [(10, "[1, 2, 3]", "[1, 2, 4]")]
+
+
 def test_what_failed_is_never_called_equal(tmp_path: Path) -> None:
     def script(body: Body, number: int) -> Script:
         return Script(status=500) if number in (2, 24) else Script()
