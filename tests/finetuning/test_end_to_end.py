@@ -182,6 +182,13 @@ def test_requests_are_answered_while_a_job_trains_and_cancelling_ends_its_proces
         assert answer.choices[0].finish_reason in ("stop", "length")
     wait_until(lambda: num_steps() > before, "steps beside requests", server)
     assert jobs.retrieve(job.id).status == "running"
+    assert jobs.pause(job.id).status == "queued"
+    wait_until(lambda: not processes(server, "serve.trainer"), "the end of a paused process", server)
+    saved = num_steps()
+    assert jobs.resume(job.id).status in ("queued", "running")
+    wait_until(lambda: num_steps() > saved, "steps after the pause", server)
+    told = [event.message for event in jobs.list_events(job.id, limit=1000)]
+    assert any(message.startswith("Training ") and " from step " in message for message in told)
     (training,) = processes(server, "serve.trainer")
     assert jobs.cancel(job.id).status == "cancelled"
     wait_until(lambda: not processes(server, "serve.trainer"), "the end of the training process", server)
