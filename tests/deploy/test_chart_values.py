@@ -88,7 +88,6 @@ def test_the_schema_refuses_another_type_for_every_value(path: str) -> None:
         ({"trainer": {"kind": "deployment"}}, "store.existingClaim"),
         ({"model": {"existingClaim": ""}}, "model.existingClaim"),
         ({"model": {"path": "Qwen/Qwen3-0.6B"}}, "networkPolicy.extraEgress"),
-        ({"tracing": {"endpoint": "http://a:4318"}}, "networkPolicy.extraEgress"),
         ({"gateway": {"inferencePool": {"enabled": True}}, "config": {"metricsCompat": "none"}}, "metricsCompat vllm"),
         ({"monitoring": {"serviceMonitor": True}}, "monitoring.metricsKeySecret"),
         (

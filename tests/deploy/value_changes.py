@@ -101,7 +101,6 @@ CHANGES: Mapping[str, tuple[str, object]] = {
     "monitoring.metricsKeyKey": ("monitored", "other"),
     "monitoring.dashboardLabels": ("monitored", {"a": "b"}),
     "monitoring.labels": ("monitored", {"a": "b"}),
-    "tracing.endpoint": ("downloaded-model", "http://other:4318"),
     "serviceAccount.create": ("defaults", False),
     "serviceAccount.name": ("defaults", "other"),
     "serviceAccount.annotations": ("defaults", {"a": "b"}),
@@ -147,7 +146,6 @@ REFUSED: Mapping[str, Json] = {
     "no gateway to attach to": {"gateway": {"parentRefs": []}},
     "a failure mode that is none": {"gateway": {"inferencePool": {"failureMode": "open"}}},
     "a scrape every zero seconds": {"monitoring": {"intervalSeconds": 0}},
-    "an endpoint without scheme": {"tracing": {"endpoint": "collector:4318"}},
     "a variable with a space": {"pod": {"extraEnv": [{"name": "A B", "value": "c"}]}},
     "requests without memory": {"resources": {"requests": {"memory": None}}},
 }

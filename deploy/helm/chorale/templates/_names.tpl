@@ -85,9 +85,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- if and (not (hasPrefix "/" .Values.model.path)) .Values.networkPolicy.enabled (not .Values.networkPolicy.extraEgress) }}
 {{- fail (printf "model.path %s is downloaded: allow it in networkPolicy.extraEgress" .Values.model.path) }}
 {{- end }}
-{{- if and .Values.tracing.endpoint .Values.networkPolicy.enabled (not .Values.networkPolicy.extraEgress) }}
-{{- fail "traces leave the pod: allow tracing.endpoint in networkPolicy.extraEgress" }}
-{{- end }}
 {{- if and .Values.redis.existingSecret .Values.networkPolicy.enabled (not .Values.networkPolicy.redisTo) }}
 {{- fail "redis.existingSecret names a Redis outside this release: say where it is in networkPolicy.redisTo" }}
 {{- end }}
