@@ -31,15 +31,15 @@ from serve.trainer.stepping import make_optimizer
 REPORT = Path("docs/benchmarks/training-memory.md")
 _MIB = 1 << 20
 # Qwen2.5-0.5B's shape
-_SHAPE = {
-    "vocab_size": 151_936,
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "tie_word_embeddings": True,
-}
+_SHAPE = Qwen2Config(
+    vocab_size=151_936,
+    hidden_size=896,
+    intermediate_size=4864,
+    num_hidden_layers=24,
+    num_attention_heads=14,
+    num_key_value_heads=2,
+    tie_word_embeddings=True,
+)
 # parameters per layer: rank 16 on all seven linear layers is 366,592; 408 slices of 896 values come next from below
 _METHODS: Mapping[str, dict[str, Json]] = {
     "LoRA": {"family": "lora", "rank": 16},
@@ -62,12 +62,12 @@ def measure(name: str, num_tokens: int, num_steps: int) -> dict[str, float]:
     """Train in this process and return what it took."""
     torch.manual_seed(0)
     spec = TrainSpec.parse({**_METHODS[name], "learning_rate": 1e-4}).resolved(1)
-    model = Qwen2ForCausalLM(Qwen2Config(**_SHAPE))
+    model = Qwen2ForCausalLM(_SHAPE)
     model.requires_grad_(False)
     attached = attach(model, Setting(spec, (), (), ()))
     attached.model.train()
     optimizer = make_optimizer(attached.trained(), spec)
-    ids = torch.randint(0, _SHAPE["vocab_size"], (num_tokens,)).tolist()
+    ids = torch.randint(0, _SHAPE.vocab_size, (num_tokens,)).tolist()
     batch = make_batch([Row(tuple(ids), (True,) * num_tokens, (None,) * num_tokens)], {}, pad_id=0)
     before, seconds = _resident_bytes(), []
     for _ in range(num_steps):

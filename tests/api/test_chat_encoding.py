@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve.api import chat_template
 from serve.errors import InvalidRequest, StartError
+from serve.text import chat_template
 from serve.text.chat_encoder import ChatEncoder, require_template
 from serve.text.chat_template import ChatTemplate
 from serve.text.special_text import SpecialText

@@ -210,7 +210,7 @@ class Run:
     """One engine over the executor, and what its requests got."""
 
     def __init__(self, served: Served, max_step_tokens: int = 64) -> None:
-        limits = EngineLimits(128, 4, 128, 16, max_step_tokens, 32, 1 << 30, 1 << 30, 16, ())
+        limits = EngineLimits(128, 4, 128, 16, max_step_tokens, 32, 1 << 30, 16, ())
         self._executor = TorchExecutor(served.parts, served.open)
         self._engine = Engine(limits, self._executor, lambda: 0.0)
         self.tokens: dict[str, list[int]] = {}

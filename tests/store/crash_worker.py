@@ -18,7 +18,7 @@ from adapters_store.convert.peft import convert_peft
 from adapters_store.errors import AdapterNotFound
 from adapters_store.formats import Declared
 from adapters_store.proof import NO_ENGINE, Proof, Staged
-from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.registry import AdapterVersion, Check, NewVersion, take_all
 from adapters_store.store import AdapterStore
 from adapters_store.upload import Upload
 from tests.store.folders import TINY, lora_config, lora_tensors, safetensors_bytes
@@ -171,11 +171,11 @@ def tell_early(store: AdapterStore, log: int) -> None:
     """Plant: the client is told before the registry is."""
     publish = store._registry.publish
 
-    def told_early(new: NewVersion) -> AdapterVersion:
+    def told_early(new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         numbers = [version.version for version in store._registry.versions(new.name)]
         say(log, "ack", "put", new.name, str(max(numbers, default=0) + 1), new.digest)
         time.sleep(_WINDOW_S)
-        return publish(new)
+        return publish(new, check=check)
 
     store._registry.publish = told_early  # type: ignore[method-assign]
 

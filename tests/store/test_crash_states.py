@@ -18,7 +18,7 @@ from adapters_store.convert.peft import convert_peft
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
 from adapters_store.proof import NO_ENGINE, Proving
-from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.registry import AdapterVersion, Check, NewVersion, take_all
 from adapters_store.registry_sqlite import SqliteRegistry
 from adapters_store.store import AdapterStore
 from adapters_store.upload import Upload
@@ -84,8 +84,8 @@ class Run:
     def _record_pointers(self) -> None:
         publish = self.registry.publish
 
-        def recorded(new: NewVersion) -> AdapterVersion:
-            version = publish(new)
+        def recorded(new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
+            version = publish(new, check=check)
             self._record_pointer()
             return version
 
@@ -184,9 +184,9 @@ class AcksBeforeThePointer(Run):
     def put(self, name: str, folder: Path, proving: Proving = NO_ENGINE) -> None:
         publish = self.registry.publish
 
-        def told_early(new: NewVersion) -> AdapterVersion:
+        def told_early(new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
             self.tell(Told("ack put", name, 1, new.digest))
-            return publish(new)
+            return publish(new, check=check)
 
         self.registry.publish = told_early  # type: ignore[method-assign]
         super().put(name, folder)

@@ -84,7 +84,7 @@ def test_a_fold_is_its_own_checkpoint_though_others_publish_meanwhile(written: P
             other.publish(new("de"))
         return held()
 
-    folding._journal.lock.held = after_another  # type: ignore[method-assign,assignment]
+    folding._journal.lock.held = after_another  # type: ignore[method-assign]
     assert folding.fold(retired_since=0) == 3 and num_times == 2
     assert open_alone(written).everything() == other.everything()
     assert open_alone(written).publish(new()).version == 4
@@ -161,7 +161,7 @@ def test_without_any_lock_a_number_still_goes_to_one_writer(tmp_path: Path) -> N
     sides = [open_alone(tmp_path) for _ in range(4)]
     numbers: list[int] = []
     for side in sides:
-        side._journal.lock.held = contextlib.nullcontext  # type: ignore[method-assign,assignment]
+        side._journal.lock.held = contextlib.nullcontext  # type: ignore[method-assign]
 
     def publish(number: int) -> None:
         numbers.extend(sides[number].publish(new(f"n{number}")).version for _ in range(12))
