@@ -41,7 +41,8 @@ class Replica:
         replica = cls(store.shared, _open_limiter(config, store.shared))
         if replica.shared is not None and metrics is not None:
             metrics.follow_registry(partial(_facts, replica.shared))
-        logger.info("this replica is %s", replica.identity)
+        if replica.shared is not None:
+            logger.info("this replica is %s", replica.identity)
         return replica
 
     def describe(self) -> Json:
