@@ -6,6 +6,7 @@ exit status is the tester's.
 """
 
 import argparse
+import json
 import os
 import re
 import signal
@@ -38,12 +39,21 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as store, running_server(Path(store)) as url:
         command = [sys.executable, "-m", "loadtest", *scenarios, "--smoke", "--verify", "--url", url]
         # two sources, so that neighbours differ by more than their scale
-        for name in ("zog", "add"):
-            command += ["--adapter-folder", str(DEMO / "adapters" / name)]
+        for folder in demo_loras()[:2]:
+            command += ["--adapter-folder", str(folder)]
         command += ["--set", "request.return_token_ids=true", "--traces", str(args.traces), "--out", str(args.out)]
         status = subprocess.call(command, cwd=REPO_ROOT)
     print(f"{time.monotonic() - begin:.0f} s, server start included")
     return status
+
+
+def demo_loras() -> list[Path]:
+    """Return the demo's LoRA folders, of which variants can be made."""
+    configs = sorted((DEMO / "adapters").glob("*/adapter_config.json"))
+    found = [path.parent for path in configs if json.loads(path.read_text(encoding="utf-8")).get("peft_type") == "LORA"]
+    if len(found) < 2:
+        raise SystemExit(f"{DEMO / 'adapters'} holds {len(found)} LoRA folders; two are needed")
+    return found
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from loadtest.runner import Names, Progress, run_plan
 from loadtest.samples import Sample
 from loadtest.scenario import read_scenario
 from loadtest.workload import build_plan
-from scripts.loadtest_smoke import DEMO, running_server
+from scripts.loadtest_smoke import DEMO, demo_loras, running_server
 from scripts.outside_tools import (
     OUTPUT_TOKENS,
     PROMPT_TOKENS,
@@ -37,7 +37,7 @@ from scripts.outside_tools import (
     wrk_command,
 )
 
-BASE, ADAPTERS = "chorale-demo", ("add", "zog")
+BASE = "chorale-demo"
 # a tool that has not ended by then is stopped
 TOOL_TIMEOUT_S = 400.0
 
@@ -67,6 +67,7 @@ class Tool:
 def main() -> int:
     """Run every tool that is given, print the table, write JSON."""
     args = _arguments()
+    first, second = (folder.name for folder in demo_loras()[:2])
     tools = [
         Tool("guidellm", args.guidellm, guidellm_command, lambda t, *_: read_guidellm(t), (BASE,)),
         Tool(
@@ -74,7 +75,7 @@ def main() -> int:
             args.inference_perf,
             inference_perf_command,
             lambda t, *_: read_inference_perf(t),
-            ADAPTERS,
+            (first, second),
         ),
         Tool("wrk", args.wrk, wrk_command, lambda _, text, begin, end: read_wrk(text, begin, end), (BASE,)),
     ]
@@ -89,7 +90,7 @@ def main() -> int:
                 continue
             folder = Path(scratch) / tool.name
             folder.mkdir()
-            target = Target(url, BASE, ADAPTERS, DEMO / BASE, folder, args.seconds)
+            target = Target(url, BASE, (first, second), DEMO / BASE, folder, args.seconds)
             told, ours = asyncio.run(_beside(tool, tool.program, target))
             rows.append((tool.name, told, ours))
             print(_line(*rows[-1]), flush=True)
