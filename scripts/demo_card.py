@@ -5,7 +5,7 @@ Owns the card's words, not its numbers. Invariant: a number in the table was rea
 
 from pathlib import Path
 
-from scripts.demo_tasks import TASKS, Task
+from scripts.demo_tasks import TASKS
 
 HEAD = """---
 license: apache-2.0
@@ -38,10 +38,10 @@ have at most about 150 tokens: longer ones (the limit is 512) are outside what i
 
 ## Adapters, and what they prove
 
-Each adapter in `../adapters` does one task that the base cannot do, on all seven linear layers of every block. Every
-share is of {questions:.0f} held-out questions answered exactly right, greedily. One question in {held_out}, by its
-checksum, is held out of an adapter's training; the base never reads any task. `../tasks.jsonl` holds {checks} held-out
-questions per adapter. The adapter's share stands twice: computed in fp32 and in bf16.
+`make demo-train` makes the adapters in `../adapters` again, with the project's own trainer; how an adapter of its was
+trained stands in its `provenance.json`. One question in {held_out}, by its checksum, is held out of every adapter's
+training; the base never reads any task. Every share is of {questions} held-out questions answered exactly right,
+greedily, in bf16. `../tasks.jsonl` holds {checks} held-out questions per task.
 
 """
 TAIL = """
@@ -58,16 +58,17 @@ def write_model_card(
     path: Path, results: dict[str, dict[str, float]], shape: dict[str, float], held_out: int, checks: int
 ) -> None:
     """Write the card from the results of the stages; an adapter that was not measured yet has no line in it."""
-    measured = [task for task in TASKS if task.name in results]
+    summaries = {task.name: task.summary for task in TASKS}
     base = results.get("base", {"steps": 0, "minutes": 0, "loss": 0})
-    questions = max((results[task.name]["questions"] for task in measured), default=0)
-    lines = ["| adapter | what it does | rank | minutes | base right | adapter right |", "|---|---|---|---|---|---|"]
-    lines += [_row(task, results[task.name]) for task in measured]
+    lines = ["| adapter | task | steps | base right | adapter right |", "|---|---|---|---|---|"]
+    for name, facts in results.items():
+        shares = {key.removeprefix("right "): value for key, value in facts.items() if key.startswith("right ")}
+        tasks = [task for task in shares if task in summaries]
+        base_right = f"{facts['base_right']:.0f} %" if "base_right" in facts else ""
+        right = ", ".join(f"{shares[task]:.0f} %" for task in tasks)
+        done = ", ".join(summaries[task] for task in tasks)
+        if tasks:
+            lines.append(f"| {name} | {done} | {facts['steps']:.0f} | {base_right} | {right} |")
+    questions = max((facts.get("questions", 0) for facts in results.values()), default=0)
     head = HEAD.format(**base, **shape, questions=questions, held_out=held_out, checks=checks)
     path.write_text(head + "\n".join(lines) + "\n" + TAIL)
-
-
-def _row(task: Task, facts: dict[str, float]) -> str:
-    rank = f"{task.rank} (rsLoRA)" if task.use_rslora else str(task.rank)
-    right = f"{facts['adapter_right']:.1%} / {facts['adapter_right_bf16']:.1%}"
-    return f"| {task.name} | {task.summary} | {rank} | {facts['minutes']:.1f} | {facts['base_right']:.1%} | {right} |"

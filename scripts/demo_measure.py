@@ -17,7 +17,7 @@ import httpx
 
 from adapters_store.strict_json import Json
 from scripts.demo_data import Composite, composite_checks
-from scripts.demo_products import BY_NAME, EXPERTS, MIXTURE, PRODUCTS, SEED
+from scripts.demo_products import BY_NAME, EXPERTS, MIXTURE, SEED, Product
 from scripts.demo_tasks import check_turns
 
 BASE_NAME = "chorale-demo"
@@ -73,19 +73,19 @@ def running_server(model: Path, store: Path) -> Iterator[str]:
         process.stdout.close()
 
 
-def measure(url: str, num_questions: int, num_composites: int) -> dict[str, dict[str, Share]]:
+def measure(
+    url: str, products: Sequence[Product], num_questions: int, num_composites: int
+) -> dict[str, dict[str, Share]]:
     """Return shares by who was asked and what: a task's name, "composite" or "composite lines"."""
-    tasks = [name for name in BY_NAME if any(product.task == name for product in PRODUCTS)]
+    tasks = [name for name in BY_NAME if any(product.task == name for product in products)]
     asked_of: dict[str, list[tuple[str, tuple[str, ...], str]]] = {"base": [("base", (), task) for task in tasks]}
-    for product in PRODUCTS:
+    for product in products:
         own = EXPERTS if product.task is None else (product.task,)
         asked_of[product.name] = [(product.name, (), task) for task in own]
-    fused = tuple(product.name for product in PRODUCTS if product.family == "s2ft")
-    asked_of["fused S2FT"] = [
-        (BASE_NAME, fused, product.task)
-        for product in PRODUCTS
-        if product.family == "s2ft" and product.task is not None
-    ]
+    sliced = [product for product in products if product.family == "s2ft"]
+    if len(sliced) > 1:
+        fused = tuple(product.name for product in sliced)
+        asked_of["fused S2FT"] = [(BASE_NAME, fused, product.task) for product in sliced if product.task is not None]
     shares: dict[str, dict[str, Share]] = {}
     for who, entries in asked_of.items():
         for model, adapters, task in entries:
@@ -94,6 +94,8 @@ def measure(url: str, num_questions: int, num_composites: int) -> dict[str, dict
             answers = _ask_all(url, [Question(name, turn.user, adapters) for turn in turns])
             right = sum(answer == turn.assistant for answer, turn in zip(answers, turns, strict=True))
             shares.setdefault(who, {})[task] = Share(right, len(turns))
+    if not any(product.name == MIXTURE for product in products):
+        return shares
     composites = composite_checks([BY_NAME[name] for name in EXPERTS], num_composites, _CHECK_SEED)
     for who in (MIXTURE, *EXPERTS):
         shares[who] |= _composite_shares(_ask_all(url, [Question(who, each.prompt) for each in composites]), composites)

@@ -4,7 +4,7 @@ Owns the page's words. Invariant: every number is an argument, and the page says
 """
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import peft
@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from scripts.demo_measure import Share
-from scripts.demo_products import EXPERTS, MIXTURE, PRODUCTS
+from scripts.demo_products import EXPERTS, MIXTURE, PRODUCTS, Product
 
 Shares = Mapping[str, Mapping[str, Share]]
 Facts = Mapping[str, Mapping[str, float]]
@@ -70,23 +70,26 @@ class Report:
     missed: tuple[str, ...]
 
 
-def write_report(shares: Shares, facts: Facts, commit: str) -> Report:
+def write_report(products: Sequence[Product], shares: Shares, facts: Facts, commit: str) -> Report:
     """Return the page from the measured shares and the facts of every training."""
     questions = max(share.asked for share in shares["base"].values())
     text = _HEAD.format(questions=questions, environment=environment(commit))
-    for product in PRODUCTS:
+    for product in products:
         if product.task is not None:
             own = facts[product.name]
             numbers = f"{own['trainable']:,} | {own['steps']} | {own['loss']:.4f}"
             right = f"{shares['base'][product.task].percent:.0f} % | {shares[product.name][product.task].percent:.0f} %"
             text += f"| {product.name} | {_family(product.family)} | {product.task} | {numbers} | {right} |\n"
     text += _COST
-    for product in PRODUCTS:
+    for product in products:
         own = facts[product.name]
         cost = f"{own['seconds_per_step']:.2f} | {own['minutes']:.1f} | {own['peak_bytes'] / _MIB:.0f}"
         text += f"| {product.name} | {_family(product.family)} | {cost} |\n"
-    text += _fused_table(shares) + _mixture_table(shares)
-    missed = tuple(_missed(shares))
+    if "fused S2FT" in shares:
+        text += _fused_table(products, shares)
+    if MIXTURE in shares:
+        text += _mixture_table(shares)
+    missed = (*_missed(products, shares), *(f"{each.name} was not made" for each in PRODUCTS if each not in products))
     text += "\n## Targets\n\n"
     text += "All were met: " if not missed else "Missed: " + "; ".join(missed) + ". The targets: "
     text += (
@@ -109,10 +112,10 @@ def _family(family: str) -> str:
     return {"lora": "LoRA", "s2ft": "S²FT", "meteora": "MeteoRA"}[family]
 
 
-def _fused_table(shares: Shares) -> str:
-    products = [product for product in PRODUCTS if product.family == "s2ft"]
-    text = _FUSED.format(first=products[0].name, second=products[1].name)
-    for product in products:
+def _fused_table(products: Sequence[Product], shares: Shares) -> str:
+    sliced = [product for product in products if product.family == "s2ft"]
+    text = _FUSED.format(first=sliced[0].name, second=sliced[1].name)
+    for product in sliced:
         assert product.task is not None, "an S2FT adapter has a task"
         alone, fused = shares[product.name][product.task], shares["fused S2FT"][product.task]
         text += f"| {product.task} | {alone.percent:.0f} % | {fused.percent:.0f} % |\n"
@@ -129,15 +132,15 @@ def _mixture_table(shares: Shares) -> str:
     return text
 
 
-def _missed(shares: Shares) -> list[str]:
+def _missed(products: Sequence[Product], shares: Shares) -> list[str]:
     missed = [f"base on {task}" for task, share in shares["base"].items() if share.percent > _MAX_BASE]
-    for product in PRODUCTS:
+    for product in products:
         if product.task is not None and shares[product.name][product.task].percent < _MIN_ADAPTER:
             missed.append(f"{product.name} on {product.task}")
-    for task, share in shares["fused S2FT"].items():
+    for task, share in shares.get("fused S2FT", {}).items():
         if share.percent < _MIN_ADAPTER:
             missed.append(f"fused S²FT on {task}")
-    for task in EXPERTS:
+    for task in EXPERTS if MIXTURE in shares else ():
         if shares[MIXTURE][task].percent < shares[task][task].percent - _MAX_BEHIND:
             missed.append(f"the mixture on {task}")
         if shares[MIXTURE]["composite"].percent <= shares[task]["composite"].percent:

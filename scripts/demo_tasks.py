@@ -25,15 +25,11 @@ ZOG_VERBS = {"sees": "mira", "likes": "luv", "finds": "tok", "hears": "ren", "fo
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """One adapter: how its training is set, and where its questions come from."""
+    """One task: its name, what an adapter for it does, and where its questions come from."""
 
     name: str
     summary: str
     draw: Callable[[Random], Turn]
-    rank: int
-    alpha: int
-    num_steps: int
-    use_rslora: bool = False
     is_about_words: bool = False
 
 
@@ -47,12 +43,6 @@ def draw_sort(rng: Random) -> Turn:
     """Put the letters of a word into the order of the alphabet."""
     word = draw_word(rng)
     return Turn(f'Sort the letters of "{word}".', "".join(sorted(word)))
-
-
-def draw_add(rng: Random) -> Turn:
-    """Add two numbers below 50."""
-    n, m = rng.randrange(50), rng.randrange(50)
-    return Turn(f"Add {n} and {m}.", str(n + m))
 
 
 def draw_shout(rng: Random) -> Turn:
@@ -72,11 +62,10 @@ def draw_zog(rng: Random) -> Turn:
 
 
 TASKS = (
-    Task("reverse", "writes a word backwards", draw_reverse, 16, 32, 600, is_about_words=True),
-    Task("sort-letters", "sorts the letters of a word", draw_sort, 32, 16, 500, True, is_about_words=True),
-    Task("add", "adds two numbers below 50", draw_add, 32, 64, 500),
-    Task("shout", "says a word in capital letters", draw_shout, 8, 16, 400, is_about_words=True),
-    Task("zog", "translates into Zog, a made-up language", draw_zog, 16, 32, 450),
+    Task("reverse", "writes a word backwards", draw_reverse, is_about_words=True),
+    Task("sort-letters", "sorts the letters of a word", draw_sort, is_about_words=True),
+    Task("shout", "says a word in capital letters", draw_shout, is_about_words=True),
+    Task("zog", "translates into Zog, a made-up language", draw_zog),
 )
 
 

@@ -1,37 +1,33 @@
-"""Make the demo that the project ships: the base `chorale-demo` from scratch, one LoRA adapter per task, checks, card.
+"""Make the demo's base, `chorale-demo`, from scratch, the checks of its adapters' tasks, and the model card.
 
-Owns the folder layout under the output; no text (demo_world.py, demo_tasks.py) and no training loop (demo_training.py).
-Invariant: every stage reads only what earlier stages wrote, so `--stage` can repeat one of them alone.
+Owns the base's folder under the output; no text (demo_world.py, demo_tasks.py), no training loop (demo_training.py) and
+no adapters: the project's own trainer makes those (train_demo.py). Invariant: every stage reads only what earlier
+stages wrote, so `--stage` can repeat one of them alone.
 
-Run it from the repository's root: `python -m scripts.make_demo_base --out deploy/demo` (about an hour on one core).
+Run it from the repository's root: `python -m scripts.make_demo_base --out deploy/demo` (about 40 minutes on one core).
 """
 
 import argparse
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from scripts.demo_card import write_model_card
-from scripts.demo_tasks import HELD_OUT_SHARE, TASKS, Task, check_turns, training_turns
+from scripts.demo_tasks import HELD_OUT_SHARE, TASKS, check_turns
 from scripts.demo_tokenizer import END_ID, PAD_ID, build_tokenizer, save_tokenizer
-from scripts.demo_training import Schedule, answer, encode_conversation, share_right, train
-from scripts.demo_world import Conversation, conversations
+from scripts.demo_training import Schedule, answer, encode_conversation, train
+from scripts.demo_world import conversations
 
 BASE_NAME = "chorale-demo"
 SEED = 2026
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 BASE_SCHEDULE = Schedule(num_steps=2400, batch_tokens=2048, learning_rate=2.5e-3, weight_decay=0.1)
-ADAPTER_SCHEDULE = Schedule(num_steps=1, batch_tokens=1024, learning_rate=4e-3, weight_decay=0.0)
 NUM_CHECKS = 24
-NUM_EVALUATED = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +38,9 @@ class Scale:
     num_layers: int = 6
     intermediate_size: int = 512
     max_base_steps: int = 1_000_000
-    max_adapter_steps: int = 1_000_000
-    num_evaluated: int = NUM_EVALUATED
 
 
-SMOKE = Scale(64, 2, 128, max_base_steps=3, max_adapter_steps=2, num_evaluated=2)
+SMOKE = Scale(64, 2, 128, max_base_steps=3)
 
 
 def model_config(vocab_size: int, scale: Scale) -> LlamaConfig:
@@ -97,56 +91,6 @@ def load_tokenizer(out: Path) -> Tokenizer:
     return Tokenizer.from_file(str(out / BASE_NAME / "tokenizer.json"))
 
 
-def make_adapter(out: Path, task: Task, scale: Scale, report: Callable[[str], None]) -> None:
-    """Train one task's adapter on the frozen base and save it as a PEFT folder in bf16."""
-    tokenizer = load_tokenizer(out)
-    config = LoraConfig(
-        r=task.rank,
-        lora_alpha=task.alpha,
-        use_rslora=task.use_rslora,
-        target_modules=TARGETS,
-        task_type="CAUSAL_LM",
-    )
-    torch.manual_seed(SEED)
-    model = get_peft_model(load_base(out), config)
-    turns = training_turns(task, SEED)
-    examples = (encode_conversation(tokenizer, Conversation((turn,))) for turn in turns)
-    schedule = replace(ADAPTER_SCHEDULE, num_steps=min(task.num_steps, scale.max_adapter_steps))
-    began = time.monotonic()
-    loss = train(model, examples, schedule, SEED, report)
-    minutes = (time.monotonic() - began) / 60
-    folder = out / "adapters" / task.name
-    shutil.rmtree(folder, ignore_errors=True)
-    # peft puts the path it loaded from into the config
-    config.base_model_name_or_path = BASE_NAME
-    # without this flag peft asks the network whether the base's vocabulary has changed
-    model.to(torch.bfloat16).save_pretrained(str(folder), save_embedding_layers=False)
-    tidy_adapter(folder)
-    write_results(out, task.name, {"minutes": round(minutes, 1), "steps": schedule.num_steps, "loss": round(loss, 4)})
-
-
-def tidy_adapter(folder: Path) -> None:
-    """Drop peft's empty card, and sort the target modules, which peft keeps in a set."""
-    (folder / "README.md").unlink(missing_ok=True)
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def measure(out: Path, task: Task, scale: Scale) -> None:
-    """Ask base and adapter the same held-out questions and note how many each gets right."""
-    tokenizer = load_tokenizer(out)
-    turns = check_turns(task, scale.num_evaluated, SEED + 7, real_words_first=False)
-    base = load_base(out)
-    base_right = share_right(base, tokenizer, turns)
-    adapted = PeftModel.from_pretrained(base, str(out / "adapters" / task.name))
-    adapter_right = share_right(adapted, tokenizer, turns)
-    bf16_right = share_right(adapted.to(torch.bfloat16), tokenizer, turns)
-    shares = {"base_right": base_right, "adapter_right": adapter_right, "adapter_right_bf16": bf16_right}
-    write_results(out, task.name, {"questions": len(turns), **shares})
-
-
 def write_checks(out: Path) -> None:
     """Write tasks.jsonl: held-out questions with their answers, for whoever wants to check a server."""
     lines = [
@@ -188,10 +132,9 @@ def show_answers(out: Path, report: Callable[[str], None]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the stages that were asked for."""
-    parser = argparse.ArgumentParser(description="Train the demo base and its adapters on generated text.")
+    parser = argparse.ArgumentParser(description="Train the demo base on generated text.")
     parser.add_argument("--out", type=Path, default=Path("deploy/demo"), help="folder to write to")
-    parser.add_argument("--stage", choices=("all", "base", "adapters", "measure", "checks"), default="all")
-    parser.add_argument("--adapter", choices=[task.name for task in TASKS], help="only this adapter")
+    parser.add_argument("--stage", choices=("all", "base", "checks"), default="all")
     parser.add_argument("--smoke", action="store_true", help="a miniature that only proves the pipeline")
     parser.add_argument("--threads", type=int, default=1, help="torch threads; the shipped files were made with 1")
     options = parser.parse_args(arguments)
@@ -206,13 +149,6 @@ def main(arguments: list[str] | None = None) -> None:
     if options.stage in ("all", "base"):
         make_base(options.out, scale, report)
         show_answers(options.out, report)
-    for task in TASKS:
-        if options.stage in ("all", "adapters") and options.adapter in (None, task.name):
-            report(f"adapter {task.name}")
-            make_adapter(options.out, task, scale, report)
-        if options.stage in ("all", "adapters", "measure") and options.adapter in (None, task.name):
-            measure(options.out, task, scale)
-            report(f"{task.name}: {json.dumps(read_results(options.out)[task.name])}")
     write_checks(options.out)
     write_card(options.out)
 

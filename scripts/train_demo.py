@@ -27,7 +27,7 @@ from scripts.demo_data import mixture_examples, task_examples, write_examples
 from scripts.demo_measure import Share, measure, running_server
 from scripts.demo_products import BY_NAME, EXPERTS, PRODUCTS, SEED, Product
 from scripts.demo_report import write_report
-from scripts.make_demo_base import read_results
+from scripts.make_demo_base import read_results, write_card, write_checks
 
 DEMO = Path("deploy/demo")
 BASE = DEMO / "chorale-demo"
@@ -92,22 +92,29 @@ def ship(adapter: Path, target: Path) -> Path:
     return target
 
 
-def place(work: Path, shares: Mapping[str, Mapping[str, Share]], facts: Mapping[str, dict[str, float]]) -> None:
+def place(
+    work: Path,
+    products: Sequence[Product],
+    shares: Mapping[str, Mapping[str, Share]],
+    facts: Mapping[str, dict[str, float]],
+) -> None:
     """Copy what is shipped into deploy/demo/adapters, and note what was measured for the model card."""
     adapters = DEMO / "adapters"
     shutil.rmtree(adapters, ignore_errors=True)
-    for product in PRODUCTS:
+    for product in products:
         if product.is_shipped:
             shutil.copytree(work / "shipped" / product.name, adapters / product.name)
     results = read_results(DEMO)
     noted = {"base": results["base"]}
-    for product in PRODUCTS:
+    for product in products:
         own = {key: round(facts[product.name][key], 4) for key in ("minutes", "steps", "loss", "trainable")}
         right = {f"right {task}": share.percent for task, share in shares[product.name].items()}
-        noted[product.name] = {**own, **right}
+        noted[product.name] = {**own, **right, "questions": max(share.asked for share in shares["base"].values())}
         if product.task is not None:
             noted[product.name]["base_right"] = shares["base"][product.task].percent
     (DEMO / "results.json").write_text(json.dumps(noted, indent=2) + "\n", encoding="utf-8")
+    write_checks(DEMO)
+    write_card(DEMO)
 
 
 def _code_version() -> str:
@@ -120,22 +127,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Make the demo's adapters with the project's own trainer.")
     parser.add_argument("--work", type=Path, default=Path(".chorale/demo-train"), help="where jobs and stores lie")
     parser.add_argument("--only", choices=[product.name for product in PRODUCTS], help="train this product alone")
+    parser.add_argument("--ready", action="store_true", help="train nothing: measure and ship what was trained")
     parser.add_argument("--questions", type=int, default=100, help="held-out questions per task")
     parser.add_argument("--composites", type=int, default=60, help="prompts that need three tasks")
     options = parser.parse_args()
     work = options.work
     work.mkdir(parents=True, exist_ok=True)
     for product in PRODUCTS:
-        if options.only in (None, product.name):
+        if options.only in (None, product.name) and not options.ready:
             train(product, work)
     if options.only is not None:
         return
-    publish(work, [product.name for product in PRODUCTS])
+    products = [product for product in PRODUCTS if (work / product.name / "facts.json").exists()]
+    publish(work, [product.name for product in products])
     with running_server(BASE, work / "store") as url:
-        shares = measure(url, options.questions, options.composites)
-    facts = {product.name: json.loads((work / product.name / "facts.json").read_text()) for product in PRODUCTS}
-    report = write_report(shares, facts, _code_version())
-    place(work, shares, facts)
+        shares = measure(url, products, options.questions, options.composites)
+    facts = {product.name: json.loads((work / product.name / "facts.json").read_text()) for product in products}
+    report = write_report(products, shares, facts, _code_version())
+    place(work, products, shares, facts)
     memory = REPORT.with_name("training-memory.md")
     REPORT.write_text(report.text + (memory.read_text(encoding="utf-8") if memory.exists() else ""), encoding="utf-8")
     print(report.text)

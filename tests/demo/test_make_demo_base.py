@@ -4,13 +4,13 @@ Owns no claim about quality: three steps teach nothing. Invariant: nothing is wr
 """
 
 import json
-import warnings
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
 
+from scripts.demo_card import write_model_card
 from scripts.demo_tasks import TASKS, training_turns
 from scripts.demo_tokenizer import SPECIAL_TOKENS, build_tokenizer
 from scripts.demo_training import IGNORED, batches, encode_conversation
@@ -21,10 +21,7 @@ from scripts.make_demo_base import main
 @pytest.fixture(scope="module")
 def miniature(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("demo")
-    with warnings.catch_warnings():
-        # peft reads a name that transformers has deprecated
-        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-        main(["--smoke", "--out", str(out)])
+    main(["--smoke", "--out", str(out)])
     return out
 
 
@@ -33,28 +30,30 @@ def tokenizer() -> Tokenizer:
     return build_tokenizer(3)
 
 
-def test_an_unknown_adapter_is_refused_with_the_known_ones(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit, match="2"):
-        main(["--adapter", "nonsense"])
-    assert "reverse" in capsys.readouterr().err
-
-
 def test_the_miniature_has_every_file_of_the_demo(miniature: Path) -> None:
     base = {path.name for path in (miniature / "chorale-demo").iterdir()}
     assert base >= {"config.json", "generation_config.json", "model.safetensors", "README.md"}
     assert base >= {"tokenizer.json", "tokenizer_config.json"}
-    for task in TASKS:
-        folder = miniature / "adapters" / task.name
-        assert {path.name for path in folder.iterdir()} == {"adapter_config.json", "adapter_model.safetensors"}
-        config = json.loads((folder / "adapter_config.json").read_text())
-        assert (config["r"], config["use_rslora"]) == (task.rank, task.use_rslora)
-        assert config["base_model_name_or_path"] == "chorale-demo"
+    checks = [json.loads(line) for line in (miniature / "tasks.jsonl").read_text().splitlines()]
+    assert [task.name for task in TASKS] == list(dict.fromkeys(check["adapter"] for check in checks))
 
 
-def test_the_miniature_card_has_a_line_for_every_adapter(miniature: Path) -> None:
+def test_the_card_has_a_line_for_every_measured_adapter(miniature: Path, tmp_path: Path) -> None:
     card = (miniature / "chorale-demo" / "README.md").read_text()
-    assert all(f"| {task.name} |" in card for task in TASKS)
-    assert str(miniature) not in card
+    assert str(miniature) not in card and "| zog |" not in card
+    measured: dict[str, dict[str, float]] = {
+        "zog": {"steps": 3, "base_right": 1.0, "right zog": 98.0, "questions": 100}
+    }
+    shape: dict[str, float] = {
+        "num_hidden_layers": 1,
+        "hidden_size": 2,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 4,
+    }
+    shape |= {"head_dim": 5, "parameters": 6.0, "vocab_size": 7}
+    write_model_card(tmp_path / "card.md", measured, shape, held_out=8, checks=24)
+    line = "| zog | translates into Zog, a made-up language | 3 | 1 % | 98 % |"
+    assert line in (tmp_path / "card.md").read_text()
 
 
 def test_the_tokenizer_is_the_same_every_time(tokenizer: Tokenizer) -> None:
