@@ -10,6 +10,7 @@ import argparse
 import asyncio
 import json
 import random
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -58,6 +59,8 @@ class Swap:
 def main() -> None:
     """Measure what is asked for and print it as JSON."""
     args = _arguments()
+    # the server runs in a session of its own: without this it would outlive a run that is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     shape = Shape()
     base = args.cache / "bench-base"
     build_base(base, shape)
@@ -121,7 +124,7 @@ async def _gaps(port: int, names: list[str], num_slices: int, slice_s: float) ->
         # each mode comes first, second and last equally often
         for mode in MODES[number % 3 :] + MODES[: number % 3]:
             windows.append((mode, time.perf_counter(), time.perf_counter() + slice_s))
-            await _slice(port, others[mode], slice_s, asked[mode], seed=1000 * len(windows))
+            await _slice(port, others[mode], slice_s, asked[mode], seed=7 * len(windows))
     stop.set()
     for task in streams:
         for at_s, gap_s in (await task).gaps:

@@ -68,7 +68,8 @@ async def ask_until(port: int, models: list[str], stop: asyncio.Event, seed: int
     """Ask for one token of each model in turn, over and over, until told to stop."""
     found: list[FirstToken] = []
     while not stop.is_set():
-        found.append(await first_token(port, models[len(found) % len(models)], seed + len(found)))
+        # where the last slice left off, more or less: else each would begin with what the last one left in memory
+        found.append(await first_token(port, models[(seed + len(found)) % len(models)], seed + len(found)))
     return found
 
 
