@@ -5,6 +5,7 @@ refusal, which never reaches the application. The store is real and empty, so wh
 """
 
 import json
+import re
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -168,7 +169,8 @@ def is_allowed(caller: Caller, scopes: frozenset[Scope]) -> bool:
 def path_of(template: str) -> str:
     for name, sample in SAMPLES.items():
         template = template.replace(name, sample)
-    return template
+    # parameters of routes that came later need no entry to be tried
+    return re.sub(r"\{\w+(:\w+)?\}", "sample-1", template)
 
 
 def test_no_spelling_opens_a_route_to_whom_it_is_closed(api: WholeApi, callers: dict[str, Caller]) -> None:
