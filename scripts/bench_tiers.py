@@ -128,9 +128,9 @@ async def _gaps(port: int, names: list[str], num_slices: int, slice_s: float) ->
     stop.set()
     for task in streams:
         for at_s, gap_s in (await task).gaps:
-            mode = next((mode for mode, start, end in windows if start <= at_s < end), None)
-            if mode is not None:
-                gaps[mode].append(1000 * gap_s)
+            for mode, start, end in windows:
+                if start <= at_s < end:
+                    gaps[mode].append(1000 * gap_s)
     print(f"{time.perf_counter() - begin:.0f} s of streams", file=sys.stderr)
     return [_summary(mode, gaps[mode], len(asked[mode])) for mode in MODES], asked[MODES[2]]
 
@@ -145,12 +145,8 @@ async def _slice(port: int, models: list[str], slice_s: float, asked: list[First
 
 
 def _summary(mode: str, gaps_ms: list[float], num_others: int) -> Gaps:
-    return Gaps(
-        mode,
-        len(gaps_ms),
-        *(round(_quantile(gaps_ms, share), 1) for share in (0.5, 0.9, 0.99)),
-        num_others=num_others,
-    )
+    p50, p90, p99 = (round(_quantile(gaps_ms, share), 1) for share in (0.5, 0.9, 0.99))
+    return Gaps(mode, len(gaps_ms), p50, p90, p99, num_others)
 
 
 def _split(cold: Sequence[FirstToken]) -> dict[str, dict[str, float]]:
@@ -169,24 +165,26 @@ def _swaps(url: str, names: Sequence[str], repeats: int) -> list[Swap]:
         for card in client.get("/v1/adapters").json()["data"]:
             by_rank.setdefault(card["rank"], card["name"])
         for rank, name in sorted(by_rank.items()):
-            fetches, loads, status = [], [], {}
+            fetches, loads = list[float](), list[float]()
+            num_bytes = (0.0, 0.0)
             for _ in range(repeats):
                 client.post(f"/v1/adapters/{name}:evict")
                 _wait(client, name, "absent")
                 client.post(f"/v1/adapters/{name}:prefetch")
                 status = _wait(client, name, "ready")
-                fetches.append(1000 * status["last_fetch_seconds"])
-                loads.append(1000 * status["last_load_seconds"])
-            host, device = (status[key] / (1 << 20) for key in ("host_bytes", "device_bytes"))
-            times = (round(_quantile(values, 0.5), 1) for values in (fetches, loads))
-            found.append(Swap(rank, round(host, 1), round(device, 1), *times))
+                fetches.append(1000 * float(status["last_fetch_seconds"]))
+                loads.append(1000 * float(status["last_load_seconds"]))
+                num_bytes = (float(status["host_bytes"]), float(status["device_bytes"]))
+            host, device = (round(number / (1 << 20), 1) for number in num_bytes)
+            fetch_ms, load_ms = (round(_quantile(values, 0.5), 1) for values in (fetches, loads))
+            found.append(Swap(rank, host, device, fetch_ms, load_ms))
     return found
 
 
-def _wait(client: httpx.Client, name: str, state: str) -> dict[str, float]:
+def _wait(client: httpx.Client, name: str, state: str) -> dict[str, str]:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        status: dict[str, float] = client.get(f"/v1/adapters/{name}/status").json()
+        status: dict[str, str] = client.get(f"/v1/adapters/{name}/status").json()
         if status["state"] == state:
             return status
         time.sleep(0.02)
