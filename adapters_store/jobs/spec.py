@@ -55,7 +55,8 @@ class TrainSpec:
     max_steps: int | None = None
     learning_rate: float | None = None
     learning_rate_multiplier: float | None = None
-    max_length: int = 2048
+    # None: as many tokens as the base takes, at most 2048
+    max_length: int | None = None
     packing: bool = False
     warmup: float = 0.03
     weight_decay: float = 0.0

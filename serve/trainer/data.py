@@ -65,7 +65,7 @@ def load_data(job: TrainingRun) -> Data:
     try:
         summary = scan(job.train_file)
         _check_tasks(spec, summary)
-        encoded = [encode_all(encoder, iter([example]), spec.max_length) for example in examples(job.train_file)]
+        encoded = [encode_all(encoder, iter([example]), _max_length(spec)) for example in examples(job.train_file)]
         valid_summary = None if job.valid_file is None else scan(job.valid_file)
         valid, valid_cut = _encode_file(job.valid_file, encoder, spec)
     except InvalidData as error:
@@ -91,7 +91,12 @@ def load_data(job: TrainingRun) -> Data:
 
 
 def _encode_file(path: Path | None, encoder: ExampleEncoder, spec: TrainSpec) -> tuple[list[Row], int]:
-    return ([], 0) if path is None else encode_all(encoder, examples(path), spec.max_length)
+    return ([], 0) if path is None else encode_all(encoder, examples(path), _max_length(spec))
+
+
+def _max_length(spec: TrainSpec) -> int:
+    assert spec.max_length is not None, "it was decided when the base was read"
+    return spec.max_length
 
 
 def _check_tasks(spec: TrainSpec, summary: DataSummary) -> None:

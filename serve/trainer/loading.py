@@ -3,6 +3,7 @@
 Owns loading and what it refuses. Invariant: no code and no pickle of a model folder is ever run.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,8 @@ from serve.trainer.methods.prompt import attach_prompt
 from serve.trainer.methods.s2ft import attach_s2ft
 from serve.trainer.progress import TrainingFailed
 
+# tokens per row where the job does not say
+AUTO_MAX_LENGTH = 2048
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -58,17 +61,23 @@ def attach(model: nn.Module, setting: Setting) -> Attached:
     return methods[setting.spec.family](model, setting)
 
 
-def check_base(spec: TrainSpec, base: ModelSpec) -> None:
-    """Refuse what this base cannot do; raises TrainingFailed."""
-    if spec.max_length > base.max_position_embeddings:
+def fit_base(spec: TrainSpec, base: ModelSpec) -> TrainSpec:
+    """Return the spec with its `max_length` decided; raises TrainingFailed for what this base cannot do."""
+    num_virtual = spec.num_virtual_tokens if spec.family == "prompt" else 0
+    room = base.max_position_embeddings - num_virtual
+    windows = [layer.window for layer in base.layers if layer.window is not None]
+    if spec.max_length is None:
+        return replace(spec, max_length=min(AUTO_MAX_LENGTH, room, *(windows if spec.packing else ())))
+    if spec.max_length > room:
+        beside = f", {num_virtual} of them the prompt's" if num_virtual else ""
         raise TrainingFailed(
             "bad_spec",
-            f"max_length is {spec.max_length} tokens; the base has {base.max_position_embeddings} positions",
+            f"max_length is {spec.max_length} tokens; the base has {base.max_position_embeddings} positions{beside}",
         )
-    windows = [layer.window for layer in base.layers if layer.window is not None]
     if spec.packing and windows and min(windows) < spec.max_length:
         raise TrainingFailed(
             "bad_spec",
             f"packing masks whole lines, and layers of this base see {min(windows)} tokens only: set max_length to at "
             "most that, or packing to false",
         )
+    return spec

@@ -18,7 +18,7 @@ from serve.trainer.checkpoints import ResumePoint, newest_point, save_point
 from serve.trainer.data import Data, load_data
 from serve.trainer.exporting import export_adapter
 from serve.trainer.history import History, points
-from serve.trainer.loading import attach, check_base, load_base, read_base
+from serve.trainer.loading import attach, fit_base, load_base, read_base
 from serve.trainer.methods.method import Attached, Setting
 from serve.trainer.progress import (
     CheckpointSaved,
@@ -60,7 +60,7 @@ class _Training:
 
     def __init__(self, job: TrainingRun) -> None:
         base = read_base(job.base)
-        check_base(job.spec, base)
+        job = replace(job, spec=fit_base(job.spec, base))
         data = load_data(job)
         self._data: Data = data
         self._spec = job.spec.resolved(data.summary.num_examples)
