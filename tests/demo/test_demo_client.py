@@ -66,6 +66,11 @@ def answers() -> dict[str, str]:
     return {item["prompt"]: item["answer"] for item in items}
 
 
+def _asked() -> list[tuple[str, str]]:
+    """Return each request's model and prompt."""
+    return [(check.model, check.prompt) for check in read_checks(TASKS_FILE, NUM_REQUESTS)]
+
+
 def run_demo(url: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/demo.py", "--url", url]
     return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60)
@@ -84,6 +89,23 @@ def test_an_adapter_that_fails_its_task_is_status_one(start_server: StartServer,
     done = run_demo(url)
     assert done.returncode == 1
     assert "reverse right 0/5" in done.stdout.splitlines()
+
+
+@pytest.mark.parametrize(("num_wrong", "status"), [(1, 0), (2, 1)])
+def test_of_an_adapter_s_five_questions_one_may_fail(
+    num_wrong: int, status: int, start_server: StartServer, answers: dict[str, str]
+) -> None:
+    wrong = [prompt for model, prompt in _asked() if model == "zog"][:num_wrong]
+    done = run_demo(start_server(lambda model, prompt: "no" if model == BASE or prompt in wrong else answers[prompt]))
+    assert done.returncode == status, done.stdout
+    assert f"zog right {5 - num_wrong}/5" in done.stdout.splitlines()
+
+
+def test_three_adapters_that_fail_once_each_are_status_one(start_server: StartServer, answers: dict[str, str]) -> None:
+    wrong = [next(prompt for model, prompt in _asked() if model == name) for name in ("zog", "shout", "reverse")]
+    url = start_server(lambda model, prompt: "no" if model == BASE or prompt in wrong else answers[prompt])
+    done = run_demo(url)
+    assert done.returncode == 1 and done.stdout.splitlines()[-1] == "right 17/24"
 
 
 def test_a_base_that_knows_the_tasks_is_status_one(start_server: StartServer, answers: dict[str, str]) -> None:
