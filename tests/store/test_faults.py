@@ -14,7 +14,7 @@ from adapters_store.convert.options import ConvertOptions
 from adapters_store.convert.peft import convert_peft
 from adapters_store.errors import StorageFailed, StoreError, StoreFull
 from adapters_store.file_system import FileSystem
-from adapters_store.registry import AdapterVersion, NewVersion
+from adapters_store.registry import AdapterVersion, Check, NewVersion, take_all
 from tests.store.checker import Expected, judge
 from tests.store.folders import lora_config, lora_tensors, open_store, write_folder
 
@@ -145,9 +145,9 @@ def test_a_registry_that_fails_at_the_pointer_never_leaves_half_an_adapter(
     store = open_store(tmp_path / "store")
     publish = store._registry.publish
 
-    def failing(new: NewVersion) -> AdapterVersion:
+    def failing(new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         if is_durable:
-            publish(new)
+            publish(new, check=check)
         raise StorageFailed("the disk under the registry failed")
 
     with monkeypatch.context() as patched:
