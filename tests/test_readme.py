@@ -4,6 +4,7 @@ Owns the reading of the fenced blocks and the substitution of the port. Invarian
 block that is not meant to be run is not fenced as bash, and no other shell language is used.
 """
 
+import contextlib
 import os
 import re
 import select
@@ -72,6 +73,7 @@ class Stranger:
             env=typed_by_hand(),
             stdout=subprocess.PIPE,
             text=True,
+            start_new_session=True,
         )
         assert self.server.stdout is not None
         deadline = time.monotonic() + START_TIMEOUT_S
@@ -84,11 +86,14 @@ class Stranger:
     def leave(self) -> None:
         """Stop the server as Ctrl-C would."""
         if self.server is not None:
-            self.server.send_signal(signal.SIGINT)
+            # a terminal sends it to make and to what make started
+            os.killpg(self.server.pid, signal.SIGINT)
             try:
-                self.server.wait(30.0)
+                self.server.wait(60.0)
             finally:
-                self.server.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.server.pid, signal.SIGKILL)
+                self.server.wait()
                 if self.server.stdout is not None:
                     self.server.stdout.close()
 
