@@ -1,7 +1,7 @@
 """The messages between the API and the engine about adapters in memory: the operator's commands, and what moved.
 
-Owns the shapes only, as `serve.messages` does. Invariant: each of the operator's commands is answered by exactly one
-`AdapterDone` or `Failed` with its `request_id`.
+Owns the shapes only, as `serve.messages` does. Invariant: each of the operator's commands and each `AskReady` is
+answered by exactly one `AdapterDone` or `Failed` with its `request_id`.
 """
 
 from dataclasses import dataclass
@@ -31,12 +31,30 @@ class EvictAdapter:
     digest: str
 
 
+@dataclass(frozen=True, slots=True)
+class AskReady:
+    """A request's: are all of these adapters on the device? Those that are not are prefetched, at the tenant's cost.
+
+    Answered at once by `AdapterDone`, `is_pending` when they are not, or `Failed` when they can never be served.
+    """
+
+    request_id: str
+    digests: tuple[str, ...]
+    # as in `Submit`
+    tenant: str = ""
+    tenant_weight: float = 1.0
+
+
 OperatorCommand = PinAdapter | UnpinAdapter | EvictAdapter
+Question = OperatorCommand | AskReady
 
 
 @dataclass(frozen=True, slots=True)
 class AdapterDone:
-    """Answer to an operator's command that was carried out, or will be (`is_pending`) when running sequences let go."""
+    """Answer to a command that was carried out, or will be (`is_pending`).
+
+    An eviction pends until running sequences let go; `AskReady` until the adapters are on the device.
+    """
 
     request_id: str
     num_bytes_freed: int = 0

@@ -7,7 +7,7 @@ Invariant: every `Submit` that the engine accepted is answered by exactly one te
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from serve.adapter_messages import AdapterDone, AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
+from serve.adapter_messages import AdapterDone, AdapterMove, AskReady, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 
 # adapters of one composition, and how far from zero a weight may lie
 MAX_COMPOSED = 8
@@ -140,7 +140,18 @@ class Shutdown:
     """Leave the step loop after this frame."""
 
 
-Command = Submit | Embed | Abort | LoadAdapter | UnloadAdapter | PinAdapter | UnpinAdapter | EvictAdapter | Shutdown
+Command = (
+    Submit
+    | Embed
+    | Abort
+    | LoadAdapter
+    | UnloadAdapter
+    | AskReady
+    | PinAdapter
+    | UnpinAdapter
+    | EvictAdapter
+    | Shutdown
+)
 
 
 @dataclass(frozen=True, slots=True)

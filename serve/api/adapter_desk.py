@@ -1,4 +1,4 @@
-"""The operator's commands on adapter memory: questions with answers, and what became of each adapter.
+"""Questions about adapter memory and the operator's commands on it, their answers, and what became of each adapter.
 
 Owns the open questions, the pins that the engine acknowledged (an engine that starts again is told of them), and the
 history that heartbeats told. Event loop only. Invariants: each question ends in one answer or error; what is
@@ -12,7 +12,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from serve.adapter_messages import AdapterDone, AdapterMove, EvictAdapter, OperatorCommand, PinAdapter, UnpinAdapter
+from serve.adapter_messages import (
+    AdapterDone,
+    AdapterMove,
+    AskReady,
+    EvictAdapter,
+    PinAdapter,
+    Question,
+    UnpinAdapter,
+)
 from serve.api.request_stream import RETRY_AFTER_S, error_from
 from serve.errors import EngineFailed, ServeError, Unavailable
 from serve.messages import Command, Failed, Stats
@@ -38,10 +46,10 @@ class AdapterHistory:
 
 
 @dataclass(slots=True)
-class _Question:
-    """A command that the engine has not answered yet."""
+class _Open:
+    """A question that the engine has not answered yet."""
 
-    command: OperatorCommand
+    command: Question
     answer: "asyncio.Future[AdapterDone]"
 
 
@@ -57,7 +65,7 @@ class AdapterDesk:
         """
         self._send = send
         self._refuse_if_down = refuse_if_down
-        self._questions: dict[str, _Question] = {}
+        self._questions: dict[str, _Open] = {}
         self._num_asked = 0
         # ordered; a set would forget which pin came first
         self._pins: dict[str, None] = {}
@@ -82,6 +90,15 @@ class AdapterDesk:
             Conflict: it is pinned. ServeError: no engine answers.
         """
         return await self._ask(EvictAdapter(self._next_id(), digest))
+
+    async def is_ready(self, digests: tuple[str, ...], tenant: str, tenant_weight: float) -> bool:
+        """Say whether adapters are on the device, as the engine knows it; a prefetch of those that are not begins.
+
+        Raises:
+            Unavailable: they can never be loaded here. ServeError: no engine answers.
+        """
+        done = await self._ask(AskReady(self._next_id(), digests, tenant, tenant_weight))
+        return not done.is_pending
 
     def is_pinned(self, digest: str) -> bool:
         """Say whether the operator has pinned an adapter here."""
@@ -122,7 +139,7 @@ class AdapterDesk:
         for digest in self._pins:
             command = PinAdapter(self._next_id(), digest)
             # nobody waits for this answer
-            self._questions[command.request_id] = _Question(command, asyncio.get_running_loop().create_future())
+            self._questions[command.request_id] = _Open(command, asyncio.get_running_loop().create_future())
             self._questions[command.request_id].answer.cancel()
             self._send(command)
 
@@ -133,10 +150,10 @@ class AdapterDesk:
             if not question.answer.done():
                 question.answer.set_exception(EngineFailed("the engine stopped; send the request again"))
 
-    async def _ask(self, command: OperatorCommand) -> AdapterDone:
+    async def _ask(self, command: Question) -> AdapterDone:
         self._refuse_if_down()
         answer: asyncio.Future[AdapterDone] = asyncio.get_running_loop().create_future()
-        self._questions[command.request_id] = _Question(command, answer)
+        self._questions[command.request_id] = _Open(command, answer)
         self._send(command)
         with contextlib.suppress(TimeoutError):
             return await asyncio.wait_for(answer, ANSWER_TIMEOUT_S)
@@ -145,7 +162,7 @@ class AdapterDesk:
             retry_after_s=RETRY_AFTER_S,
         )
 
-    def _take_failure(self, command: OperatorCommand, error: ServeError, answer: "asyncio.Future[AdapterDone]") -> None:
+    def _take_failure(self, command: Question, error: ServeError, answer: "asyncio.Future[AdapterDone]") -> None:
         if not answer.done():
             answer.set_exception(error)
         elif isinstance(command, PinAdapter) and command.digest in self._pins:

@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.answer import Json, Output, answer_generation
+from serve.api.cold_start import engine_rule, warm_target
 from serve.api.generation import Generation
 from serve.api.json_body import read_model
 from serve.api.limits import check_limits
@@ -48,6 +49,7 @@ async def create_chat_completion(request: Request) -> Response:
     target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, num_choices * (_asked_tokens(body) or 0))
     state.engine.admit(num_choices)
+    target = await warm_target(request, state, body, target)
     await state.grammar_gate.check(
         grammar, param="tools" if tools.grammar is not None else grammar_param(body.structured_outputs)
     )
@@ -96,7 +98,7 @@ async def _prepare(
         rules=output_rules(body, ready, shown_token_ids=opener_ids),
         target=target,
         priority=body.priority or 0,
-        cold_start=body.cold_start or "wait",
+        cold_start=engine_rule(body),
         deadline_s=body.deadline_s,
     )
 

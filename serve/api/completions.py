@@ -11,6 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.answer import Json, Output, answer_generation
+from serve.api.cold_start import engine_rule, warm_target
 from serve.api.detokenizer import Detokenizer
 from serve.api.generation import Generation
 from serve.api.json_body import read_model
@@ -43,6 +44,7 @@ async def create_completion(request: Request) -> Response:
     target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, num_sequences * _asked_tokens(body))
     state.engine.admit(num_sequences)
+    target = await warm_target(request, state, body, target)
     await state.grammar_gate.check(grammar, param=grammar_param(body.structured_outputs))
     generation = await _prepare(state, body, target, grammar)
     reply = CompletionReply(state.tokenizer, body, generation)
@@ -72,7 +74,7 @@ async def _prepare(state: ApiState, body: CompletionRequest, target: Target, gra
         rules=output_rules(body, ready),
         target=target,
         priority=body.priority or 0,
-        cold_start=body.cold_start or "wait",
+        cold_start=engine_rule(body),
         deadline_s=body.deadline_s,
     )
 

@@ -15,6 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.auth import principal_of
+from serve.api.cold_start import warm_target
 from serve.api.disconnect import unless_disconnected
 from serve.api.json_body import read_model
 from serve.api.limits import check_num_prompts
@@ -43,6 +44,7 @@ async def create_embeddings(request: Request) -> Response:
     target = await resolve_target(state, body, sticky_id(request, body))
     await charge_tokens(request, 0)
     state.engine.admit(len(body.input))
+    target = await warm_target(request, state, body, target)
     encoded = await asyncio.to_thread(_encode, state.tokenizer, body.input)
     prompts = [
         _fit(token_ids, body.truncate_prompt_tokens, state.ready, target.num_virtual_tokens) for token_ids in encoded

@@ -16,6 +16,7 @@ import msgspec
 from fastapi import Request
 from starlette.types import Message, Scope
 
+from adapters_store.store import AdapterRef
 from serve.api.output import Piece
 from serve.api.target import Target
 from serve.tenants.principal import Principal
@@ -44,6 +45,8 @@ class RequestRecord:
     model: str | None = None
     adapters: tuple[str, ...] = ()
     digests: tuple[str, ...] = ()
+    # adapters that were asked for, were cold, and did not act
+    stood_in_for: tuple[str, ...] = ()
     num_prompt_tokens: int | None = None
     num_cached_tokens: int = 0
     num_output_tokens: int = 0
@@ -64,10 +67,11 @@ class RequestRecord:
 
     def runs(self, target: Target, prompts: Sequence[list[int]]) -> None:
         """Note what acts and how long the prompts are; from now on the engine has it."""
-        refs = [share.adapter for share in target.shares] if target.adapter is None else [target.adapter]
-        self.model = target.model
-        self.adapters = tuple(f"{ref.name}@{ref.version}" for ref in refs)
-        self.digests = tuple(ref.digest for ref in refs)
+        # of a base that stands in, the client's own spelling is noted already
+        self.model = self.model if target.stands_in_for else target.model
+        self.adapters = _names(target.adapters)
+        self.digests = target.digests
+        self.stood_in_for = _names(target.stands_in_for)
         self.num_prompt_tokens = sum(map(len, prompts))
         self.handed_over_s = self.clock()
 
@@ -120,6 +124,7 @@ class RequestRecord:
             "model": None if self.model is None else _shown(self.model),
             "adapters": list(self.adapters),
             "adapter_digests": list(self.digests),
+            "base_stood_in_for": list(self.stood_in_for),
             "prompt_tokens": self.num_prompt_tokens,
             "cached_tokens": self.num_cached_tokens,
             "output_tokens": self.num_output_tokens,
@@ -142,6 +147,10 @@ class RequestRecord:
 def record_of(request: Request) -> RequestRecord:
     """Return the record that the outermost layer keeps of this request."""
     return cast(RequestRecord, request.state.record)
+
+
+def _names(refs: Sequence[AdapterRef]) -> tuple[str, ...]:
+    return tuple(f"{ref.name}@{ref.version}" for ref in refs)
 
 
 def _shown(text: str) -> str:

@@ -34,13 +34,8 @@ async def resolve_target(state: ApiState, choice: ModelChoice, sticky: StickyId)
     Raises:
         ModelNotFound: no such base, adapter, version or alias.
         InvalidValue: a composition that names the base, or an adapter twice.
-        UnsupportedParameter: a doubtful pair of names, an adapter that cannot be composed, or `cold_start: "base"`.
+        UnsupportedParameter: a doubtful pair of names, or an adapter that cannot be composed.
     """
-    if choice.cold_start == "base":
-        raise UnsupportedParameter(
-            "cold_start 'base' is not supported: an answer without the adapter is a wrong answer; use 'wait' or 'fail'",
-            param="cold_start",
-        )
     if choice.adapters and (len(choice.adapters) > 1 or choice.adapters[0].weight != 1):
         _check_composes(state, choice)
         shares = await _resolve_shares(state, choice.adapters, sticky)

@@ -31,18 +31,25 @@ class Acts:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """`adapter` alone, `shares` composed, or with neither the base. `model` is the client's own spelling."""
+    """`adapter` alone, `shares` composed, or with neither the base. `model` is the client's own spelling.
+
+    A base that answers because the client asked for it while adapters are cold names those in `stands_in_for`.
+    """
 
     model: str
     adapter: AdapterRef | None
     shares: tuple[Share, ...] = ()
+    stands_in_for: tuple[AdapterRef, ...] = ()
+
+    @property
+    def adapters(self) -> tuple[AdapterRef, ...]:
+        """Return the adapters that were chosen, in the client's order."""
+        return tuple(share.adapter for share in self.shares) if self.adapter is None else (self.adapter,)
 
     @property
     def digests(self) -> tuple[str, ...]:
         """Return the adapters as the engine knows them."""
-        if self.adapter is not None:
-            return (self.adapter.digest,)
-        return tuple(share.adapter.digest for share in self.shares)
+        return tuple(ref.digest for ref in self.adapters)
 
     @property
     def identity(self) -> str:
@@ -67,9 +74,9 @@ class Target:
 
     def headers(self, started: Started | None = None) -> dict[str, str]:
         """Return the headers that name the adapters and what their load has cost this request."""
-        refs = [share.adapter for share in self.shares] if self.adapter is None else [self.adapter]
+        refs = self.adapters
         if not refs:
-            return {}
+            return {"x-adapter-cold-start": "base"} if self.stands_in_for else {}
         headers = {
             "x-adapter-id": ",".join(ref.name for ref in refs),
             "x-adapter-version": ",".join(str(ref.version) for ref in refs),

@@ -7,6 +7,7 @@ lacks an adapter slot closes it for all other adapters after `MAX_PASSES` admiss
 
 from dataclasses import dataclass, field
 
+from serve.adapter_messages import AdapterDone, AskReady
 from serve.engine import adapter_sets
 from serve.engine.acting import Acting, problem
 from serve.engine.adapter_tiers import Residency
@@ -54,7 +55,22 @@ def refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
     return _adapter_refusal(command, live)
 
 
-def _tenant_problem(command: Submit | Embed) -> str | None:
+def answer_ready(command: AskReady, live: LiveSequences) -> AdapterDone | Failed:
+    """Say whether adapters are on the device now; start the loads of those that are not, as far as there is room."""
+    contradiction = _tenant_problem(command)
+    if contradiction is not None:
+        return Failed(command.request_id, "invalid_value", contradiction, 400)
+    reason = adapter_sets.refusal(live.tiers, command.digests)
+    if reason is not None:
+        return Failed(command.request_id, "adapter_load_failed", reason, 503)
+    is_ready = adapter_sets.residency(live.tiers, command.digests) is Residency.READY
+    if not is_ready:
+        payer = Payer(command.tenant, "+".join(sorted(command.digests)), command.tenant_weight)
+        _prefetch(command.digests, payer, live)
+    return AdapterDone(command.request_id, is_pending=not is_ready)
+
+
+def _tenant_problem(command: Submit | Embed | AskReady) -> str | None:
     if len(command.tenant) > MAX_TENANT_CHARS:
         return f"the tenant's name has {len(command.tenant)} characters; the limit is {MAX_TENANT_CHARS}"
     # also false for NaN
@@ -83,13 +99,17 @@ def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | N
         return Failed(command.request_id, "adapter_load_failed", reason, 503)
     takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
     if takes_no_wait and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
-        num_begun = live.tiers.num_moves_begun
-        for digest in acting.digests:
-            live.tiers.prefetch(digest)
-        live.served.charge(Payer.of(command), num_loads=live.tiers.num_moves_begun - num_begun)
+        _prefetch(acting.digests, Payer.of(command), live)
         message = 'the adapter is not loaded yet; send it again soon, or with cold_start "wait"'
         return Failed(command.request_id, "adapter_not_loaded", message, 503)
     return None
+
+
+def _prefetch(digests: tuple[str, ...], payer: Payer, live: LiveSequences) -> None:
+    num_begun = live.tiers.num_moves_begun
+    for digest in digests:
+        live.tiers.prefetch(digest)
+    live.served.charge(payer, num_loads=live.tiers.num_moves_begun - num_begun)
 
 
 def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_open: bool) -> None:

@@ -7,7 +7,8 @@ last one is waited for. Invariant: every command's answers leave through `step`,
 
 from collections.abc import Callable
 
-from serve.adapter_messages import EvictAdapter, PinAdapter, UnpinAdapter
+from serve.adapter_messages import AskReady, EvictAdapter, PinAdapter, UnpinAdapter
+from serve.engine.admission import answer_ready
 from serve.engine.limits import EngineLimits
 from serve.engine.operator_hands import carry_out
 from serve.engine.pipeline import StepPipeline
@@ -46,6 +47,8 @@ class Engine:
                 self._scheduler.live.tiers.prefetch(digest)
             case UnloadAdapter(digest=digest):
                 self._scheduler.live.tiers.unload(digest)
+            case AskReady():
+                self._events.append(answer_ready(command, self._scheduler.live))
             case PinAdapter() | UnpinAdapter() | EvictAdapter():
                 self._events.append(carry_out(command, self._scheduler.live))
             case _:

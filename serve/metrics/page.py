@@ -60,6 +60,11 @@ class Metrics:
             registry=registry,
         )
         self._rejected = Counter("chorale_requests_rejected", "Refusals by error code.", ["code"], registry=registry)
+        self._stand_ins = Counter(
+            "chorale_cold_start_base",
+            "Requests that the base answered for cold adapters.",
+            registry=registry,
+        )
         self._restarts = Counter("chorale_engine_restarts", "Engine processes lost.", registry=registry)
         registry.register(EngineCollector(self._view, self._requests.usage))
         self._training = TrainingCollector()
@@ -105,6 +110,10 @@ class Metrics:
     def count_rejection(self, code: str) -> None:
         """Count a request that was refused before any work; `code` is one of our own error codes."""
         self._rejected.labels(code).inc()
+
+    def count_stand_in(self) -> None:
+        """Count a request that the base answers, as its client asked, because its adapters are not on the device."""
+        self._stand_ins.inc()
 
     def open_request(self, *adapter_digests: str) -> RequestMeter:
         """Start to measure one sequence; a composition counts for each of its adapters."""

@@ -8,7 +8,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 
-from serve.adapter_messages import AdapterDone, EvictAdapter, OperatorCommand, PinAdapter, UnpinAdapter
+from serve.adapter_messages import AdapterDone, AskReady, EvictAdapter, PinAdapter, Question, UnpinAdapter
 from serve.api.adapter_desk import AdapterDesk
 from serve.errors import EngineLoading, ServeError
 from serve.messages import (
@@ -64,8 +64,10 @@ class FakeEngine:
     unloaded: list[str] = field(default_factory=list)
     loaded: list[str] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
-    # the operator's commands, each answered at once, by 409 if the test says so
-    asked: list[OperatorCommand] = field(default_factory=list)
+    # questions and the operator's commands, each answered at once, the latter by 409 if the test says so
+    asked: list[Question] = field(default_factory=list)
+    # digests that are not on the device
+    cold: set[str] = field(default_factory=set)
     operator_refusal: str | None = None
     num_bytes_freed: int | None = 0
     desk: AdapterDesk = field(init=False)
@@ -97,6 +99,7 @@ class FakeEngine:
         self.desk = AdapterDesk(self._answer, self._refuse_if_down)
         self.operator_refusal, self.num_bytes_freed = None, 0
         self.asked.clear()
+        self.cold.clear()
         self.script = Script()
         self.stats = None
         self.is_live = self.is_ready = True
@@ -108,10 +111,12 @@ class FakeEngine:
             raise EngineLoading("the engine is starting; send the request again", retry_after_s=2)
 
     def _answer(self, command: Command) -> None:
-        assert isinstance(command, PinAdapter | UnpinAdapter | EvictAdapter)
+        assert isinstance(command, AskReady | PinAdapter | UnpinAdapter | EvictAdapter)
         self.asked.append(command)
         answer: AdapterDone | Failed
-        if self.operator_refusal is not None:
+        if isinstance(command, AskReady):
+            answer = AdapterDone(command.request_id, is_pending=not self.cold.isdisjoint(command.digests))
+        elif self.operator_refusal is not None:
             answer = Failed(command.request_id, "conflict", self.operator_refusal, 409)
         else:
             answer = AdapterDone(command.request_id, self.num_bytes_freed or 0, self.num_bytes_freed is None)

@@ -9,7 +9,7 @@ import pytest
 
 from serve.errors import EngineFailed
 from tests.api.api_server import ApiServer, wait_until
-from tests.api.fake_store import BASE
+from tests.api.fake_store import BASE, digest_of
 
 CANARY = "canary-41c7"
 KEYS = {
@@ -18,6 +18,7 @@ KEYS = {
         "model",
         "adapters",
         "adapter_digests",
+        "base_stood_in_for",
         "prompt_tokens",
         "cached_tokens",
         "output_tokens",
@@ -70,11 +71,19 @@ def test_a_line_says_who_asked_what_and_where_the_time_went(api: ApiServer, line
     assert (line["is_complete"], line["error_code"], line["finish_reasons"]) == (True, None, ["stop"])
     assert (line["tenant"], line["key_id"], line["model"]) == ("local", "none", "poet")
     assert line["adapter_digests"] == [answer.headers["x-adapter-digest"].removeprefix("sha256:")]
-    assert line["adapters"] == ["poet@2"]
+    assert (line["adapters"], line["base_stood_in_for"]) == (["poet@2"], [])
     assert (line["prompt_tokens"], line["cached_tokens"], line["output_tokens"]) == (5, 3, len("Hello world") + 1)
     times = line["ms"]
     assert isinstance(times, dict) and times.keys() == TIMES and times["load"] == 250.0
     assert all(value >= 0 for value in times.values()) and times["total"] >= times["first_token"]
+
+
+def test_a_base_that_stood_in_is_logged_with_the_adapter_it_stood_in_for(api: ApiServer, lines: Lines) -> None:
+    api.engine.cold.add(digest_of("poet", 2))
+    assert api.complete("Hello", model="poet", cold_start="base").status_code == 200
+    line = lines.only()
+    assert (line["model"], line["adapters"], line["adapter_digests"]) == ("poet", [], [])
+    assert line["base_stood_in_for"] == ["poet@2"]
 
 
 def test_a_refusal_is_logged_with_its_code_and_the_model_as_it_was_spelled(api: ApiServer, lines: Lines) -> None:

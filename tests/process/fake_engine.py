@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from serve.adapter_messages import AdapterDone, EvictAdapter, PinAdapter, PinState, UnpinAdapter
+from serve.adapter_messages import AdapterDone, AskReady, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 from serve.config import EngineConfig
 from serve.engine.step_loop import BuiltEngine, run_worker
 from serve.errors import StartError
@@ -74,6 +74,10 @@ class FakeEngine:
             self._operate(command)
         elif isinstance(command, LoadAdapter):
             self._adapters[command.digest] = None
+        elif isinstance(command, AskReady):
+            is_cold = not self._adapters.keys() >= set(command.digests)
+            self._adapters |= dict.fromkeys(command.digests)
+            self._answers.append(AdapterDone(command.request_id, is_pending=is_cold))
         elif isinstance(command, UnloadAdapter):
             self._adapters.pop(command.digest, None)
 

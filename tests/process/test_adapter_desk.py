@@ -22,6 +22,18 @@ def test_a_refused_pin_is_a_conflict_and_no_pin() -> None:
     asyncio.run(story())
 
 
+def test_a_request_hears_from_the_engine_whether_its_adapters_are_there() -> None:
+    async def story() -> None:
+        async with running_client() as client:
+            assert not await client.desk.is_ready(("a", "b"), "tenant", 1.0)
+            assert await client.desk.is_ready(("b", "a"), "tenant", 1.0)
+            await client.drain(0.0)
+            with pytest.raises(Unavailable):
+                await client.desk.is_ready(("a",), "tenant", 1.0)
+
+    asyncio.run(story())
+
+
 def test_a_silent_engine_is_not_waited_for_without_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter_desk, "ANSWER_TIMEOUT_S", 0.05)
 

@@ -9,7 +9,7 @@ from typing import get_args
 import msgspec
 import pytest
 
-from serve.adapter_messages import AdapterDone, AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
+from serve.adapter_messages import AdapterDone, AdapterMove, AskReady, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 from serve.config import EngineConfig
 from serve.engine.ipc import (
     MAX_FRAME_BYTES,
@@ -126,7 +126,12 @@ def test_events_come_back_as_their_own_types() -> None:
 
 def test_commands_come_back_with_their_defaults_and_their_tuples() -> None:
     commands = [*COMMANDS, LoadAdapter("d"), UnloadAdapter("d"), Shutdown()]
-    commands += [PinAdapter("p", "d"), UnpinAdapter("p", "d"), EvictAdapter("p", "d")]
+    commands += [
+        PinAdapter("p", "d"),
+        UnpinAdapter("p", "d"),
+        EvictAdapter("p", "d"),
+        AskReady("q", ("d", "e"), "t", 2.0),
+    ]
     assert {type(command) for command in commands} == set(get_args(Command))
     assert command_reader().feed(encode_frame(commands)) == commands
 

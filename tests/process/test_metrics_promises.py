@@ -27,6 +27,7 @@ PROMISED: dict[str, tuple[str, frozenset[str]]] = {
             *("chorale_prompt_tokens", "chorale_generation_tokens", "chorale_prefix_hit_tokens"),
             *("chorale_preemptions", "chorale_adapter_hits", "chorale_adapter_misses", "chorale_adapter_evictions"),
             *("chorale_adapter_loads", "chorale_engine_restarts", "chorale_engine_steps"),
+            "chorale_cold_start_base",
         )
     },
     **{
