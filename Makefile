@@ -54,7 +54,8 @@ test-long: $(DEV) debian-tools ## the slow tests
 test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-eval, openai-node) against the live server
 	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-clients/bin/python -m pytest -m clients -W default tests/clients
 
-test-deploy: $(DEPLOY) debian-tools ## chart, manifests, alerts, dashboards; rolling restarts behind haproxy and nginx
+test-deploy: $(DEPLOY) ## chart, manifests, alerts, dashboards; rolling restarts behind haproxy and nginx
+	-@$(MAKE) --no-print-directory debian-tools
 	CHORALE_PYTHON=$(abspath $(BIN))/python .venv-deploy/bin/python -m pytest -n 2 --dist loadfile \
 	  -m "deploy and not slow" tests/deploy
 

