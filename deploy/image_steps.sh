@@ -5,7 +5,7 @@ set -eu
 tree=$1
 device=$2
 python=${PYTHON:-python3}
-extras=redis,s3,signing,train
+extras=otel,redis,s3,signing,train
 
 "$python" -m venv "$tree"
 pip="$tree/bin/python -m pip --disable-pip-version-check --no-cache-dir"

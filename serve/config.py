@@ -125,6 +125,8 @@ class ApiConfig:
     # run every adapter on the base, against its source's own formula, before it is published
     probe_adapters: bool = True
     metrics_compat_vllm: bool = True
+    # base URL of the collector that takes traces, without secrets; None: no traces
+    otel_endpoint: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

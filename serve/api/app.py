@@ -4,6 +4,7 @@ Owns the wiring only. Invariant: every route declares its scope and is behind `a
 request context and the body guard.
 """
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
@@ -40,6 +41,7 @@ from serve.api.job_publisher import publishing
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.replica import Replica
 from serve.api.request_context import RequestContext
+from serve.api.request_log import RequestObserver
 from serve.api.route_scopes import check_routes
 from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
@@ -76,8 +78,9 @@ def build_app(
     store: AdapterStore,
     metrics: Metrics | None = None,
     drain: Drain | None = None,
+    traces: RequestObserver | None = None,
 ) -> FastAPI:
-    """Build the application over an engine and a store, both of which the caller starts and closes.
+    """Build the application over an engine and a store, both of which the caller starts and closes; it closes `traces`.
 
     Raises:
         StartError: the model's tokenizer or chat template cannot be used, the keys cannot, or a route has no scope.
@@ -93,6 +96,8 @@ def build_app(
         state.training.close()
         await state.limiter.close()
         state.door.close()
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
 
     app = FastAPI(
         title="Chorale",
@@ -113,7 +118,7 @@ def build_app(
         app.include_router(router)
     app.add_middleware(BodyGuard, limits=config.limits)
     app.add_middleware(DrainGate, drain=state.drain)
-    app.add_middleware(RequestContext)
+    app.add_middleware(RequestContext, traces=traces)
     return app
 
 

@@ -1,5 +1,5 @@
-"""The outermost layer of one HTTP request: its id, its processing time, its line in the log, and the wall for
-unexpected errors.
+"""The outermost layer of one HTTP request: its id, its processing time, its line in the log, its trace, and
+the wall for unexpected errors.
 
 Owns the two headers that every answer carries, and the end of the request's share of its tenant's limits. Invariant: an
 exception that nobody foresaw is logged once with the request id and becomes a 500 without details; the client always
@@ -16,7 +16,7 @@ from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.api.errors import error_response
-from serve.api.request_log import RequestRecord
+from serve.api.request_log import RequestObserver, RequestRecord
 from serve.api.tenant_share import TenantShare
 
 Headers = Iterable[tuple[bytes, bytes]]
@@ -29,8 +29,9 @@ _VALID_REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")
 class RequestContext:
     """ASGI layer around the application; `request_id(request)` reads what it set."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, traces: RequestObserver | None = None) -> None:
         self._app = app
+        self._traces = traces
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope."""
@@ -66,6 +67,8 @@ class RequestContext:
             if share is not None:
                 share.leave()
             record.write(scope)
+            if self._traces is not None:
+                self._traces.ended(record, scope)
 
 
 def request_id(request: Request) -> str:

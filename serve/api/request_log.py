@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import cast
+from typing import Protocol, cast
 
 import msgspec
 from fastapi import Request
@@ -19,13 +19,14 @@ from starlette.types import Message, Scope
 from adapters_store.store import AdapterRef
 from serve.api.output import Piece
 from serve.api.target import Target
+from serve.messages import Started
 from serve.tenants.principal import Principal
 
 logger = logging.getLogger("chorale.request")
 
 _MAX_CHARS = 200
 # asked for every few milliseconds, and of no interest unless they fail
-_QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+QUIET_ROUTES = frozenset({"/livez", "/readyz", "/health", "/metrics"})
 # as nginx writes a client that left before its answer
 _CLIENT_GONE = 499
 
@@ -41,6 +42,7 @@ class RequestRecord:
     begin_s: float = 0.0
     status: int = _CLIENT_GONE
     error_code: str | None = None
+    has_begun: bool = False
     has_ended: bool = False
     model: str | None = None
     adapters: tuple[str, ...] = ()
@@ -54,6 +56,8 @@ class RequestRecord:
     # of several sequences the longest
     queue_s: float = 0.0
     load_s: float = 0.0
+    # the one whose prompt was computed last, by the engine's own times
+    slowest: Started | None = None
     handed_over_s: float | None = None
     first_token_s: float | None = None
     last_token_s: float | None = None
@@ -81,6 +85,8 @@ class RequestRecord:
             self.queue_s = max(self.queue_s, piece.started.queue_s)
             self.load_s = max(self.load_s, piece.started.adapter_load_s)
             self.num_cached_tokens += piece.started.num_cached_tokens
+            if self.slowest is None or _seconds_to_start(piece.started) > _seconds_to_start(self.slowest):
+                self.slowest = piece.started
         if piece.token_ids:
             self.last_token_s = self.clock()
             self.first_token_s = self.last_token_s if self.first_token_s is None else self.first_token_s
@@ -91,7 +97,7 @@ class RequestRecord:
     def sends(self, message: Message) -> None:
         """Take one message of the answer on its way out: its status, the code of a refusal, its end."""
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.has_begun = message["status"], True
         elif message["type"] == "http.response.body":
             if self.status >= 400 and self.error_code is None:
                 self.error_code = _code_in(message.get("body", b""))
@@ -104,7 +110,7 @@ class RequestRecord:
     def write(self, scope: Scope) -> None:
         """Log the line; called once, when nothing more can happen."""
         route = getattr(scope.get("route"), "path", None)
-        if route in _QUIET_ROUTES and self.status < 400:
+        if route in QUIET_ROUTES and self.status < 400:
             return
         logger.info("%s", json.dumps(self._line(scope, route), ensure_ascii=True, separators=(",", ":")))
 
@@ -114,14 +120,14 @@ class RequestRecord:
             "time": datetime.now(UTC).isoformat(timespec="milliseconds"),
             "event": "request",
             "request_id": self.request_id,
-            "method": _shown(str(scope["method"])),
-            "route": route if route is not None else _shown(str(scope["path"])),
+            "method": shown(str(scope["method"])),
+            "route": route if route is not None else shown(str(scope["path"])),
             "status": self.status,
             "is_complete": self.has_ended,
             "error_code": self.error_code,
             "tenant": None if principal is None else principal.tenant,
             "key_id": None if principal is None else principal.key_id,
-            "model": None if self.model is None else _shown(self.model),
+            "model": None if self.model is None else shown(self.model),
             "adapters": list(self.adapters),
             "adapter_digests": list(self.digests),
             "base_stood_in_for": list(self.stood_in_for),
@@ -144,6 +150,18 @@ class RequestRecord:
         return {name: round(1000 * seconds, 1) for name, seconds in found.items()}
 
 
+class RequestObserver(Protocol):
+    """Who is told of every request that has ended, beside the log."""
+
+    def ended(self, record: RequestRecord, scope: Scope) -> None:
+        """Take a request's record; called in the event loop, and must not wait."""
+        ...
+
+    def close(self) -> None:
+        """Hand on what is left; blocks, for seconds at most."""
+        ...
+
+
 def record_of(request: Request) -> RequestRecord:
     """Return the record that the outermost layer keeps of this request."""
     return cast(RequestRecord, request.state.record)
@@ -153,8 +171,13 @@ def _names(refs: Sequence[AdapterRef]) -> tuple[str, ...]:
     return tuple(f"{ref.name}@{ref.version}" for ref in refs)
 
 
-def _shown(text: str) -> str:
+def shown(text: str) -> str:
+    """Cut what a client spelled."""
     return text if len(text) <= _MAX_CHARS else f"{text[:_MAX_CHARS]}..."
+
+
+def _seconds_to_start(started: Started) -> float:
+    return started.queue_s + started.adapter_load_s + started.prefill_s
 
 
 def _code_in(body: bytes) -> str | None:

@@ -18,6 +18,7 @@ from serve.cli import adapter_options, options
 from serve.cli.blob_options import BlobsCacheBytes, BlobsUrl
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.server import run_server
+from serve.cli.tracing_extra import OtelEndpoint
 from serve.cli.train_options import TrainWorker, TrainWorkerOption
 from serve.cli.train_sidecar import run_beside
 from serve.config import ApiConfig, DrainConfig, EngineConfig, LimitsConfig, ServeConfig, TenantLimits, WatchdogConfig
@@ -45,6 +46,7 @@ _SAME = (
     "keep_versions",
     "signatures",
     "trust_roots",
+    "otel_endpoint",
 )
 _WATCH_FLAGS = ("heartbeat_timeout_s", "start_timeout_s")
 _LIMIT_FLAGS = ("max_in_flight", "max_upload_bytes", "request_timeout_s", "dense_budget_bytes")
@@ -118,6 +120,7 @@ def serve(
     trust_roots: adapter_options.TrustRoots = None,
     probe: options.ProbeOption = options.Probe.ON,
     metrics_compat: options.MetricsCompatOption = options.MetricsCompat.VLLM,
+    otel_endpoint: OtelEndpoint = None,
     train_worker: TrainWorkerOption = TrainWorker.OFF,
     log_level: options.LogLevelOption = options.LogLevel.INFO,
 ) -> None:
@@ -131,8 +134,7 @@ def serve(
     api = replace(api, store_dir=store, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
     engine = replace(_ENGINE, device=device.value, dtype=dtype.value, **_engine_fields(flags))
-    drain = DrainConfig(drain_delay_s, drain_timeout_s)
-    config = ServeConfig(api, engine, _same(_WATCHDOG, flags, _WATCH_FLAGS), drain)
+    config = ServeConfig(api, engine, _same(_WATCHDOG, flags, _WATCH_FLAGS), _drain(flags))
     run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))
 
 
@@ -187,6 +189,10 @@ def read_tenant_weights(values: Iterable[str]) -> dict[str, float]:
 def _same(config: Config, flags: Mapping[str, Any], names: Iterable[str]) -> Config:
     """Take the flags of these names into the fields of the same names."""
     return replace(config, **{name: flags[name] for name in names})
+
+
+def _drain(flags: Mapping[str, Any]) -> DrainConfig:
+    return DrainConfig(flags["drain_delay_s"], flags["drain_timeout_s"])
 
 
 def _engine_fields(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -34,6 +34,7 @@ from serve.api.engine_client import EngineClient
 from serve.api.http_guard import guarded_protocol
 from serve.cli.redis_extra import open_shared
 from serve.cli.signing_extra import open_gate
+from serve.cli.tracing_extra import open_traces
 from serve.config import ServeConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
@@ -108,7 +109,8 @@ class Server:
             config.engine, config.api.limits, config.watchdog, metrics, worker_module=worker_module
         )
         self._drain = Drain()
-        app = build_app(config.api, self._engine, store, metrics, self._drain)
+        traces = open_traces(config.api.otel_endpoint)
+        app = build_app(config.api, self._engine, store, metrics, self._drain, traces)
         self._http = SilentServer(
             uvicorn.Config(
                 app,

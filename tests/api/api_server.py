@@ -16,6 +16,7 @@ import uvicorn
 
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
+from serve.api.request_log import RequestObserver
 from serve.config import ApiConfig, LimitsConfig
 from tests.api.fake_engine import FakeEngine
 from tests.api.fake_store import BASE, FakeStore
@@ -26,7 +27,14 @@ Json = dict[str, object]
 class ApiServer:
     """One running server; tests talk to it over HTTP and look at its fakes."""
 
-    def __init__(self, model_dir: Path, *, api_keys: tuple[str, ...] = (), limits: LimitsConfig | None = None) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        api_keys: tuple[str, ...] = (),
+        limits: LimitsConfig | None = None,
+        traces: RequestObserver | None = None,
+    ) -> None:
         self.engine = FakeEngine()
         self.store = FakeStore()
         self.store.reset()
@@ -38,7 +46,7 @@ class ApiServer:
             limits=limits or LimitsConfig(),
             api_keys=api_keys,
         )
-        self.app = build_app(config, self.engine, cast(AdapterStore, self.store))
+        self.app = build_app(config, self.engine, cast(AdapterStore, self.store), traces=traces)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
         self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="on"))
