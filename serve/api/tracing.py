@@ -13,7 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, OTELResourceDetector, Resource
 from opentelemetry.sdk.trace import SpanProcessor, TracerProvider
-from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
 from starlette.types import Scope
 
 from serve.api.request_log import RequestRecord
@@ -28,7 +28,10 @@ _TRACES_PATH = "/v1/traces"
 class Tracing:
     """Makes each ended request a trace; a `RequestObserver`."""
 
-    def __init__(self, processor: SpanProcessor, *, flush_s: float = FLUSH_S) -> None:
+    def __init__(
+        self, processor: SpanProcessor, exporter: SpanExporter | None = None, *, flush_s: float = FLUSH_S
+    ) -> None:
+        self._exporter = exporter
         self._flush_s = flush_s
         # `close` does it: at the interpreter's end nobody bounds it
         self._provider = TracerProvider(resource=_resource(), shutdown_on_exit=False)
@@ -43,7 +46,8 @@ class Tracing:
         """
         url = endpoint.rstrip("/")
         url = url if url.endswith(_TRACES_PATH) else url + _TRACES_PATH
-        return cls(BatchSpanProcessor(OTLPSpanExporter(endpoint=url)), flush_s=flush_s)
+        exporter = OTLPSpanExporter(endpoint=url)
+        return cls(BatchSpanProcessor(exporter), exporter, flush_s=flush_s)
 
     def ended(self, record: RequestRecord, scope: Scope) -> None:
         """Make the spans of a request that has ended, whatever way."""
@@ -56,6 +60,9 @@ class Tracing:
         thread.start()
         thread.join(self._flush_s)
         if thread.is_alive():
+            if self._exporter is not None:
+                # it tries no more
+                self._exporter.shutdown()
             logger.warning(
                 "traces: the collector did not take the last spans within %g s; they are lost", self._flush_s
             )

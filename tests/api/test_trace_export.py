@@ -14,7 +14,7 @@ import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from serve.api.tracing import Tracing
-from tests.api.api_server import ApiServer
+from tests.api.api_server import ApiServer, wait_until
 from tests.live_server import REPO_ROOT
 
 WITHOUT_TRACES = """
@@ -46,6 +46,10 @@ class _Taking(BaseHTTPRequestHandler):
 
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
+
+
+def sending_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name.startswith(("OtelBatch", "flush-traces"))}
 
 
 @contextmanager
@@ -94,6 +98,7 @@ def test_a_service_name_from_the_environment_wins(monkeypatch: pytest.MonkeyPatc
 def test_a_collector_that_never_answers_disturbs_no_request_and_no_end(
     model_dir: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    before = sending_threads()
     # every span is sent at once, to somebody who takes the connection and says nothing
     monkeypatch.setenv("OTEL_BSP_MAX_EXPORT_BATCH_SIZE", "1")
     monkeypatch.setenv("OTEL_BSP_MAX_QUEUE_SIZE", "2")
@@ -103,7 +108,8 @@ def test_a_collector_that_never_answers_disturbs_no_request_and_no_end(
         with caplog.at_level(logging.WARNING, "chorale.api"):
             assert [api.complete("Hi").status_code for _ in range(5)] == [200] * 5
             api.stop()
-    assert "the last spans" in caplog.text
+        assert "the last spans" in caplog.text
+    wait_until(lambda: not sending_threads() - before, "nothing is sent any more")
 
 
 def test_a_server_without_traces_imports_nothing_of_them() -> None:
