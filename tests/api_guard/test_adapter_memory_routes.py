@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from serve.adapter_messages import AdapterMove, EvictAdapter, PinAdapter, PinState, UnpinAdapter
+from serve.adapter_messages import AdapterMove, AskReady, EvictAdapter, PinAdapter, PinState, UnpinAdapter
 from serve.messages import AdapterState, Stats
 from tests.api_guard.whole_api import BASE, WholeApi
 
@@ -44,7 +44,8 @@ def test_an_action_reaches_the_version_that_the_name_means(api: WholeApi, action
         answer = api.http.post(f"/v1/adapters/ft:demo:org:poet:1{suffix}:{action}")
         assert answer.status_code in (200, 202), suffix
         (command,) = api.engine.asked
-        assert isinstance(command, ACTIONS[action]) and command.digest == digest, suffix
+        assert isinstance(command, ACTIONS[action]) and not isinstance(command, AskReady), suffix
+        assert command.digest == digest, suffix
         assert answer.json()["digest"] == f"sha256:{digest}"
         assert api.http.get(f"/v1/adapters/ft:demo:org:poet:1{suffix}/status").json()["digest"] == f"sha256:{digest}"
 
