@@ -5,10 +5,12 @@ Invariant: whatever ends the command (also Ctrl-C), a server started here is sto
 """
 
 import argparse
+import contextlib
+import os
 import signal
 import subprocess
 import sys
-import time
+import threading
 import urllib.error
 import urllib.request
 
@@ -25,27 +27,28 @@ def answers(url: str) -> bool:
         return False
 
 
-def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
-    """Return once the server answers; exit with one line when it died or took too long."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while not answers(url):
-        if server.poll() is not None:
-            sys.exit(
-                f"the server on {url} ended with status {server.returncode} before it was ready; see its lines above"
-            )
-        if time.monotonic() > deadline:
-            sys.exit(f"the server on {url} was not ready after {START_TIMEOUT_S:.0f} s")
-        time.sleep(0.2)
-
-
-def stop(server: subprocess.Popen[bytes]) -> None:
-    """End the server, gently first; no load balancer stands before it."""
-    server.send_signal(signal.SIGINT)
+def wait_until_ready(url: str, server: "subprocess.Popen[str]") -> None:
+    """Return once server and adapters are ready, by its own word; exit with one line when it died or took too long."""
+    assert server.stdout is not None, "it was started with a pipe"
+    watch = threading.Timer(START_TIMEOUT_S, stop, [server])
+    watch.start()
     try:
-        server.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        server.kill()
-        server.wait()
+        # answering is not enough: the demo's adapters are published after the engine is up
+        if not any(line.startswith("chorale ready ") for line in server.stdout):
+            sys.exit(f"the server on {url} ended, or was not ready within {START_TIMEOUT_S:.0f} s; see its lines above")
+    finally:
+        watch.cancel()
+
+
+def stop(server: "subprocess.Popen[str]") -> None:
+    """End make and what it started, gently first; no load balancer stands before it."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGINT)
+        try:
+            server.wait(STOP_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+    server.wait()
 
 
 def main() -> int:
@@ -60,7 +63,9 @@ def main() -> int:
     print(f"no server answers on {url}: starting one for this command (make serve PORT={arguments.port})", flush=True)
     # quiet, so that the command's own last line stays the last one
     quiet = ["--no-print-directory", "ARGS=--log-level warning"]
-    server = subprocess.Popen(["make", *quiet, "serve", f"PORT={arguments.port}"])
+    # a group of its own: make does not pass Ctrl-C's signal on
+    command = ["make", *quiet, "serve", f"PORT={arguments.port}"]
+    server = subprocess.Popen(command, start_new_session=True, stdout=subprocess.PIPE, text=True)
     try:
         wait_until_ready(url, server)
         return subprocess.call(arguments.command)
