@@ -67,18 +67,30 @@ class Zygote:
         self._process.wait(10)
 
 
-def kill_at(moment: Moment, pids: list[int], log: Path) -> None:
-    """Kill all workers at the moment that the log of the first one says; returns when they are gone."""
-    deadline = time.monotonic() + 20
-    while log.read_bytes().count(b"\n") < moment.num_lines:
-        assert _is_alive(pids[0]) and time.monotonic() < deadline, "the worker ended or hangs"
+def kill_at(moment: Moment, pids: list[int], log: Path) -> list[str]:
+    """Kill all workers at the moment that the log of the first one says; returns when they are gone.
+
+    What it returns is what is wrong with them: a worker works until it is killed, so one that ended before failed.
+    """
+    deadline = time.monotonic() + 60
+    while log.read_bytes().count(b"\n") < moment.num_lines and _is_alive(pids[0]):
+        assert time.monotonic() < deadline, "the worker hangs"
         time.sleep(0.0003)
     time.sleep(moment.delay_s)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
+    ended = [f"worker {number} ended by itself" for number, pid in enumerate(pids) if not _kill(pid)]
     while any(_is_alive(pid) for pid in pids):
         assert time.monotonic() < deadline, "a killed worker is still there"
         time.sleep(0.0003)
+    return ended
+
+
+def _kill(pid: int) -> bool:
+    """Return whether there was a process to kill."""
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return False
+    return True
 
 
 def _is_alive(pid: int) -> bool:
@@ -136,12 +148,13 @@ def campaign(zygote: Zygote, folder: Path, variant: str, max_kills: int, num_wor
             zygote.start(root, log, 1000 * (number * num_workers + worker), variant, names[worker])
             for worker, log in enumerate(logs)
         ]
-        kill_at(Moment(choose.randrange(MAX_LINES), choose.uniform(0, MAX_DELAY_S)), pids, logs[0])
+        moment = Moment(choose.randrange(MAX_LINES), choose.uniform(0, MAX_DELAY_S))
+        ended = kill_at(moment, pids, logs[0])
         expected = what_the_clients_know(known, logs)
         num_acks += sum(log.read_text().count("ack ") for log in logs)
         num_unanswered += len(expected.unanswered)
         verdict = judge(root, expected, [name for own in names for name in own], open_variant(variant))
-        violations = [f"kill {number}: {line}" for line in verdict.violations]
+        violations = [f"kill {number}: {line}" for line in ended + verdict.violations]
         known = verdict.found
         number += 1
     return Outcome(number, num_acks, num_unanswered, violations)
