@@ -36,6 +36,37 @@ VALUE_SETS: dict[str, Json] = {
         "networkPolicy": _REDIS_AT,
         "auth": {"existingSecret": "chorale-key", "pepperSecret": "chorale-pepper"},
     },
+    "object-store": {
+        "replicaCount": 3,
+        "redis": _SHARED["redis"],
+        "auth": {"existingSecret": "chorale-key", "pepperSecret": "chorale-pepper"},
+        "store": {
+            "size": "80Gi",
+            "storageClass": "fast",
+            "s3": {
+                "bucket": "adapters",
+                "prefix": "team/llm",
+                "endpoint": "https://s3.example.com",
+                "region": "eu-1",
+                "existingSecret": "chorale-s3",
+                "cacheBytes": 64 << 30,
+            },
+        },
+        "networkPolicy": {
+            **_REDIS_AT,
+            "objectStoreTo": [{"ipBlock": {"cidr": "10.9.0.0/16"}}],
+            "objectStorePort": 9000,
+        },
+    },
+    # the pods' own identity opens the bucket; the copies lie on the node
+    "object-store-identity": {
+        "replicaCount": 2,
+        "redis": _SHARED["redis"],
+        "auth": {"requireKeys": False},
+        "store": {"size": "10Gi", "s3": {"bucket": "adapters", "copies": "emptyDir", "cacheBytes": 4 << 30}},
+        "networkPolicy": {**_REDIS_AT, "objectStoreTo": [{"ipBlock": {"cidr": "0.0.0.0/0"}}]},
+        "serviceAccount": {"annotations": {"eks.amazonaws.com/role-arn": "arn:aws:iam::123456789012:role/chorale"}},
+    },
     "redis-trial": {"replicaCount": 2, "store": _SHARED["store"], "redis": {"trial": {"enabled": True}}},
     "hpa": {**_SHARED, "networkPolicy": _REDIS_AT, "autoscaling": {"kind": "hpa", "minReplicas": 2, "maxReplicas": 8}},
     "keda": {**_SHARED, "networkPolicy": _REDIS_AT, "autoscaling": {"kind": "keda", "maxReplicas": 6}},

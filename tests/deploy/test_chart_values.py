@@ -16,6 +16,7 @@ from tests.live_server import REPO_ROOT
 VALUES = read(CHART / "values.yaml")
 LEAVES = dict(leaves(VALUES))
 # the published custom resource definitions, as others packaged them
+_OBJECTS = VALUE_SETS["object-store"]
 PACKAGES = ("keda@2.0.0", "prometheus-operator@6.0.0", "gateway-api@2.0.0")
 
 
@@ -87,6 +88,12 @@ def test_the_schema_refuses_another_type_for_every_value(path: str) -> None:
         ({"autoscaling": {"minReplicas": 9, "maxReplicas": 3}}, "autoscaling.maxReplicas 3"),
         ({"trainer": {"kind": "deployment"}}, "store.existingClaim"),
         ({"model": {"existingClaim": ""}}, "model.existingClaim"),
+        ({"store": {"s3": {"bucket": "adapters"}}}, "redis.existingSecret"),
+        ({"store": {"s3": {"region": "eu-1"}}}, "store.s3.bucket"),
+        (merged(_OBJECTS, {"store": {"existingClaim": "x"}}), "choose one"),
+        (merged(_OBJECTS, {"auth": {"pepperSecret": ""}}), "auth.pepperSecret"),
+        (merged(_OBJECTS, {"trainer": {"kind": "sidecar"}}), "train over a store without s3.bucket"),
+        (merged(_OBJECTS, {"networkPolicy": {"objectStoreTo": []}}), "networkPolicy.objectStoreTo"),
         ({"model": {"path": "Qwen/Qwen3-0.6B"}}, "networkPolicy.extraEgress"),
         ({"gateway": {"inferencePool": {"enabled": True}}, "config": {"metricsCompat": "none"}}, "metricsCompat vllm"),
         ({"monitoring": {"serviceMonitor": True}}, "monitoring.metricsKeySecret"),
@@ -103,12 +110,14 @@ def test_values_that_cannot_work_together_say_the_way_out(values: Json, way_out:
 
 
 def test_every_flag_of_the_configuration_is_one_of_chorale_serve() -> None:
-    known = set(re.findall(r'envvar="(CHORALE_[A-Z_]+)"', (REPO_ROOT / "serve/cli/options.py").read_text("utf-8")))
+    sources = [(REPO_ROOT / "serve" / "cli" / name).read_text("utf-8") for name in ("options.py", "blob_options.py")]
+    known = set(re.findall(r'envvar="(CHORALE_[A-Z_]+)"', "".join(sources)))
     everything = {
         "config": {name: 1 for name, value in dict(VALUES["config"]).items() if value is None},  # type: ignore[call-overload]
         "auth": {"existingSecret": "x", "pepperSecret": "x"},
         "model": {"servedName": "x"},
         "redis": {"existingSecret": "x"},
+        "store": {"s3": {"bucket": "adapters", "region": "eu-1", "endpoint": "https://s3.example"}},
         "networkPolicy": {"enabled": False},
     }
     texts = render(everything)

@@ -51,7 +51,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 
 {{- define "chorale.isSharedStore" -}}
-{{- if or .Values.store.existingClaim (has "ReadWriteMany" .Values.store.accessModes) }}true{{ end }}
+{{- if or .Values.store.s3.bucket .Values.store.existingClaim (has "ReadWriteMany" .Values.store.accessModes) }}true{{ end }}
 {{- end }}
 
 {{- define "chorale.maxReplicas" -}}
@@ -65,8 +65,9 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail "several servers share one registry: set redis.existingSecret (or redis.trial.enabled for a trial), or keep one replica" }}
 {{- end }}
 {{- if and $several (not (include "chorale.isSharedStore" .)) }}
-{{- fail "several servers write one store: set store.accessModes to [ReadWriteMany] or give store.existingClaim, or keep one replica" }}
+{{- fail "several servers write one store: set store.accessModes to [ReadWriteMany], give store.existingClaim or store.s3.bucket, or keep one replica" }}
 {{- end }}
+{{- include "chorale.checkObjectStore" . }}
 {{- if and .Values.redis.existingSecret .Values.redis.trial.enabled }}
 {{- fail "redis.existingSecret and redis.trial.enabled are two registries: choose one" }}
 {{- end }}
@@ -99,6 +100,29 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- if le (int .Values.lifecycle.drainTimeoutSeconds) (int .Values.lifecycle.drainDelaySeconds) }}
 {{- fail (printf "lifecycle.drainTimeoutSeconds %v must be more than lifecycle.drainDelaySeconds %v" .Values.lifecycle.drainTimeoutSeconds .Values.lifecycle.drainDelaySeconds) }}
+{{- end }}
+{{- end }}
+
+{{- define "chorale.checkObjectStore" -}}
+{{- $s3 := .Values.store.s3 }}
+{{- if $s3.bucket }}
+{{- if not (include "chorale.hasRedis" .) }}
+{{- fail "store.s3 is what several servers share, through Redis: set redis.existingSecret (or redis.trial.enabled for a trial)" }}
+{{- end }}
+{{- if .Values.store.existingClaim }}
+{{- fail (printf "store.existingClaim %s and store.s3.bucket %s are two stores: choose one" .Values.store.existingClaim $s3.bucket) }}
+{{- end }}
+{{- if and .Values.auth.requireKeys (not .Values.auth.pepperSecret) }}
+{{- fail "keys that lie in an object store need a pepper that all servers have: set auth.pepperSecret" }}
+{{- end }}
+{{- if ne .Values.trainer.kind "none" }}
+{{- fail (printf "trainer.kind %s: jobs lie in the store's folder, which store.s3 makes each pod's own, gone with it: train over a store without s3.bucket" .Values.trainer.kind) }}
+{{- end }}
+{{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.objectStoreTo) }}
+{{- fail "store.s3 is outside this release: say where it is in networkPolicy.objectStoreTo" }}
+{{- end }}
+{{- else if or $s3.prefix $s3.endpoint $s3.region $s3.existingSecret }}
+{{- fail "store.s3 without a bucket: name it in store.s3.bucket" }}
 {{- end }}
 {{- end }}
 
@@ -142,6 +166,14 @@ env:
   {{- else if .Values.redis.trial.enabled }}
   - {name: CHORALE_REDIS_URL, value: "redis://{{ include "chorale.fullname" . }}-redis:6379"}
   {{- end }}
+  {{- if and .Values.store.s3.bucket .Values.store.s3.existingSecret }}
+  {{- with .Values.store.s3 }}
+  - name: AWS_ACCESS_KEY_ID
+    valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .accessKeyIdKey }}}}
+  - name: AWS_SECRET_ACCESS_KEY
+    valueFrom: {secretKeyRef: {name: {{ .existingSecret }}, key: {{ .secretAccessKeyKey }}}}
+  {{- end }}
+  {{- end }}
   {{- with .Values.pod.extraEnv }}
   {{- toYaml . | nindent 2 }}
   {{- end }}
@@ -163,7 +195,25 @@ volumeMounts:
 {{- define "chorale.volumes" -}}
 volumes:
   - name: store
+    {{- if not .Values.store.s3.bucket }}
     persistentVolumeClaim: {claimName: {{ include "chorale.storeClaim" . }}}
+    {{- else if eq .Values.store.s3.copies "emptyDir" }}
+    # copies of what lies in the object store
+    emptyDir: {sizeLimit: {{ .Values.store.size }}}
+    {{- else }}
+    # copies of what lies in the object store: a claim of this pod's own
+    ephemeral:
+      volumeClaimTemplate:
+        metadata:
+          labels: {{- include "chorale.selector" . | nindent 12 }}
+        spec:
+          accessModes: [ReadWriteOnce]
+          {{- with .Values.store.storageClass }}
+          storageClassName: {{ . }}
+          {{- end }}
+          resources:
+            requests: {storage: {{ .Values.store.size }}}
+    {{- end }}
   - name: tmp
     emptyDir: {sizeLimit: {{ .Values.pod.tmpSize }}}
   - name: cache
@@ -213,7 +263,7 @@ runtimeClassName: {{ . }}
 name: trainer
 image: {{ include "chorale.image" . }}
 imagePullPolicy: {{ .Values.image.pullPolicy }}
-args: [train-worker]
+args: [train-worker{{ if gt (int .Values.trainer.gpus) 0 }}, --device, cuda{{ end }}]
 {{ include "chorale.environment" . }}
 resources: {{- include "chorale.resources" .Values.trainer | nindent 2 }}
 securityContext: {{- include "chorale.containerSecurity" . | nindent 2 }}
