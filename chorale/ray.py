@@ -123,9 +123,12 @@ class Replica:
             await answer.aclose()
 
     async def check_health(self) -> None:
-        """Tell Serve to replace this replica if its server is gone; raises RuntimeError."""
-        if self._starting.done():
-            await self._starting
+        """Tell Serve to replace this replica if its server is gone; raises RuntimeError.
+
+        Serve's first question comes before any request and takes its time: a replica counts once its server is ready,
+        so an update replaces no replica by one that still loads the model.
+        """
+        await self._starting
         if self._server is not None and self._server.returncode is not None:
             raise RuntimeError(f"the server ended with status {self._server.returncode}")
 
