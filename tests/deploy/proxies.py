@@ -22,7 +22,7 @@ from scripts import debian_tools
 from tests.live_server import REPO_ROOT
 
 CONFIGS = REPO_ROOT / "deploy" / "proxy"
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ def _running(command: list[str], environment: dict[str, str], log: Path, listen:
     finally:
         process.terminate()
         try:
-            process.wait(20.0)
+            process.wait(60.0)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()

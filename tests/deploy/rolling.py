@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import httpx
 
 NUM_CLIENTS = 6
+# nothing here is about speed: what has not come by then does not come
+TIMEOUT_S = 600.0
 MAX_TOKENS = 6
 
 
@@ -38,7 +40,7 @@ class Load:
 
     async def learn(self) -> None:
         """Note each model's answer, before anything is restarted."""
-        async with httpx.AsyncClient(base_url=self._url, timeout=120.0, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, trust_env=False) as client:
             for model in self._models:
                 self._expected[model] = await _stream(client, model)
 
@@ -48,18 +50,20 @@ class Load:
             for number in range(NUM_CLIENTS):
                 group.create_task(self._client(number))
 
-    async def reach(self, num_good: int) -> None:
-        """Return once so many requests have succeeded, or one has failed."""
+    async def reach(self, num_good: int, running: "asyncio.Task[None]") -> None:
+        """Return once so many requests have succeeded, or one has failed, or the clients have ended."""
         self._goal = num_good
         self._note()
-        await self._has_reached.wait()
+        reached = asyncio.create_task(self._has_reached.wait())
+        await asyncio.wait({reached, running}, return_when=asyncio.FIRST_COMPLETED)
+        reached.cancel()
 
     def stop(self) -> None:
         """Let every client finish its request and leave."""
         self._is_stopping = True
 
     async def _client(self, number: int) -> None:
-        async with httpx.AsyncClient(base_url=self._url, timeout=120.0, trust_env=False) as client:
+        async with httpx.AsyncClient(base_url=self._url, timeout=TIMEOUT_S, trust_env=False) as client:
             while not self._is_stopping:
                 number += 1
                 model = self._models[number % len(self._models)]
