@@ -1,14 +1,15 @@
-"""The file that jobs and data files are kept in: `training.sqlite` in the store's folder.
+"""The tables of jobs and data files, and the file of them that one server has: `training.sqlite` in the store's folder.
 
-Owns the tables, the connection and the turning of SQLite's errors into the store's. Invariant: every change is one
-transaction that is durable before the call returns.
+Owns the tables, the connection and the turning of SQLite's errors into the store's; replicas have `shared_rows.py`
+instead. Invariant: every change is one transaction that is durable before the call returns.
 """
 
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import Protocol
 
 from adapters_store.durable_sqlite import connect, transaction
 from adapters_store.errors import StorageFailed, StoreFull, storage_errors
@@ -16,7 +17,7 @@ from adapters_store.errors import StorageFailed, StoreFull, storage_errors
 TRAINING_FILE = "training.sqlite"
 # another process holds the write lock for one small transaction at most
 _BUSY_TIMEOUT_S = 30.0
-_SCHEMA = """
+SCHEMA = """
 CREATE TABLE IF NOT EXISTS jobs (
     number INTEGER PRIMARY KEY AUTOINCREMENT, id TEXT NOT NULL UNIQUE, tenant TEXT NOT NULL, base TEXT NOT NULL,
     state TEXT NOT NULL, created REAL NOT NULL, finished REAL, model_name TEXT NOT NULL, fine_tuned_model TEXT,
@@ -44,8 +45,30 @@ CREATE INDEX IF NOT EXISTS files_by_tenant ON files (tenant);
 """
 
 
+class TrainingRows(Protocol):
+    """The tables, wherever their truth lies. Thread-safe; any number of processes may have the same ones open."""
+
+    clock: Callable[[], float]
+
+    def read(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Let the block see all that was changed before, by whomever; raises StorageFailed."""
+        ...
+
+    def write(self) -> AbstractContextManager[sqlite3.Connection]:
+        """Run the block as one transaction, durable at its end, with nobody else's in between.
+
+        Raises:
+            StorageFailed, StoreFull: nothing was changed, or it may have been.
+        """
+        ...
+
+    def close(self) -> None:
+        """Give everything back."""
+        ...
+
+
 class TrainingDatabase:
-    """One connection to the file. Thread-safe; several processes may have the same file open."""
+    """`TrainingRows` in a file: one connection to it."""
 
     def __init__(self, store_dir: Path, clock: Callable[[], float]) -> None:
         """Open or create the file; raises StorageFailed, StoreFull."""
@@ -53,11 +76,11 @@ class TrainingDatabase:
         self.clock = clock
         with storage_errors():
             store_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        with _sqlite_errors():
+        with sqlite_errors():
             self._connection = connect(store_dir / TRAINING_FILE, busy_timeout_s=_BUSY_TIMEOUT_S)
             try:
                 self._connection.row_factory = sqlite3.Row
-                self._connection.executescript(_SCHEMA)
+                self._connection.executescript(SCHEMA)
             except sqlite3.Error:
                 self._connection.close()
                 raise
@@ -65,13 +88,13 @@ class TrainingDatabase:
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """Hold the connection for reading; raises StorageFailed."""
-        with self._lock, _sqlite_errors():
+        with self._lock, sqlite_errors():
             yield self._connection
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
         """Run the block as one transaction; raises StorageFailed, StoreFull."""
-        with self._lock, _sqlite_errors(), transaction(self._connection) as db:
+        with self._lock, sqlite_errors(), transaction(self._connection) as db:
             yield db
 
     def close(self) -> None:
@@ -81,7 +104,8 @@ class TrainingDatabase:
 
 
 @contextmanager
-def _sqlite_errors() -> Iterator[None]:
+def sqlite_errors() -> Iterator[None]:
+    """Turn SQLite's errors into StorageFailed and StoreFull."""
     try:
         yield
     except sqlite3.Error as error:

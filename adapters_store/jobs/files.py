@@ -17,7 +17,7 @@ from typing import BinaryIO
 from adapters_store.errors import UploadTooLarge, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.jobs.data_check import check_data
-from adapters_store.jobs.database import TrainingDatabase
+from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.folders import TrainingFolders
 from adapters_store.jobs.job import JobPage
 from adapters_store.jobs.job_errors import DataFileNotFound, TooManyJobs
@@ -102,7 +102,7 @@ class DataFiles:
 
     def __init__(
         self,
-        database: TrainingDatabase,
+        database: TrainingRows,
         folders: TrainingFolders,
         *,
         limits: DataLimits | None = None,

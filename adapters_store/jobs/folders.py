@@ -19,6 +19,7 @@ from pathlib import Path
 
 from adapters_store.errors import StorageFailed, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
+from adapters_store.jobs.job import ENDED, JobState
 from adapters_store.locks import lock_folder
 from adapters_store.object_files import OBJECT_FILES
 
@@ -126,16 +127,19 @@ class TrainingFolders:
         with suppress(OSError):
             self._files.remove_tree(self.job(job_id))
 
-    def sweep(self, unneeded_jobs: Callable[[list[str]], list[str]], known_files: Callable[[], set[str]]) -> None:
+    def sweep(self, states: Callable[[list[str]], dict[str, JobState]], known_files: Callable[[], set[str]]) -> None:
         """Remove what ended or died: folders of ended jobs, data files that no row names, staging without an owner.
 
+        A job's folder is made before its row, by any server: one without a row goes when it is old.
         Raises:
             StorageFailed: the folders cannot be listed.
         """
         with storage_errors():
             old_jobs = [entry.name for entry in os.scandir(self.jobs)]
-            for job_id in unneeded_jobs(old_jobs):
-                if _is_old(self.job(job_id)) or (self.job(job_id) / "inputs").is_dir():
+            found = states(old_jobs)
+            for job_id in old_jobs:
+                has_ended = found.get(job_id) in ENDED and (self.job(job_id) / "inputs").is_dir()
+                if has_ended or (found.get(job_id, JobState.FAILED) in ENDED and _is_old(self.job(job_id))):
                     self.remove_job(job_id)
             known = known_files()
             for entry in list(os.scandir(self.data_files)):

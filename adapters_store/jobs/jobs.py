@@ -1,8 +1,8 @@
 """What a store of training jobs promises, in three parts: to its tenants, to its workers, and to who publishes.
 
-SQLite implements it; others may follow. Invariants: a job is held by one worker at a time, by a lease that must be
-renewed; each claim gets a larger token, and what carries an older token, or comes after the lease has run out, changes
-nothing; a job ends once.
+Implemented over `TrainingRows`. Invariants: a job is held by one worker at a time, by a lease that must be renewed;
+each claim gets a larger token, and what carries an older token, or comes after the lease has run out, changes nothing;
+a job ends once.
 """
 
 from collections.abc import Iterable
@@ -80,8 +80,8 @@ class Jobs(Protocol):
         """Return the jobs that are being trained."""
         ...
 
-    def ended_or_unknown(self, job_ids: list[str]) -> list[str]:
-        """Return those ids whose job needs its folder no more."""
+    def states(self, job_ids: list[str]) -> dict[str, JobState]:
+        """Return the states of those jobs that there are."""
         ...
 
 

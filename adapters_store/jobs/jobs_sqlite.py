@@ -1,4 +1,4 @@
-"""`Jobs` in one SQLite file: what tenants ask for and see.
+"""`Jobs` over SQLite's tables, one server's or shared ones: what tenants ask for and see.
 
 Owns the tenants' side of the tables; workers and publishers have their own files. Invariant: a method that is given a
 tenant never reads or changes another's job, and cancelling or pausing voids the worker's token in the same transaction.
@@ -7,7 +7,7 @@ tenant never reads or changes another's job, and cancelling or pausing voids the
 import json
 import sqlite3
 
-from adapters_store.jobs.database import TrainingDatabase
+from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.job import ENDED, Checkpoint, Job, JobEvent, JobPage, JobState, NewEvent, NewJob
 from adapters_store.jobs.job_errors import JobNotFound, TooManyJobs, WrongJobState
 from adapters_store.jobs.job_rows import add_events, end_job, event_of, facts_of, job_of, new_id
@@ -21,7 +21,7 @@ _UNENDED = tuple(state for state in JobState if state not in ENDED)
 class SqliteJobs:
     """A `Jobs`."""
 
-    def __init__(self, database: TrainingDatabase) -> None:
+    def __init__(self, database: TrainingRows) -> None:
         self._database = database
 
     def create(self, new: NewJob, *, job_id: str | None = None, max_unfinished: int | None = None) -> Job:
@@ -135,11 +135,11 @@ class SqliteJobs:
             rows = db.execute("SELECT * FROM jobs WHERE state = ? ORDER BY number", (JobState.RUNNING,)).fetchall()
         return [job_of(row) for row in rows]
 
-    def ended_or_unknown(self, job_ids: list[str]) -> list[str]:
-        """Return those ids whose job needs its folder no more."""
+    def states(self, job_ids: list[str]) -> dict[str, JobState]:
+        """Return the states of those jobs that there are."""
         with self._database.read() as db:
-            states = {row["id"]: row["state"] for row in db.execute("SELECT id, state FROM jobs").fetchall()}
-        return [job_id for job_id in job_ids if states.get(job_id, JobState.FAILED) in ENDED]
+            found = {row["id"]: JobState(row["state"]) for row in db.execute("SELECT id, state FROM jobs").fetchall()}
+        return {job_id: found[job_id] for job_id in job_ids if job_id in found}
 
     def _change(self, job_id: str, tenant: str | None, state: JobState, sources: set[JobState], event: NewEvent) -> Job:
         now = self._database.clock()

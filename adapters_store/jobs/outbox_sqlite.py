@@ -1,4 +1,4 @@
-"""`Outbox` in one SQLite file: adapters that workers have exported, on their way to being published.
+"""`Outbox` over SQLite's tables, one server's or shared ones: what workers have exported, on its way to publication.
 
 Owns the last steps of a job. Invariant: a job succeeds only when its adapter can be asked for, and each parcel leaves
 the outbox once.
@@ -7,7 +7,7 @@ the outbox once.
 import json
 import sqlite3
 
-from adapters_store.jobs.database import TrainingDatabase
+from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.job import JobError, JobState, NewEvent, Parcel
 from adapters_store.jobs.job_rows import add_events, end_job, job_of, trained_of
 
@@ -20,7 +20,7 @@ WHERE c.state = 'exported' AND j.base = ? AND j.state NOT IN ('cancelled', 'fail
 class SqliteOutbox:
     """An `Outbox`."""
 
-    def __init__(self, database: TrainingDatabase) -> None:
+    def __init__(self, database: TrainingRows) -> None:
         self._database = database
 
     def parcels(self, base: str) -> list[Parcel]:

@@ -1,4 +1,4 @@
-"""`JobQueue` in one SQLite file: what workers do with jobs.
+"""`JobQueue` over SQLite's tables, one server's or shared ones: what workers do with jobs.
 
 Owns leases, fencing tokens and whose turn it is. Invariant: every write of a worker is one transaction that first finds
 its claim still good, so nothing that an expired worker says is kept.
@@ -8,7 +8,7 @@ import json
 import sqlite3
 from collections.abc import Iterable
 
-from adapters_store.jobs.database import TrainingDatabase
+from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.job import Claim, JobError, JobState, NewEvent, Progress, Trained
 from adapters_store.jobs.job_errors import LeaseLost
 from adapters_store.jobs.job_rows import add_events, dumps, end_job, job_of, new_id
@@ -27,7 +27,7 @@ ORDER BY (SELECT count(*) FROM jobs AS other WHERE other.tenant = jobs.tenant AN
 class SqliteJobQueue:
     """A `JobQueue`."""
 
-    def __init__(self, database: TrainingDatabase) -> None:
+    def __init__(self, database: TrainingRows) -> None:
         self._database = database
 
     def claim(self, worker: str, base: str, *, lease_s: float) -> Claim | None:

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from adapters_store.jobs.database import TrainingDatabase
 from adapters_store.jobs.files import DataFiles
 from adapters_store.jobs.folders import TrainingFolders
 from adapters_store.jobs.jobs import Jobs, Outbox
 from adapters_store.jobs.jobs_sqlite import SqliteJobs
 from adapters_store.jobs.outbox_sqlite import SqliteOutbox
+from adapters_store.jobs.rows_choice import open_rows
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,12 +29,11 @@ class TrainingDesk:
 
     @classmethod
     def open(cls, store_dir: Path) -> "TrainingDesk":
-        """Open or create what lies in a store's folder; raises StorageFailed, StoreFull."""
-        database = TrainingDatabase(store_dir, time.time)
+        """Open or create what lies in a store's folder; raises InvalidOption, StorageFailed, StoreFull."""
+        rows = open_rows(store_dir, time.time)
         folders = TrainingFolders(store_dir)
-        files = DataFiles(database, folders)
-        return cls(SqliteJobs(database), SqliteOutbox(database), files, folders, database.close)
+        return cls(SqliteJobs(rows), SqliteOutbox(rows), DataFiles(rows, folders), folders, rows.close)
 
     def sweep(self) -> None:
         """Remove the folders of ended jobs and what crashes left."""
-        self.folders.sweep(self.jobs.ended_or_unknown, self.files.known_ids)
+        self.folders.sweep(self.jobs.states, self.files.known_ids)

@@ -18,7 +18,7 @@ from serve.cli.signing_extra import signer_of_exports
 from serve.cli.train_options import DeviceMemory, LeaseS, MaxMemory, Nice, SigningKey, Threads, TrainDevice
 from serve.cli.version import installed_version
 from serve.model.download import resolve_model_dir
-from serve.trainer.starting import check_extra, open_worker, worker_config
+from serve.trainer.starting import check_extra, open_worker, wait_for_store, worker_config
 
 
 def train_worker(
@@ -51,10 +51,16 @@ def train_worker(
             config = replace(config, sign=signer_of_exports(signing_key))
         with suppress(OSError):
             os.nice(nice)
+        parent = os.getppid()
+
+        def is_orphaned() -> bool:
+            # started by a server, it ends with it, also when that was killed
+            return os.getppid() != parent
+
+        if not wait_for_store(store.absolute(), is_orphaned=is_orphaned):
+            return
         with open_worker(store.absolute(), config) as worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
-            parent = os.getppid()
             typer.echo(f"chorale train-worker ready {config.name}")
-            # started by a server, it ends with it, also when that was killed
-            worker.run(is_orphaned=lambda: os.getppid() != parent)
+            worker.run(is_orphaned=is_orphaned)

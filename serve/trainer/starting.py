@@ -7,20 +7,21 @@ import importlib.util
 import os
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-from adapters_store.jobs.database import TrainingDatabase
 from adapters_store.jobs.folders import TrainingFolders
 from adapters_store.jobs.queue_sqlite import SqliteJobQueue
+from adapters_store.jobs.rows_choice import is_store, open_rows
 from serve.errors import StartError
 from serve.model.spec import read_spec
 from serve.trainer.child import child_environment, spawn_child
 from serve.trainer.worker import Worker, WorkerConfig
 
 _NEEDED = ("transformers", "peft", "accelerate", "safetensors")
+_STORE_POLL_S = 0.1
 
 
 def check_extra() -> None:
@@ -64,12 +65,21 @@ def worker_config(
     )
 
 
+def wait_for_store(store_dir: Path, *, is_orphaned: Callable[[], bool]) -> bool:
+    """Return once a server has made a store of the folder, and so decided where its jobs lie; False: orphaned."""
+    while not is_store(store_dir):
+        if is_orphaned():
+            return False
+        time.sleep(_STORE_POLL_S)
+    return True
+
+
 @contextmanager
 def open_worker(store_dir: Path, config: WorkerConfig) -> Iterator[Worker]:
     """Open a store's jobs for one worker; raises StoreError."""
-    database = TrainingDatabase(store_dir, time.time)
+    rows = open_rows(store_dir, time.time)
     launch = partial(spawn_child, environment=child_environment(config.num_threads))
     try:
-        yield Worker(config, SqliteJobQueue(database), TrainingFolders(store_dir), launch)
+        yield Worker(config, SqliteJobQueue(rows), TrainingFolders(store_dir), launch)
     finally:
-        database.close()
+        rows.close()

@@ -1,8 +1,8 @@
 """The job store: leases, fencing tokens, states, turns of tenants, pages; every wrong hand is turned away."""
 
 import random
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -13,15 +13,16 @@ from adapters_store.jobs.job_errors import JobNotFound, LeaseLost, TooManyJobs, 
 from adapters_store.jobs.model_name import model_name
 from adapters_store.jobs.queue_sqlite import MAX_LOST
 from adapters_store.names import check_name
-from tests.finetuning.training_store import BASE, LEASE_S, TrainingStore, new_job
+from tests.finetuning.training_store import BASE, KINDS, LEASE_S, TrainingStore, new_job
 
 TRAINED = Trained(export="exports/final", metrics={"train_loss": 0.5}, trained_tokens=10, provenance={})
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> TrainingStore:
-    """Return an empty store of jobs."""
-    return TrainingStore(tmp_path)
+@pytest.fixture(params=KINDS)
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TrainingStore]:
+    """Return an empty store of jobs, of either kind."""
+    with closing(TrainingStore(tmp_path, kind=request.param)) as store:
+        yield store
 
 
 def claim(store: TrainingStore, worker: str = "w") -> Claim:
@@ -240,13 +241,12 @@ def test_a_promotion_holds_only_for_a_measured_metric_beyond_its_bound() -> None
     assert Promotion("bot", "valid_loss", below=0.5).holds({"valid_loss": 0.4})
 
 
-def test_random_histories_keep_one_holder_and_one_end(tmp_path: Path) -> None:
+def test_random_histories_keep_one_holder_and_one_end(store: TrainingStore) -> None:
     random_numbers = random.Random(11)
-    store = TrainingStore(tmp_path)
     good: dict[str, int] = {}
     held: list[Claim] = []
     ended: dict[str, JobState] = {}
-    for _ in range(600):
+    for _ in range(400):
         act = random_numbers.choice(["create", "claim", "claim", "write", "pause", "resume", "cancel", "end", "wait"])
         ids = [job.id for job in store.jobs.page(None, limit=100).items]
         job_id = random_numbers.choice(ids) if ids else ""
