@@ -1,4 +1,4 @@
-"""The way out: what the server takes between a signal and its end, and when nothing runs any more.
+"""The way in and the way out: what the server takes before it is prepared, and between a signal and its end.
 
 Owns the phase and the count of open requests; who moves it on, and when, is the composition root's. Invariants: the
 phase only moves on; a request that was let in is counted until its answer's last byte is written; probes are answered
@@ -21,20 +21,22 @@ _RETRY_AFTER_S = 2
 
 
 class Phase(IntEnum):
-    """How far the server is on its way out."""
+    """How far the server is on its way."""
 
-    OPEN = 0
+    # not ready: what it is to serve from its start on is not published yet
+    PREPARING = 0
+    OPEN = 1
     # not ready, but what a load balancer still sends is served
-    LEAVING = 1
+    LEAVING = 2
     # what comes now is refused; what runs goes on
-    REFUSING = 2
+    REFUSING = 3
 
 
 class Drain:
     """The phase and the open requests of one server. Event loop only."""
 
-    def __init__(self) -> None:
-        self._phase = Phase.OPEN
+    def __init__(self, phase: Phase = Phase.OPEN) -> None:
+        self._phase = phase
         self._num_open = 0
         self._has_emptied = asyncio.Event()
 

@@ -1,8 +1,8 @@
 """What probes and scrapers read: started, alive, ready, metrics.
 
 Owns the answers only; the heartbeat is the engine client's, the numbers are the metrics'. Probes: `/startupz`, was the
-model loaded once; `/livez`, would a restart help; `/readyz`, may requests come. Invariant: nothing here waits for
-the engine, so a probe is answered in time however busy it is.
+model loaded once; `/livez`, would a restart help; `/readyz`, may requests come: the model and all of `--preload` are
+there. Invariant: nothing here waits for the engine, so a probe is answered in time however busy it is.
 """
 
 from fastapi import APIRouter, Request
@@ -37,13 +37,15 @@ async def startupz(request: Request) -> dict[str, str]:
 @router.get("/readyz")
 @router.get("/health")
 async def readyz(request: Request) -> dict[str, str]:
-    """200 while requests are accepted and make progress."""
+    """200 while requests are accepted and make progress, once all adapters of `--preload` are published."""
     state = api_state(request)
     engine = state.engine
     if engine.is_draining or state.drain.phase > Phase.OPEN:
         raise draining()
     if not engine.is_ready:
         raise EngineLoading("the engine is not ready to take requests", retry_after_s=2)
+    if state.drain.phase is Phase.PREPARING:
+        raise EngineLoading("the adapters of --preload are being published", code="preloading", retry_after_s=2)
     return {"status": "ok"}
 
 

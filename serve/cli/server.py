@@ -108,7 +108,7 @@ class Server:
         self._engine = EngineClient(
             config.engine, config.api.limits, config.watchdog, metrics, worker_module=worker_module
         )
-        self._drain = Drain()
+        self._drain = Drain(Phase.PREPARING)
         traces = open_traces(config.api.otel_endpoint)
         app = build_app(config.api, self._engine, store, metrics, self._drain, traces)
         self._http = SilentServer(
@@ -135,6 +135,7 @@ class Server:
         http.add_done_callback(lambda _: signals.end_at_once())
         try:
             if await _finished_before(self._prepare(preload), first):
+                self._drain.move_to(Phase.OPEN)
                 self._say_ready()
                 # the one place where the merged configuration is shown: a start that fails says one line
                 logger.info("%s", _without_secrets(self._config))

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from serve.api.drain import Drain, Phase
 from tests.api_guard.whole_api import WholeApi, whole_api
 
 
@@ -21,6 +22,20 @@ def test_liveness_and_readiness_follow_the_engine(
         if status == 503:
             assert int(answer.headers["retry-after"]) > 0
             assert answer.json()["error"]["type"] == "server_error"
+
+
+def test_ready_means_that_all_of_preload_is_there(model_dir: Path, tmp_path: Path) -> None:
+    drain = Drain(Phase.PREPARING)
+    with whole_api(model_dir, tmp_path / "store", drain=drain) as api:
+        for path in ("/readyz", "/health"):
+            answer = api.http.get(path)
+            assert answer.status_code == 503 and answer.json()["error"]["code"] == "preloading"
+            assert "--preload" in answer.json()["error"]["message"] and int(answer.headers["retry-after"]) > 0
+        assert api.http.get("/livez").status_code == api.http.get("/startupz").status_code == 200
+        # what is there already is served
+        assert api.http.get("/v1/models").status_code == 200
+        drain.move_to(Phase.OPEN)
+        assert api.http.get("/readyz").status_code == api.http.get("/health").status_code == 200
 
 
 def test_started_means_ready_once_and_stays(api: WholeApi) -> None:

@@ -14,6 +14,7 @@ import httpx
 from adapters_store.base import BaseDims
 from adapters_store.store import AdapterStore
 from serve.api.app import build_app
+from serve.api.drain import Drain
 from serve.api.state import ApiState
 from serve.config import ApiConfig, LimitsConfig, TenantLimits
 from serve.metrics import Metrics
@@ -65,6 +66,7 @@ def whole_api(
     require_keys: bool = False,
     tenant_limits: TenantLimits | None = None,
     states: list[ApiState] | None = None,
+    drain: Drain | None = None,
     **store_options: object,
 ) -> Iterator[WholeApi]:
     """Serve the whole API until the block ends; `states` receives its state, `store_options` are the store's own."""
@@ -86,7 +88,7 @@ def whole_api(
         tenant_limits=tenant_limits or TenantLimits(),
     )
     try:
-        app = build_app(config, engine, store, metrics)
+        app = build_app(config, engine, store, metrics, drain)
         if states is not None:
             states.append(app.state.api)
         with (
