@@ -112,6 +112,8 @@ class Embed:
     # seeds the prefix hashes together with what acts, as in `Submit`
     cache_salt: str = ""
     deadline_s: float | None = None
+    # as in `Submit`
+    cold_start: str = "wait"
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,4 +296,6 @@ class StartFailed:
     message: str
 
 
+# what a sequence that was submitted is told of
+SequenceEvent = Started | Tokens | Finished
 Event = Started | Tokens | Embedded | Finished | Failed | AdapterDone | Stats | Ready | StartFailed

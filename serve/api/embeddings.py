@@ -15,7 +15,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from serve.api.auth import principal_of
-from serve.api.cold_start import warm_target
+from serve.api.cold_start import engine_rule, warm_target
 from serve.api.disconnect import unless_disconnected
 from serve.api.json_body import read_model
 from serve.api.limits import check_num_prompts
@@ -84,6 +84,7 @@ async def _embed_all(
             state.config.limits.tenant_weights.get(principal.tenant, 1.0),
             deadline_s=body.deadline_s,
             cache_salt=state.door.salt_of(principal),
+            cold_start=engine_rule(body),
         )
         for index, (prompt, acts) in enumerate((prompt, target.acts_on(prompt)) for prompt in prompts)
     ]

@@ -97,8 +97,7 @@ def _adapter_refusal(command: Submit | Embed, live: LiveSequences) -> Failed | N
     reason = adapter_sets.refusal(live.tiers, acting.digests)
     if reason is not None:
         return Failed(command.request_id, "adapter_load_failed", reason, 503)
-    takes_no_wait = isinstance(command, Submit) and command.cold_start == "fail"
-    if takes_no_wait and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
+    if command.cold_start == "fail" and adapter_sets.residency(live.tiers, acting.digests) is not Residency.READY:
         _prefetch(acting.digests, Payer.of(command), live)
         message = 'the adapter is not loaded yet; send it again soon, or with cold_start "wait"'
         return Failed(command.request_id, "adapter_not_loaded", message, 503)

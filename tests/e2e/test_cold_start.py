@@ -59,6 +59,34 @@ def _evict(server: LiveServer, name: str) -> None:
             time.sleep(0.05)
 
 
+def test_an_embedding_is_refused_or_the_bases_while_its_adapter_is_cold(server: LiveServer) -> None:
+    def embed(model: str, cold_start: str) -> httpx.Response:
+        with server.client() as client:
+            return client.post("/v1/embeddings", json={"model": model, "input": PROMPT, "cold_start": cold_start})
+
+    def vector(answer: httpx.Response) -> list[float]:
+        assert answer.status_code == 200, answer.text
+        return list(answer.json()["data"][0]["embedding"])
+
+    base, adapted = (vector(embed(model, "wait")) for model in ("tiny", "voice"))
+    assert adapted != pytest.approx(base, abs=1e-3)
+    assert vector(embed("tiny", "fail")) == pytest.approx(base, abs=1e-5)
+    _evict(server, "voice")
+    refused = embed("voice", "fail")
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "adapter_not_loaded"
+    assert int(refused.headers["retry-after"]) > 0
+    deadline = time.monotonic() + 60.0
+    # the refusal has begun the load
+    while (later := embed("voice", "fail")).status_code == 503:
+        assert time.monotonic() < deadline, "the prefetch never brought the adapter"
+        time.sleep(0.02)
+    assert vector(later) == pytest.approx(adapted, abs=1e-5)
+    _evict(server, "voice")
+    stand_in = embed("voice", "base")
+    assert vector(stand_in) == pytest.approx(base, abs=1e-5)
+    assert stand_in.headers["x-adapter-cold-start"] == "base"
+
+
 @pytest.mark.parametrize("case", list(TARGETS))
 def test_the_base_stands_in_with_its_own_tokens_and_then_the_adapter_answers(server: LiveServer, case: str) -> None:
     target = TARGETS[case]

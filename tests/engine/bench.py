@@ -120,10 +120,19 @@ class EngineBench:
         *,
         num_virtual_tokens: int = 0,
         cache_salt: str = "",
+        cold_start: str = "wait",
     ) -> Embed:
         """Send one embedding request."""
         return self._send(
-            Embed(request_id, prompt, pooling, digest, num_virtual_tokens=num_virtual_tokens, cache_salt=cache_salt)
+            Embed(
+                request_id,
+                prompt,
+                pooling,
+                digest,
+                num_virtual_tokens=num_virtual_tokens,
+                cache_salt=cache_salt,
+                cold_start=cold_start,
+            )
         )
 
     def _send(self, command: CommandT) -> CommandT:

@@ -6,6 +6,7 @@ import pytest
 
 from serve.messages import (
     Abort,
+    Embedded,
     Failed,
     Finished,
     FinishReason,
@@ -128,6 +129,16 @@ def test_a_request_that_takes_no_cold_start_fails_and_starts_the_load() -> None:
     bench.submit("warm", [1, 2], A, cold_start="fail")
     bench.drain()
     assert isinstance(bench.end("warm"), Finished)
+
+
+def test_an_embedding_that_takes_no_cold_start_fails_and_starts_the_load() -> None:
+    bench = EngineBench()
+    bench.embed("cold", [1, 2], "mean", A, cold_start="fail")
+    bench.step(3)
+    assert _failure(bench, "cold") == ("adapter_not_loaded", 503)
+    bench.embed("warm", [1, 2], "mean", A, cold_start="fail")
+    bench.drain()
+    assert isinstance(bench.end("warm"), Embedded)
 
 
 def test_a_request_for_an_adapter_without_room_is_not_passed_for_ever() -> None:
