@@ -17,7 +17,7 @@ from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
-from adapters_store.errors import AdapterNotFound, StoreError
+from adapters_store.errors import AdapterNotFound, RegistryUnavailable, StoreAway, StoreError
 from adapters_store.jobs.exported import declared_by
 from adapters_store.jobs.job import JobError, NewEvent, Parcel
 from adapters_store.proof import Proving
@@ -33,6 +33,7 @@ logger = logging.getLogger("chorale.training")
 
 _POLL_S, _RETRY_S, _SWEEP_S = 0.3, 3.0, 60.0
 _MAX_TRIES = 20
+_AWAY = (RegistryUnavailable, StoreAway)
 _METRICS_NAME = "step_metrics.csv"
 _COLUMNS = ("step", "train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
 
@@ -82,7 +83,9 @@ class JobPublisher:
             version = await self._state.uploads.commit(publish)
             self._later.pop(key, None)
         except (StoreError, ServeError) as error:
-            is_final = error.http_status < 500 or num_tries >= _MAX_TRIES
+            # what replicas share may be away for hours, and costs no job
+            has_patience = isinstance(error, _AWAY) or num_tries < _MAX_TRIES
+            is_final = error.http_status < 500 or not has_patience
             logger.warning("job %s: not published: %s", parcel.job.id, error)
             if not is_final:
                 self._later[key] = (time.monotonic() + _RETRY_S, num_tries + 1)
@@ -127,6 +130,9 @@ class JobPublisher:
         put = partial(view.put_dir, promotion.name, folder, declared=declared_by(folder), proving=proving)
         try:
             return promote(promotion, parcel.job.metrics, view, version.digest, put)
+        except _AWAY:
+            # as long as the parcel waits, all of it is done again
+            raise
         except (StoreError, ServeError) as error:
             # the job's own name is published; what it should replace stays as it is
             return [NewEvent(f"'{promotion.name}' was left as it is: {error.message}", level="warn")]

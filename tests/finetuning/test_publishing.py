@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from adapters_store.errors import AdapterNotFound, StorageFailed
+from adapters_store.errors import AdapterNotFound, RegistryUnavailable, StorageFailed
 from adapters_store.jobs.job import Job, JobState, Promotion, Trained
 from adapters_store.proof import NotProbed
 from adapters_store.store import AdapterStore
+from serve.api import job_publisher
 from serve.api.job_publisher import JobPublisher
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.state import ApiState
@@ -44,7 +45,7 @@ class Desk:
         self.view = owned.seen_by(ACME)
         parts = self.training
         self.state = SimpleNamespace(
-            training=TrainingDesk(parts.jobs, parts.outbox, parts.files, parts.folders, parts.database.close),
+            training=TrainingDesk(parts.jobs, parts.outbox, parts.files, parts.folders, parts.close),
             store=owned,
             engine=SimpleNamespace(ready=SimpleNamespace(base_fingerprint=BASE)),
             uploads=UploadPool(),
@@ -56,7 +57,7 @@ class Desk:
     def close(self) -> None:
         """Give everything back."""
         self.state.uploads.close()
-        self.training.database.close()
+        self.training.close()
         self.store.close()
 
     def trained(self, *, seed: int = 1, metrics: dict[str, float] | None = None, **changes: object) -> Job:
@@ -66,7 +67,7 @@ class Desk:
         run = self.training.folders.begin_run(job.id, 1)
         folder = write_tiny_adapter(run, "adapter", 4, seed).folder
         (folder / "upload.json").write_text(json.dumps({"format": "peft", "options": {}}))
-        (folder / "provenance.json").write_text("{}")
+        (folder / "provenance.json").write_text('{"seed": 1}')
         claim = self.training.queue.claim("w", BASE, lease_s=LEASE_S)
         assert claim is not None and claim.job.id == job.id
         export = self.training.folders.keep_export(job.id, "final.1", folder)
@@ -194,6 +195,36 @@ def test_a_good_result_is_promoted_and_a_bad_one_leaves_everything_as_it_is(desk
     assert (then.current, then.aliases) == (1, {"stable": 2, "canary": 2})
     with pytest.raises(AdapterNotFound):
         desk.store.get("bot")
+
+
+def test_a_registry_that_is_away_costs_no_job_and_no_promotion(desk: Desk, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = {"valid_mean_token_accuracy": 0.95}
+    job = desk.trained(seed=1, metrics=good, promotion=promotion(above=0.9, canary=None))
+    is_away = {"put_dir": True, "move": True}
+    put_dir = OwnedAdapters.put_dir
+
+    def put(self: OwnedAdapters, name: str, *arguments: object, **options: object) -> object:
+        if is_away["put_dir"] or (name == "bot" and is_away["move"]):
+            raise RegistryUnavailable
+        return put_dir(self, name, *arguments, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(OwnedAdapters, "put_dir", put)
+    # an hour of it, without the waiting
+    monkeypatch.setattr(job_publisher, "_RETRY_S", 0.0)
+    monkeypatch.setattr(job_publisher, "_MAX_TRIES", 2)
+    for _ in range(4):
+        desk.round()
+    assert desk.training.jobs.get(job.id, None).state is JobState.PUBLISHING
+    is_away["put_dir"] = False
+    # away again between the adapter and its promotion
+    for _ in range(4):
+        desk.round()
+    assert desk.training.jobs.get(job.id, None).state is JobState.PUBLISHING
+    is_away["move"] = False
+    desk.round()
+    assert desk.training.jobs.get(job.id, None).state is JobState.SUCCEEDED
+    assert desk.view.pointers("bot").aliases == {"stable": 1}
+    assert [version.version for version in desk.view.versions(job.model_name)] == [1]
 
 
 def test_a_promotion_that_cannot_be_fulfilled_fails_no_job(desk: Desk) -> None:
