@@ -28,6 +28,7 @@ from adapters_store.registry_redis import SharedRegistry
 from adapters_store.signatures import OpenGate
 from adapters_store.steering import Actor, aliased, canaried, promoted, rolled_back, unaliased
 from adapters_store.upload import Upload, Wish, copy_parts
+from adapters_store.version_errors import SignatureInvalid
 
 __all__ = [
     "AdapterRef",
@@ -162,6 +163,22 @@ class AdapterStore(Publication):
         """
         if not isinstance(self.signatures, OpenGate):
             self.signatures.check_promotion(self._version(ref.name, ref.version))
+
+    def check_digest(self, digest: str) -> None:
+        """Check that some version of this digest may be served here.
+
+        Raises:
+            AdapterNotFound: no version of this base has it. SignatureInvalid: this server serves none that does.
+        """
+        refused: SignatureInvalid | None = None
+        for current in self.list():
+            for version in self._registry.versions(current.name):
+                if version.digest == digest:
+                    try:
+                        return self.signatures.check_promotion(version)
+                    except SignatureInvalid as error:
+                        refused = error
+        raise refused or AdapterNotFound(f"no version of an adapter has the digest sha256:{digest}", param="name")
 
     def list(self) -> Versions:
         """Return the current version of every adapter of this base, by name."""

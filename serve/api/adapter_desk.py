@@ -100,6 +100,11 @@ class AdapterDesk:
         done = await self._ask(AskReady(self._next_id(), digests, tenant, tenant_weight))
         return not done.is_pending
 
+    @property
+    def pinned(self) -> tuple[str, ...]:
+        """Return what the operator has pinned here, oldest pin first."""
+        return tuple(self._pins)
+
     def is_pinned(self, digest: str) -> bool:
         """Say whether the operator has pinned an adapter here."""
         return digest in self._pins

@@ -42,13 +42,13 @@ async def prefetch_adapter(request: Request, name: str) -> Json:
 
 @router.post("/{name}:pin", status_code=202)
 async def pin_adapter(request: Request, name: str) -> Json:
-    """Load the adapter and keep it in memory until it is unpinned or deleted; answers before it is loaded.
+    """Load the adapter and keep it in memory until it is unpinned or deleted, over restarts; answers at once.
 
     409 when that would leave no room for others.
     """
     state = api_state(request)
     ref = await _resolve(state, name, to_serve=True)
-    await state.engine.desk.pin(ref.digest)
+    await state.pins.pin(ref.digest)
     return _status(state, ref)
 
 
@@ -57,7 +57,7 @@ async def unpin_adapter(request: Request, name: str) -> Json:
     """Take a pin back: the adapter stays in memory until its room is needed."""
     state = api_state(request)
     ref = await _resolve(state, name)
-    await state.engine.desk.unpin(ref.digest)
+    await state.pins.unpin(ref.digest)
     return _status(state, ref)
 
 

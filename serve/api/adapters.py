@@ -113,7 +113,9 @@ async def remove_adapter(state: ApiState, name: str) -> None:
         await asyncio.to_thread(state.door.tenancy.keys.withdraw, stored, None)
     await asyncio.to_thread(state.store.delete, name)
     await state.record(AuditEvent.DELETE, name)
-    for digest in {version.digest for version in versions}:
+    digests = {version.digest for version in versions}
+    await state.pins.forget(digests)
+    for digest in digests:
         state.engine.unload_adapter(digest)
 
 

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
+from adapters_store.pins import PinsFile
 from adapters_store.store import AdapterStore
 from serve.api import (
     adapter_files,
@@ -39,6 +40,7 @@ from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
 from serve.api.job_publisher import publishing
 from serve.api.owned_adapters import OwnedAdapters
+from serve.api.pin_keeper import PinKeeper, keeping_pins
 from serve.api.replica import Replica
 from serve.api.request_context import RequestContext
 from serve.api.request_log import RequestObserver
@@ -89,7 +91,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None, None]:
-        async with publishing(state), training_metrics(state):
+        async with publishing(state), training_metrics(state), keeping_pins(state.pins):
             yield
         await state.grammar_gate.close()
         state.uploads.close()
@@ -145,6 +147,7 @@ def _build_state(
         started=int(time.time()),
         drain=drain,
         training=TrainingDesk.open(config.store_dir),
+        pins=PinKeeper(PinsFile(config.store_dir), engine, store.check_digest),
     )
 
 

@@ -17,6 +17,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.grammar_gate import GrammarGate
 from serve.api.last_uses import LastUses
 from serve.api.owned_adapters import OwnedAdapters
+from serve.api.pin_keeper import PinKeeper
 from serve.api.replica import Replica
 from serve.api.tool_families import ToolFamily
 from serve.api.training_desk import TrainingDesk
@@ -54,6 +55,7 @@ class ApiState:
     started: int
     drain: Drain
     training: TrainingDesk
+    pins: PinKeeper
     uploads: UploadPool = field(default_factory=UploadPool)
     last_uses: LastUses = field(default_factory=lambda: LastUses(time.time))
 

@@ -86,6 +86,9 @@ class FakeStore:
     def check_promotion(self, ref: AdapterRef) -> None:
         """Let everything pass."""
 
+    def check_digest(self, digest: str) -> None:
+        """Let everything pass."""
+
     def _find(self, model: str) -> AdapterVersion | None:
         if model in self._versions:
             return self._versions[model][-1]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters_store.pins import PINS_FILE
 from serve.metrics import Metrics
 from tests.api.byte_tokenizer import write_model_dir
 from tests.api_guard.whole_api import WholeApi, whole_api
@@ -30,6 +31,8 @@ def running(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def api(running: WholeApi) -> Iterator[WholeApi]:
     """Return the API with an empty store; afterwards nothing may be staged."""
     running.engine.reset()
+    # in this order: what the engine was told of, and the file, differ in nothing that it would be told of again
+    (running.store_dir / PINS_FILE).unlink(missing_ok=True)
     for version in running.store.list():
         running.store.delete(version.name)
     yield running
