@@ -8,7 +8,7 @@ import json
 from dataclasses import dataclass
 
 from adapters_store.errors import StorageFailed
-from adapters_store.json_values import integer, json_list, json_object, text
+from adapters_store.json_values import flag, integer, json_list, json_object, text
 from adapters_store.strict_json import Json, canonical_json
 from serve.tenants.key_store import Grant
 from serve.tenants.keys import KeyRecord
@@ -17,12 +17,16 @@ from serve.tenants.principal import Scope
 
 @dataclass(frozen=True, slots=True)
 class KeyChange:
-    """How some keys read from here on, and which grants came and went; `pepper_mark` is the first entry's."""
+    """How some keys read from here on, and which grants came and went; `pepper_mark` is the first entry's.
+
+    With `is_everything` there are no other keys and grants.
+    """
 
     records: tuple[KeyRecord, ...] = ()
     granted: tuple[Grant, ...] = ()
     withdrawn: tuple[Grant, ...] = ()
     pepper_mark: str = ""
+    is_everything: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,8 +41,11 @@ class KeyEntry:
 def write_entry(entry: KeyEntry) -> bytes:
     """Return an entry's payload."""
     change = entry.change
+    # servers that never fold can read a journal that was never folded
+    everything: dict[str, Json] = {"everything": True} if change.is_everything else {}
     return canonical_json(
-        {
+        everything
+        | {
             "number": entry.number,
             "before": entry.before,
             "pepper_mark": change.pepper_mark,
@@ -65,6 +72,7 @@ def read_entry(payload: bytes, number: int) -> KeyEntry:
             granted=_grants(facts.pop("granted")),
             withdrawn=_grants(facts.pop("withdrawn")),
             pepper_mark=text(facts.pop("pepper_mark")),
+            is_everything=flag(facts.pop("everything", False)),
         )
         if facts:
             raise ValueError("unknown fields")

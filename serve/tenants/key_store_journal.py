@@ -2,13 +2,14 @@
 
 Owns what its entries come to. The journal alone is the truth: no key, hash or grant passes through Redis, and a
 revocation needs no Redis to be heard. Invariants: a change is durable before the call returns; `version` looks into the
-journal and never answers from memory; a journal made with another pepper is refused when it is opened.
+journal and never answers from memory; a journal made with another pepper is refused when it is opened; folding never
+takes away what a replica that looks every second was to read next.
 """
 
 import hashlib
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 
 from adapters_store.change_log import ChangeLog
@@ -21,6 +22,8 @@ from serve.tenants.keys import KeyRecord
 from serve.tenants.pepper import check_mark, pepper_mark
 
 KEY_JOURNAL = "keys"
+# the journal is folded after so many changes, or as many as there are keys and grants
+FOLD_CHANGES = 256
 
 Decide = Callable[[], KeyChange]
 
@@ -28,17 +31,28 @@ Decide = Callable[[], KeyChange]
 class JournalKeyStore:
     """A `KeyStore` over a journal. Thread-safe; any number of processes on any number of machines."""
 
-    def __init__(self, journal: ChangeLog, pepper: bytes, *, begin: Callable[[], KeyChange] = KeyChange) -> None:
+    def __init__(
+        self,
+        journal: ChangeLog,
+        pepper: bytes,
+        *,
+        begin: Callable[[], KeyChange] = KeyChange,
+        fold_changes: int = FOLD_CHANGES,
+    ) -> None:
         """Read the journal, founding it if it is new.
 
         Args:
             begin: what a new journal begins with; called under the journal's lock.
+            fold_changes: after how many changes it is folded, at least.
         Raises:
             StartError: its keys were made with another pepper. Unavailable: it cannot be read or written.
         """
         self._journal = journal
         self._following = threading.Lock()
+        self._fold_changes = fold_changes
         self._number, self._last = -1, NOTHING_BEFORE
+        # the newest entry that holds everything before it
+        self._fold = 0
         self._mark = ""
         self._records: dict[str, KeyRecord] = {}
         self._grants: set[Grant] = set()
@@ -116,20 +130,61 @@ class JournalKeyStore:
                     return entry.change
                 if self._journal.append(entry.number, write_entry(entry)):
                     self._catch_up()
+                    self._fold_if_long()
                     return entry.change
 
     def _catch_up(self) -> None:
-        while (payload := self._journal.read(self._number + 1)) is not None:
-            entry = read_entry(payload, self._number + 1)
-            if entry.before != self._last:
-                raise StorageFailed(f"change {entry.number} of the store's keys does not follow the one before it")
-            self._take(entry.change)
-            self._number, self._last = entry.number, hashlib.sha256(payload).hexdigest()
+        while self._follow() or self._jump():
+            continue
 
-    def _take(self, change: KeyChange) -> None:
+    def _follow(self) -> bool:
+        payload = self._journal.read(self._number + 1)
+        if payload is None:
+            return False
+        entry = read_entry(payload, self._number + 1)
+        if entry.before != self._last:
+            raise StorageFailed(f"change {entry.number} of the store's keys does not follow the one before it")
+        self._take(entry, payload)
+        return True
+
+    def _jump(self) -> bool:
+        """Go on at a fold, if the changes up to there are gone."""
+        number = self._journal.checkpoint()
+        if number <= self._number:
+            return False
+        payload = self._journal.read(number)
+        entry = None if payload is None else read_entry(payload, number)
+        if payload is None or entry is None or not entry.change.is_everything:
+            raise StorageFailed(
+                f"change {number} of the store's keys, their checkpoint, is missing; restore the folder"
+            )
+        self._take(entry, payload)
+        return True
+
+    def _fold_if_long(self) -> None:
+        """Write everything as one entry; what came before the last such entry goes, so that nobody lacks the next."""
+        before = self._fold
+        if self._number - before < max(self._fold_changes, len(self._records) + len(self._grants)):
+            return
+        everything = KeyChange(tuple(self._records.values()), tuple(self._grants), (), self._mark, is_everything=True)
+        with suppress(StoreError):
+            # the change itself is durable; the next one tries again
+            if self._journal.append(self._number + 1, write_entry(KeyEntry(self._number + 1, self._last, everything))):
+                self._catch_up()
+                if before > self._journal.checkpoint():
+                    self._journal.forget_before(before)
+
+    def _take(self, entry: KeyEntry, payload: bytes) -> None:
+        change = entry.change
+        changed = {record.key_id: record for record in change.records}
+        if change.is_everything:
+            # whoever reads one key meanwhile finds it in the one or in the other
+            self._records, self._grants, self._fold = changed, set(change.granted), entry.number
+        else:
+            self._records.update(changed)
+            self._grants = (self._grants | set(change.granted)) - set(change.withdrawn)
         self._mark = change.pepper_mark or self._mark
-        self._records.update((record.key_id, record) for record in change.records)
-        self._grants = (self._grants | set(change.granted)) - set(change.withdrawn)
+        self._number, self._last = entry.number, hashlib.sha256(payload).hexdigest()
 
     def _known(self, key_id: str) -> KeyRecord:
         record = self._records.get(key_id)

@@ -20,6 +20,7 @@ from serve.tenants.keys import KeyRecord, mint
 from serve.tenants.principal import Scope
 
 PEPPER = b"p" * 32
+FOLD = 4
 SCOPES = frozenset({Scope.INFER, Scope.ADAPTERS_READ})
 
 
@@ -74,6 +75,66 @@ def test_replicas_agree_on_what_all_of_them_changed(tmp_path: Path) -> None:
     assert stores[1].withdraw("shared", "tenant3") == 1 and stores[2].withdraw("shared", "tenant3") == 0
     assert stores[0].withdraw("shared", None) == len(records) - 1
     assert {grant.adapter for grant in stores[2].snapshot().grants} == {f"tenant{n}/a" for n in range(24)}
+
+
+def journal_files(folder: Path) -> list[Path]:
+    return sorted(path for path in (folder / "keys").iterdir() if path.name.isdecimal())
+
+
+def open_folding(folder: Path) -> JournalKeyStore:
+    return JournalKeyStore(Journal(folder / "keys", LinkingFileSystem()), PEPPER, fold_changes=FOLD)
+
+
+def test_a_folded_journal_keeps_every_key_grant_and_revocation(tmp_path: Path) -> None:
+    stores = [open_folding(tmp_path) for _ in range(2)]
+    behind = open_one(tmp_path)
+    revoked, kept = new_key()[1], new_key("kept")[1]
+    for record in (revoked, kept):
+        stores[0].add(record)
+    stores[1].revoke(revoked.key_id, now=1500)
+    versions = [behind.version()]
+    for number in range(12 * FOLD):
+        store = stores[number % 2]
+        grant = Grant("acme/a", f"tenant{number % 3}")
+        if store.withdraw(grant.adapter, grant.tenant) == 0:
+            store.grant(grant)
+        if number % (3 * FOLD) == 0:
+            # behind by more than what is kept
+            versions.append(behind.version())
+    assert versions == sorted(set(versions))
+    # two folds' worth of changes, the folds themselves, and the first entry, which stays
+    assert len(journal_files(tmp_path)) <= 2 * FOLD + 4
+    snapshots = [store.snapshot() for store in (*stores, behind, open_one(tmp_path))]
+    assert snapshots[1:] == snapshots[:-1]
+    assert set(snapshots[0].records) == {replace(revoked, revoked=1500), kept}
+    with pytest.raises(StartError, match="pepper"):
+        open_one(tmp_path, b"q" * 32)
+
+
+def test_whoever_looks_every_second_never_lacks_the_next_change(tmp_path: Path) -> None:
+    writer, looker = open_folding(tmp_path), open_one(tmp_path)
+    for number in range(4 * FOLD):
+        seen = looker.version()
+        writer.grant(Grant("acme/a", f"tenant{number}"))
+        # the very next entry is there, whatever was folded: no second is lost with looking for a checkpoint
+        assert (tmp_path / "keys" / f"{seen + 1:012d}").is_file()
+
+
+@pytest.mark.parametrize("is_altered", [False, True])
+def test_a_fold_that_is_gone_or_altered_opens_nothing(tmp_path: Path, is_altered: bool) -> None:
+    store = open_folding(tmp_path)
+    store.grant(Grant("acme/a", "tenant0"))
+    for _ in range(2 * FOLD):
+        store.grant(Grant("acme/a", "other"))
+        store.withdraw("acme/a", "other")
+    fold = journal_files(tmp_path)[1]
+    assert b'"everything":true' in fold.read_bytes()
+    if is_altered:
+        fold.write_bytes(fold.read_bytes().replace(b"tenant0", b"tenant9"))
+    else:
+        fold.unlink()
+    with pytest.raises(Unavailable):
+        open_one(tmp_path)
 
 
 def test_what_changes_nothing_writes_nothing(tmp_path: Path) -> None:
