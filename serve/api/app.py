@@ -45,6 +45,7 @@ from serve.api.replica import Replica
 from serve.api.request_context import RequestContext
 from serve.api.request_log import RequestObserver
 from serve.api.route_scopes import check_routes
+from serve.api.scrape import ScrapeRoute
 from serve.api.state import ApiState
 from serve.api.tenant_share import take_share
 from serve.api.tool_families import detect_family
@@ -119,6 +120,7 @@ def build_app(
     for router in routers:
         app.include_router(router)
     app.add_middleware(BodyGuard, limits=config.limits)
+    app.add_middleware(ScrapeRoute, state=state, routes=routes)
     app.add_middleware(DrainGate, drain=state.drain)
     app.add_middleware(RequestContext, traces=traces)
     return app

@@ -12,10 +12,9 @@ from serve.api.drain import Phase, draining
 from serve.api.errors import error_responses
 from serve.api.state import api_state
 from serve.errors import EngineLoading, NotFound, Unavailable
+from serve.metrics import METRICS_TYPE
 
 router = APIRouter(tags=["health"], responses=error_responses())
-
-_METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 @router.get("/livez")
@@ -51,8 +50,8 @@ async def readyz(request: Request) -> dict[str, str]:
 
 @router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(request: Request) -> Response:
-    """Prometheus text, rendered from the last heartbeat."""
+    """Prometheus text, rendered from the last heartbeat; most scrapes take the short way, `scrape`."""
     state = api_state(request)
     if state.metrics is None:
         raise NotFound("this server was built without metrics")
-    return Response(state.metrics.render(), media_type=_METRICS_TYPE)
+    return Response(state.metrics.render(), media_type=METRICS_TYPE)

@@ -1,7 +1,8 @@
 """The metrics page: what feeds it, and its text.
 
 Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped.
-Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes: a scrape then finds its page ready.
+Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes: a scrape then finds its page ready, and
+where nothing changed since, it stays good for longer.
 Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
 `_other`; none on a histogram); counters never fall, also when the engine restarts; gauges are 0 at rest.
 """
@@ -14,7 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, disable_cre
 from serve.messages import Stats
 from serve.metrics.engine_page import EngineCollector
 from serve.metrics.engine_view import EngineView
-from serve.metrics.exposition import exposition
+from serve.metrics.exposition import Exposition
 from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
 from serve.metrics.registry_page import RegistryCollector, RegistryFacts
 from serve.metrics.request_meter import RequestInstruments, RequestMeter
@@ -24,6 +25,8 @@ from serve.metrics.vllm_aliases import VllmCollector
 RENDER_S = 0.1
 # how old a page that was rendered with a heartbeat may be when it is sent; under load they come every 0.1 s
 READY_PAGE_S = 0.2
+# and how old one may be since which nothing was counted here; what others tell when asked is in it, and the time
+QUIET_PAGE_S = 0.5
 # without a scrape for so long, heartbeats render nothing
 SCRAPED_S = 5.0
 
@@ -40,9 +43,11 @@ class Metrics:
         unix_clock: Callable[[], float] = time.time,
     ) -> None:
         self._clock = clock
+        self._exposition = Exposition()
         self._rendered = b""
         self._render_at = self._scraped_at = float("-inf")
         self._max_age_s = RENDER_S
+        self._has_changed = False
         # `_created` would double the series of a page that is read twenty times a second
         disable_created_metrics()  # type: ignore[no-untyped-call]
         self._registry = registry = CollectorRegistry()
@@ -85,6 +90,7 @@ class Metrics:
 
     def observe_stats(self, stats: Stats) -> None:
         """Take one heartbeat."""
+        self._has_changed = True
         self._view.take(stats)
         for move in stats.adapter_moves:
             if move.kind == "load":
@@ -100,19 +106,23 @@ class Metrics:
 
     def engine_lost(self) -> None:
         """Note that the engine process is gone: nothing runs, nothing is resident."""
+        self._has_changed = True
         self._view.stats = None
         self._restarts.inc()
 
     def observe_training(self, summary: TrainingSummary) -> None:
         """Take what the training jobs do."""
+        self._has_changed = True
         self._training.summary = summary
 
     def count_rejection(self, code: str) -> None:
         """Count a request that was refused before any work; `code` is one of our own error codes."""
+        self._has_changed = True
         self._rejected.labels(code).inc()
 
     def count_stand_in(self) -> None:
         """Count a request that the base answers, as its client asked, because its adapters are not on the device."""
+        self._has_changed = True
         self._stand_ins.inc()
 
     def open_request(self, *adapter_digests: str) -> RequestMeter:
@@ -122,12 +132,14 @@ class Metrics:
         return RequestMeter(self._requests, adapter_digests)
 
     def render(self) -> bytes:
-        """Return the exposition text, at most `READY_PAGE_S` old."""
+        """Return the exposition text: at most `READY_PAGE_S` old, or `QUIET_PAGE_S` while nothing is counted."""
         self._scraped_at = now = self._clock()
-        if now - self._render_at >= self._max_age_s:
+        max_age_s = self._max_age_s if self._has_changed or self._requests.has_changed else QUIET_PAGE_S
+        if now - self._render_at >= max_age_s:
             self._render(now, max_age_s=RENDER_S)
         return self._rendered
 
     def _render(self, now: float, *, max_age_s: float) -> None:
-        self._rendered = exposition(self._registry.collect())
+        self._rendered = self._exposition.text(self._registry.collect())
         self._render_at, self._max_age_s = now, max_age_s
+        self._has_changed = self._requests.has_changed = False

@@ -27,6 +27,8 @@ class RequestInstruments:
 
     def __init__(self, registry: CollectorRegistry, clock: Callable[[], float]) -> None:
         self.clock = clock
+        # a meter has written since the page was rendered
+        self.has_changed = False
         self.usage = AdapterUsage()
         self.names = AdapterNames(clock)
         self.seconds = {
@@ -53,6 +55,7 @@ class RequestMeter:
 
     def saw(self, event: Started | Tokens | Embedded | Finished) -> None:
         """Take one event of the sequence as it arrives from the engine."""
+        self._to.has_changed = True
         now = self._to.clock()
         if isinstance(event, Started):
             self._queue_s = event.queue_s
@@ -66,7 +69,7 @@ class RequestMeter:
         """Count the end: "stop", "length", "error", or "abort" for a reader that left (client gone, stop string)."""
         if self._is_closed:
             return
-        self._is_closed = True
+        self._is_closed = self._to.has_changed = True
         now = self._to.clock()
         self._to.finished.labels(reason).inc()
         self._to.seconds["e2e"].observe(now - self._opened_at)

@@ -1,5 +1,6 @@
 """The metrics page: the promised names, rest at zero, counters that never fall, labels that stay few."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pytest
@@ -9,6 +10,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from serve.adapter_messages import AdapterMove, PinState
 from serve.messages import AdapterState, Finished, FinishReason, Started, Stats, Tokens
 from serve.metrics import MAX_ADAPTER_SERIES, MAX_LABEL_BYTES, Metrics, page
+from serve.metrics.exposition import Exposition
+from serve.metrics.training_page import TrainingSummary
 
 REST = ("chorale_kv_blocks_in_use", "chorale_requests_running", "chorale_requests_waiting", "chorale_adapter_pins")
 ALIASES = ("vllm:num_requests_running", "vllm:num_requests_waiting", "vllm:kv_cache_usage_perc")
@@ -227,11 +230,11 @@ def test_a_scraper_finds_the_page_that_the_heartbeat_has_rendered_and_nobody_is_
 ) -> None:
     rendered: list[bytes] = []
 
-    def render(families: object) -> bytes:
+    def render(exposition: Exposition, families: object) -> bytes:
         rendered.append(b"%d" % (len(rendered) + 1))
         return rendered[-1]
 
-    monkeypatch.setattr(page, "exposition", render)
+    monkeypatch.setattr(Exposition, "text", render)
     clock = FakeClock()
     metrics = Metrics(clock=clock)
     metrics.observe_stats(stats())
@@ -241,12 +244,44 @@ def test_a_scraper_finds_the_page_that_the_heartbeat_has_rendered_and_nobody_is_
     metrics.observe_stats(stats())
     clock.now = 0.25
     assert metrics.render() == b"2"
-    # no heartbeat: the scrape renders
+    # no heartbeat, and something was counted: the scrape renders
+    metrics.count_rejection("queue_full")
     clock.now = 0.35
     assert metrics.render() == b"3"
     clock.now = 10.0
     metrics.observe_stats(stats())
     assert len(rendered) == 3
+
+
+@pytest.mark.parametrize("change", ["heartbeat", "lost", "refused", "stood in", "token", "closed", "trained"])
+def test_what_was_counted_is_on_the_page_a_moment_later(change: str) -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock)
+    request = metrics.open_request()
+    metrics.observe_stats(stats(num_running=1))
+    before = metrics.render()
+    changes: dict[str, Callable[[], object]] = {
+        "heartbeat": lambda: metrics.observe_stats(stats(num_running=2)),
+        "lost": metrics.engine_lost,
+        "refused": lambda: metrics.count_rejection("queue_full"),
+        "stood in": metrics.count_stand_in,
+        "token": lambda: request.saw(Tokens("r", [1])),
+        "closed": lambda: request.close("stop"),
+        "trained": lambda: metrics.observe_training(TrainingSummary({"running": 1})),
+    }
+    clock.now = page.READY_PAGE_S
+    changes[change]()
+    assert metrics.render() != before
+
+
+def test_a_page_since_which_nothing_was_counted_stays_and_then_asks_others_again() -> None:
+    clock = FakeClock()
+    metrics = Metrics(clock=clock, unix_clock=lambda: 100.0 + clock.now)
+    first = metrics.render()
+    clock.now = page.QUIET_PAGE_S - 0.01
+    assert metrics.render() is first
+    clock.now = page.QUIET_PAGE_S
+    assert b"100.5" in metrics.render()
 
 
 def test_the_page_is_written_as_the_client_library_writes_it() -> None:
@@ -262,6 +297,10 @@ def test_the_page_is_written_as_the_client_library_writes_it() -> None:
             num_prompt_tokens_total=10**7,
         )
     )
+    assert metrics.render() == generate_latest(metrics._registry)
+    # the begins of all lines are known by now
+    metrics.observe_stats(stats(adapters=held[:1], num_running=4))
+    metrics._render(0.0, max_age_s=0.0)
     assert metrics.render() == generate_latest(metrics._registry)
 
 
