@@ -1,6 +1,7 @@
 """The server's own secret: what key hashes and prefix-cache salts are made with.
 
-Owns its file. Invariant: the file is readable by its owner alone or it is not used, and it is made whole or not at all.
+Owns its file. Invariant: the file is readable by its owner alone (or by our group, as pods mount it) or it
+is not used, and it is made whole or not at all.
 """
 
 import hashlib
@@ -33,7 +34,7 @@ def read_pepper(path: Path, *, create: bool) -> bytes:
             pepper = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise StartError(f"the pepper {path}: {error.strerror}; `chorale keys create` makes one") from error
-    if not stat.S_ISREG(facts.st_mode) or facts.st_mode & 0o077:
+    if not stat.S_ISREG(facts.st_mode) or not _is_private(facts):
         raise StartError(f"the pepper {path} must be a file that only its owner can read: chmod 600 {path}")
     if not _MIN_BYTES <= len(pepper) <= _MAX_BYTES:
         raise StartError(f"the pepper {path} must hold {_MIN_BYTES} to {_MAX_BYTES} random bytes, not {len(pepper)}")
@@ -57,6 +58,13 @@ def check_mark(mark: bytes, kept: bytes) -> None:
             "the keys of this store were made with another pepper; name the file that they were made with "
             "(--pepper-file)"
         )
+
+
+def _is_private(facts: os.stat_result) -> bool:
+    mode = stat.S_IMODE(facts.st_mode)
+    # Kubernetes mounts a secret as root's, readable by the pod's group, which is the server's own
+    is_mounted = mode == 0o440 and facts.st_gid == os.getegid()
+    return is_mounted or not mode & 0o077
 
 
 def _create(path: Path) -> None:

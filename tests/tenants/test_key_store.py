@@ -243,6 +243,20 @@ def test_a_pepper_that_others_can_read_or_that_is_short_is_refused(tmp_path: Pat
     assert read_pepper(path, create=False) == b"x" * 32
 
 
+@pytest.mark.parametrize(("mode", "is_read"), [(0o440, True), (0o400, True), (0o444, False), (0o460, False)])
+def test_a_pepper_that_is_mounted_for_our_group_alone_is_read(tmp_path: Path, mode: int, is_read: bool) -> None:
+    """As Kubernetes mounts a secret for a pod with a group of its own."""
+    path = tmp_path / "pepper"
+    path.write_bytes(PEPPER)
+    os.chown(path, -1, os.getegid())
+    path.chmod(mode)
+    if is_read:
+        assert read_pepper(path, create=False) == PEPPER
+    else:
+        with pytest.raises(StartError, match="only its owner"):
+            read_pepper(path, create=False)
+
+
 def test_a_pepper_is_made_once_and_alone(tmp_path: Path) -> None:
     path, found = tmp_path / "pepper", []
     threads = [threading.Thread(target=lambda: found.append(read_pepper(path, create=True))) for _ in range(8)]
