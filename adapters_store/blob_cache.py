@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters_store.blobs import HashedBytes, OpenAdapter, map_file, open_image
+from adapters_store.blobs import HashedBytes, ImageHeads, OpenAdapter, map_file, open_image
 from adapters_store.errors import AdapterCorrupt, CorruptUpload, StoreError, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.locks import StoreLock, lock_folder
@@ -33,6 +33,7 @@ class BlobCache:
         self._objects = objects
         self._max_bytes = max_bytes
         self._files = FileSystem()
+        self._heads = ImageHeads()
         self._copies, self._fetches, self._aside = root / OBJECTS, root / _FETCHES, root / _ASIDE
         self._lock = StoreLock(root / "lock")
         with storage_errors():
@@ -58,13 +59,13 @@ class BlobCache:
             AdapterCorrupt: the object store has none, or a damaged one. StoreAway: it does not answer.
         """
         if self.bring(digest):
-            return open_image(self._copies, digest, bring)
+            return open_image(self._copies, digest, bring, self._heads)
         try:
-            return open_image(self._copies, digest, bring)
+            return open_image(self._copies, digest, bring, self._heads)
         except AdapterCorrupt:
             self._set_aside(digest)
         self.bring(digest)
-        return open_image(self._copies, digest, bring)
+        return open_image(self._copies, digest, bring, self._heads)
 
     def bring(self, digest: str) -> bool:
         """See that a copy is here; return whether it had to be fetched. Raises as `open`."""

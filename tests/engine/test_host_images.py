@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store.blobs import open_image
+from adapters_store.blobs import ImageHeads, open_image
 from adapters_store.errors import AdapterCorrupt
 from adapters_store.manifest import IMAGE_NAME
 from adapters_store.ops import Module
@@ -31,7 +31,7 @@ class Room:
         self.images = self.over(1 << 20)
 
     def over(self, max_bytes: int) -> HostImages:
-        self.images = HostImages(partial(open_image, self.folder), max_bytes)
+        self.images = HostImages(partial(open_image, self.folder, heads=ImageHeads()), max_bytes)
         return self.images
 
     def fetch(self, *digests: str) -> list[FetchResult]:
