@@ -24,6 +24,7 @@ from adapters_store.names import check_stored_name, owner_of
 from adapters_store.proof import NotProbed, Probe, Proof, Staged
 from adapters_store.quotas import OwnerQuota, check_quota
 from adapters_store.registry import AdapterVersion, BaseFacts, NewVersion, Registry, base_facts, fits
+from adapters_store.seals import Seals
 from adapters_store.signatures import OpenGate, SignatureGate
 from adapters_store.staging import Staging, hold
 from adapters_store.steering import older_than
@@ -64,6 +65,7 @@ class Publication:
         self._convert = convert
         self._clock = clock
         self._lock = StoreLock(root / "lock")
+        self.seals = Seals(root, files)
         self._staging = Staging(root / "staging", files)
         self._blobs = Blobs(root / "objects", files)
         self._base_facts: BaseFacts = options.base.to_dict()
@@ -101,8 +103,10 @@ class Publication:
         """
         with self._lock.held(), storage_errors():
             self._staging.sweep()
-            for digest in sorted(self._blobs.digests() - self._needed()):
+            needed = self._needed()
+            for digest in sorted(self._blobs.digests() - needed):
                 self._blobs.remove(digest)
+            self.seals.sweep(needed)
 
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         self.check_name(name)
@@ -116,6 +120,8 @@ class Publication:
         new = NewVersion.of(name, manifest, created=int(self._clock()))
         new = replace(new, by=upload.wish.by, staged=upload.wish.staged, signature=signature)
         self.sweep()
+        # before the probe, whose engine checks it
+        self.seals.keep(new.digest, owner_of(name), signature)
         try:
             if isinstance(upload.proving, NotProbed):
                 new = replace(new, not_probed=upload.proving.reason)

@@ -19,6 +19,7 @@ from adapters_store.errors import AdapterNotFound, storage_errors
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
 from adapters_store.manifest import Report
+from adapters_store.names import owner_of
 from adapters_store.pointers import Choose, Pointers, Sticky
 from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.publication import Publication
@@ -162,7 +163,7 @@ class AdapterStore(Publication):
             SignatureInvalid: this server does not serve it. AdapterNotFound: it was deleted meanwhile.
         """
         if not isinstance(self.signatures, OpenGate):
-            self.signatures.check_promotion(self._version(ref.name, ref.version))
+            self._check_signature(self._version(ref.name, ref.version))
 
     def check_digest(self, digest: str) -> None:
         """Check that some version of this digest may be served here.
@@ -175,7 +176,7 @@ class AdapterStore(Publication):
             for version in self._registry.versions(current.name):
                 if version.digest == digest:
                     try:
-                        return self.signatures.check_promotion(version)
+                        return self._check_signature(version)
                     except SignatureInvalid as error:
                         refused = error
         raise refused or AdapterNotFound(f"no version of an adapter has the digest sha256:{digest}", param="name")
@@ -265,6 +266,11 @@ class AdapterStore(Publication):
     def _find(self, model: str, sticky: StickyId | None) -> AdapterVersion | None:
         found = find_version(self._registry, model, sticky)
         return found if found is not None and self._is_ours(found) else None
+
+    def _check_signature(self, version: AdapterVersion) -> None:
+        self.signatures.check_promotion(version)
+        # the engine checks it again; what a replica or an older release published has none here yet
+        self.seals.keep(version.digest, owner_of(version.name), version.signature)
 
     def _actor(self, by: str) -> Actor:
         return Actor(by, int(self._clock()))

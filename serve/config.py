@@ -47,6 +47,9 @@ class EngineConfig:
     # where images are fetched from that the store's folder has no copy of; None: the folder has them all
     blobs_url: str | None = None
     blobs_cache_bytes: int = 64 << 30
+    # "off", "warn" or "require", and the public keys that count: checked at each way to a faster tier
+    signatures: str = "off"
+    trust_roots: Path | None = None
 
 
 @dataclass(frozen=True, slots=True)

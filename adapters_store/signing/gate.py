@@ -79,7 +79,7 @@ class TrustedKeysGate:
             if known in self._remembered:
                 self._remembered.move_to_end(known)
                 return self._remembered[known]
-        reason = _recheck(raw, digest, roots.of(owner))
+        reason = recheck(raw, digest, roots.of(owner))
         with self._lock:
             self._remembered[known] = reason
             if len(self._remembered) > _MAX_REMEMBERED:
@@ -127,7 +127,8 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _recheck(raw: bytes, digest: str, keys: tuple[TrustedKey, ...]) -> str:
+def recheck(raw: bytes, digest: str, keys: tuple[TrustedKey, ...]) -> str:
+    """Return why a bundle that was kept holds no more for files of this digest, "" if it does."""
     try:
         bundle = read_bundle(raw)
         find_signer(bundle, keys)

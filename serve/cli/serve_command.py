@@ -71,6 +71,8 @@ _ENGINE_FLAGS = MappingProxyType(
         "prefix_cache": "enable_prefix_cache",
         "blobs_url": "blobs_url",
         "blobs_cache_bytes": "blobs_cache_bytes",
+        "signatures": "signatures",
+        "trust_roots": "trust_roots",
     }
 )
 
@@ -196,7 +198,9 @@ def _drain(flags: Mapping[str, Any]) -> DrainConfig:
 
 
 def _engine_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
-    return {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
+    same = {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
+    # the engine process has another working folder
+    return same | {"trust_roots": flags["trust_roots"] and flags["trust_roots"].absolute()}
 
 
 def served_name(model: str, model_dir: Path) -> str:

@@ -25,6 +25,7 @@ from serve.engine.host_images import HostImages
 from serve.engine.limits import EngineLimits
 from serve.engine.model_parts import load_parts
 from serve.engine.plan import Executor
+from serve.engine.signed_images import Verify, image_verifier, verified
 from serve.engine.start_facts import ModelFacts, StartFacts, choose_device
 from serve.engine.step_loop import BuiltEngine, run_worker
 
@@ -41,8 +42,9 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 
 def _on_cpu(config: EngineConfig) -> BuiltEngine:
     parts = load_parts(config, partial(_grammars, config))
-    images = _host_images(config)
-    executor = TorchExecutor(parts, images.open if images is not None else _open_image(config))
+    verify = image_verifier(config)
+    images = _host_images(config, verify)
+    executor = TorchExecutor(parts, verified(images.open if images is not None else _open_image(config), verify))
     engine = _engine(config, parts.facts, executor, images)
     return BuiltEngine(engine, parts.facts.ready(), close=partial(_close, executor.close, images))
 
@@ -51,8 +53,9 @@ def _on_device(config: EngineConfig, device: str) -> BuiltEngine:
     # triton is there only where the GPU path can be chosen: a CPU installation has none
     from serve.engine.device_parts import load_device_parts  # noqa: PLC0415
 
-    images = _host_images(config)
-    image = images.open if images is not None else _open_image(config)
+    verify = image_verifier(config)
+    images = _host_images(config, verify)
+    image = verified(images.open if images is not None else _open_image(config), verify)
     parts = load_device_parts(config, device, image, partial(_grammars, config))
     # graphs that steps missed are captured while nobody waits for a token
     rest = parts.executor.capture_pending
@@ -64,11 +67,11 @@ def _open_image(config: EngineConfig) -> OpenImage:
     return image_opener(config.store_dir, config.blobs_url, cache_bytes=config.blobs_cache_bytes)
 
 
-def _host_images(config: EngineConfig) -> HostImages | None:
+def _host_images(config: EngineConfig, verify: Verify | None) -> HostImages | None:
     """Return the host tier's memory; None when it is switched off."""
     if config.adapter_host_bytes == 0:
         return None
-    return HostImages(_open_image(config), config.adapter_host_bytes, prepare_thread=leave_core)
+    return HostImages(_open_image(config), config.adapter_host_bytes, verify=verify, prepare_thread=leave_core)
 
 
 def _close(close_executor: Callable[[], None], images: HostImages | None) -> None:
