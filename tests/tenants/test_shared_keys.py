@@ -92,6 +92,7 @@ def test_a_folded_journal_keeps_every_key_grant_and_revocation(tmp_path: Path) -
     for record in (revoked, kept):
         stores[0].add(record)
     stores[1].revoke(revoked.key_id, now=1500)
+    stores[1].grant(Grant("acme/kept", EVERYBODY))
     versions = [behind.version()]
     for number in range(12 * FOLD):
         store = stores[number % 2]
@@ -107,17 +108,22 @@ def test_a_folded_journal_keeps_every_key_grant_and_revocation(tmp_path: Path) -
     snapshots = [store.snapshot() for store in (*stores, behind, open_one(tmp_path))]
     assert snapshots[1:] == snapshots[:-1]
     assert set(snapshots[0].records) == {replace(revoked, revoked=1500), kept}
+    assert set(snapshots[0].grants) == {Grant("acme/kept", EVERYBODY)}
     with pytest.raises(StartError, match="pepper"):
         open_one(tmp_path, b"q" * 32)
 
 
 def test_whoever_looks_every_second_never_lacks_the_next_change(tmp_path: Path) -> None:
     writer, looker = open_folding(tmp_path), open_one(tmp_path)
-    for number in range(4 * FOLD):
+    for number in range(8 * FOLD):
         seen = looker.version()
-        writer.grant(Grant("acme/a", f"tenant{number}"))
+        if number % 2:
+            writer.withdraw("acme/a", EVERYBODY)
+        else:
+            writer.grant(Grant("acme/a", EVERYBODY))
         # the very next entry is there, whatever was folded: no second is lost with looking for a checkpoint
         assert (tmp_path / "keys" / f"{seen + 1:012d}").is_file()
+    assert int(journal_files(tmp_path)[1].name) > 2 * FOLD, "nothing was folded"
 
 
 @pytest.mark.parametrize("is_altered", [False, True])
