@@ -48,7 +48,8 @@ lint: $(DEV) ## ruff and mypy --strict
 test: lint ## lint, then every test but the slow and the outside-client ones
 	$(PYTEST) -m "not slow and not clients and not gpu and not deploy"
 
-test-long: $(DEV) debian-tools ## the slow tests
+test-long: $(DEV) ## the slow tests
+	-@$(MAKE) --no-print-directory debian-tools
 	$(PYTEST) -m "slow and not clients and not gpu"
 
 test-clients: $(CLIENTS) ## outside clients (litellm, langchain, instructor, lm-eval, openai-node) against the live server
