@@ -11,6 +11,7 @@ import pytest
 
 from tests.deploy.chart import CHART, VALUE_SETS, Json, objects, read, render
 from tests.deploy.value_changes import CHANGES, REFUSED, WHOLE, leaves, merged, nested
+from tests.deploy.values_page import PAGE, page
 from tests.live_server import REPO_ROOT
 
 VALUES = read(CHART / "values.yaml")
@@ -32,6 +33,12 @@ def test_every_value_has_a_line_that_explains_it() -> None:
         if not is_group and not above.startswith("#"):
             undocumented.append(line)
     assert undocumented == []
+
+
+def test_the_documentation_lists_every_value_with_its_default() -> None:
+    text = PAGE.read_text(encoding="utf-8")
+    assert text == page(), "docs/chart-values.md is not what values.yaml says: python -m tests.deploy.values_page"
+    assert {match[1] for match in re.finditer(r"^\| `([\w.]+)` \|", text, re.MULTILINE)} == set(LEAVES)
 
 
 def _is_inside_whole(lines: list[str], number: int) -> bool:
