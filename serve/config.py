@@ -31,6 +31,9 @@ class EngineConfig:
     max_num_seqs: int | None = None
     # token budget of one step: decodes first, then prefill chunks; None: 512 on a CPU, 2048 on a GPU
     max_step_tokens: int | None = None
+    # of these, prompt tokens in a step in which others decode: few keep the gaps between their tokens short, many bring
+    # first tokens sooner; None: 32 on a CPU, no bound on a GPU
+    max_mixed_prefill_tokens: int | None = None
     # the bound on queued sequences; beyond it the API answers 429
     max_waiting: int = 512
     # of images in host memory, and how many; 0 bytes: no host tier, every load reads the disk

@@ -131,6 +131,15 @@ MaxStepTokens = Annotated[
         envvar="CHORALE_MAX_STEP_TOKENS", min=1, help="Token budget of one step; default: 512 on a CPU, 2048 on a GPU."
     ),
 ]
+MaxMixedPrefillTokens = Annotated[
+    int | None,
+    typer.Option(
+        envvar="CHORALE_MAX_MIXED_PREFILL_TOKENS",
+        min=1,
+        help="Prompt tokens in a step in which others decode; fewer: shorter gaps between tokens, later first tokens. "
+        "Default: 32 on a CPU, no bound on a GPU.",
+    ),
+]
 AdapterHostBytes = Annotated[
     int,
     typer.Option(

@@ -61,6 +61,7 @@ _ENGINE_FLAGS = MappingProxyType(
         "kv_blocks": "num_kv_blocks",
         "max_num_seqs": "max_num_seqs",
         "max_step_tokens": "max_step_tokens",
+        "max_mixed_prefill_tokens": "max_mixed_prefill_tokens",
         "num_threads": "num_threads",
         "adapter_host_bytes": "adapter_host_bytes",
         "adapter_host_count": "adapter_host_count",
@@ -94,6 +95,7 @@ def serve(
     kv_blocks: options.KvBlocks = None,
     max_num_seqs: options.MaxNumSeqs = None,
     max_step_tokens: options.MaxStepTokens = None,
+    max_mixed_prefill_tokens: options.MaxMixedPrefillTokens = None,
     adapter_host_bytes: options.AdapterHostBytes = _ENGINE.adapter_host_bytes,
     adapter_host_count: options.AdapterHostCount = _ENGINE.adapter_host_count,
     adapter_device_bytes: options.AdapterDeviceBytes = _ENGINE.adapter_device_bytes,
@@ -135,8 +137,7 @@ def serve(
     limits = replace(_same(_LIMITS, flags, _LIMIT_FLAGS), tenant_weights=read_tenant_weights(tenant_weight or ()))
     api = replace(api, store_dir=store, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
-    engine = replace(_ENGINE, device=device.value, dtype=dtype.value, **_engine_fields(flags))
-    config = ServeConfig(api, engine, _same(_WATCHDOG, flags, _WATCH_FLAGS), _drain(flags))
+    config = ServeConfig(api, _engine(flags), _same(_WATCHDOG, flags, _WATCH_FLAGS), _drain(flags))
     run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))
 
 
@@ -197,10 +198,11 @@ def _drain(flags: Mapping[str, Any]) -> DrainConfig:
     return DrainConfig(flags["drain_delay_s"], flags["drain_timeout_s"])
 
 
-def _engine_fields(flags: Mapping[str, Any]) -> dict[str, Any]:
+def _engine(flags: Mapping[str, Any]) -> EngineConfig:
     same = {field: flags[flag] for flag, field in _ENGINE_FLAGS.items()}
     # the engine process has another working folder
-    return same | {"trust_roots": flags["trust_roots"] and flags["trust_roots"].absolute()}
+    same["trust_roots"] = flags["trust_roots"] and flags["trust_roots"].absolute()
+    return replace(_ENGINE, device=flags["device"].value, dtype=flags["dtype"].value, **same)
 
 
 def served_name(model: str, model_dir: Path) -> str:

@@ -26,6 +26,8 @@ class EngineLimits:
     # of images in host memory; 0 bytes: no host tier, every load reads the disk
     adapter_host_bytes: int = 0
     max_host_images: int = 1024
+    # prompt tokens in a step in which others decode; None: as many as the step takes
+    max_mixed_prefill_tokens: int | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -35,10 +37,16 @@ class EngineLimits:
             "max_num_seqs": self.max_num_seqs,
             "max_step_tokens": self.max_step_tokens,
             "max_waiting": self.max_waiting,
+            "max_mixed_prefill_tokens": self.mixed_prefill_tokens,
         }
         for name, count in counts.items():
             if count < 1:
                 raise ValueError(f"{name} is {count}; the engine needs at least 1")
+
+    @property
+    def mixed_prefill_tokens(self) -> int:
+        """Prompt tokens that a step with decodes may hold."""
+        return self.max_step_tokens if self.max_mixed_prefill_tokens is None else self.max_mixed_prefill_tokens
 
     @property
     def max_sequence_tokens(self) -> int:

@@ -83,6 +83,9 @@ class Scheduler:
         num_preemptions = self.live.num_preemptions
         if not self._plan_decodes(draft, is_ahead=is_ahead):
             return None
+        if draft.rows:
+            # whoever decodes waits for every prompt token of the step
+            draft.budget = min(draft.budget, self._limits.mixed_prefill_tokens)
         self._plan_prefills(draft)
         # what was just taken from one sequence is not given to another in the same step
         is_open = self.live.num_preemptions == num_preemptions

@@ -95,6 +95,7 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         max_model_len=facts.max_model_len,
         max_num_seqs=facts.model.max_num_seqs,
         max_step_tokens=facts.model.max_step_tokens,
+        max_mixed_prefill_tokens=facts.model.max_mixed_prefill_tokens,
         max_waiting=config.max_waiting,
         adapter_device_bytes=facts.adapter_device_bytes,
         num_adapter_slots=config.num_adapter_slots,

@@ -87,6 +87,31 @@ def test_a_long_prompt_is_cut_into_chunks_behind_the_decodes() -> None:
     assert _kinds(bench.events["long"]) == [Started, Tokens]
 
 
+@one_at_a_time
+def test_beside_decodes_all_prompts_together_get_their_own_smaller_budget() -> None:
+    bench = EngineBench(replace(LIMITS, max_mixed_prefill_tokens=3))
+    sent = [bench.submit("first", [1] * 20, max_tokens=9)]
+    bench.step(2)
+    sent += [bench.submit("long", [2] * 5, A, max_tokens=2), bench.submit("late", [3] * 4, B, max_tokens=2)]
+    bench.drain()
+    rows = [[(row.request_id, row.num_tokens) for row in plan] for plan in bench.executor.plans if plan]
+    # nobody decodes: a prompt may fill the step
+    assert rows[:2] == [[("first", 16)], [("first", 4)]]
+    mixed = [[size for name, size in plan if name != "first"] for plan in rows[2:] if ("first", 1) in plan]
+    # of the younger ones a row is a chunk of their prompts until its 5 and 4 tokens are done, and then a decode
+    assert [sum(sizes) for sizes in mixed if sizes][:4] == [3, 3, 3 + 1, 1]
+    for command in sent:
+        assert bench.tokens(command.request_id) == run_alone(command, bench.limits).token_ids
+
+
+def test_one_prompt_token_at_a_time_beside_decodes_still_ends_every_sequence() -> None:
+    bench = EngineBench(replace(LIMITS, max_mixed_prefill_tokens=1, max_num_seqs=4))
+    sent = [bench.submit(f"r{index}", [index] * (1 + 5 * index), (None, A, B)[index % 3]) for index in range(6)]
+    bench.drain()
+    for command in sent:
+        assert bench.tokens(command.request_id) == run_alone(command, bench.limits).token_ids
+
+
 def test_no_step_exceeds_its_token_budget_nor_its_sequences() -> None:
     bench = EngineBench(replace(LIMITS, max_step_tokens=5, max_num_seqs=3))
     for index in range(10):
