@@ -62,7 +62,7 @@ def main() -> None:
 def decode_step(count: int) -> dict[str, float]:
     """Return milliseconds per decode step of `count` sequences, by part."""
     executor = NoModel()
-    engine = Engine(_limits(count), executor, time.monotonic)
+    engine = Engine(limits_for(count), executor, time.monotonic)
     for index in range(count):
         sampling = SamplingParams(OUTPUT_TOKENS, index, temperature=0.0, ignore_eos=True)
         engine.handle(Submit(f"r{index}", [index + 7] * PROMPT_TOKENS, sampling))
@@ -82,9 +82,11 @@ def decode_step(count: int) -> dict[str, float]:
     return decodes | {"total_ms": sum(decodes.values())}
 
 
-def _limits(count: int) -> EngineLimits:
-    blocks = count * ((PROMPT_TOKENS + OUTPUT_TOKENS) // BLOCK_SIZE + 2)
-    return EngineLimits(blocks, BLOCK_SIZE, 1024, count, 2048, count + 1, 0, 0, (1,))
+def limits_for(count: int, output_tokens: int = OUTPUT_TOKENS) -> EngineLimits:
+    """Return limits under which `count` sequences run at once."""
+    length = PROMPT_TOKENS + output_tokens
+    blocks = count * (length // BLOCK_SIZE + 2)
+    return EngineLimits(blocks, BLOCK_SIZE, max(1024, length + 1), count, 2048, count + 1, 0, 0, (1,))
 
 
 def _no_adapter(slot: int) -> Placement:

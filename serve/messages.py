@@ -296,6 +296,4 @@ class StartFailed:
     message: str
 
 
-# what a sequence that was submitted is told of
-SequenceEvent = Started | Tokens | Finished
 Event = Started | Tokens | Embedded | Finished | Failed | AdapterDone | Stats | Ready | StartFailed

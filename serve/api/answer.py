@@ -21,7 +21,7 @@ from serve.api.generation import Generation, run_generation
 from serve.api.output import Piece
 from serve.api.request_log import RequestRecord, record_of
 from serve.api.selection import fingerprint
-from serve.api.sse import KEEP_ALIVE, EventStream, data_frame, with_end
+from serve.api.sse import KEEP_ALIVE, ChunkFrames, EventStream, data_frame, with_end
 from serve.api.state import ApiState
 from serve.api.tenant_share import share_of
 from serve.messages import Started, TokenLogprobs
@@ -149,7 +149,7 @@ async def _collect(pieces: Pieces, usage: Usage) -> list[Output]:
 async def _frames(
     first: Piece | None, pieces: Pieces, reply: Reply, usage: Usage, envelope: Json, *, include_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    tail: Json = {"usage": None} if include_usage else {}
+    chunks = ChunkFrames(envelope, {"usage": None} if include_usage else {})
     async with aclosing(pieces):
         piece: Piece | None = first
         while True:
@@ -158,7 +158,7 @@ async def _frames(
             else:
                 usage.count(piece)
                 for choice in reply.chunks(piece):
-                    yield data_frame({**envelope, "choices": [choice], **tail})
+                    yield chunks.frame(choice)
             try:
                 piece = await anext(pieces)
             except StopAsyncIteration:

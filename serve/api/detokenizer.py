@@ -28,7 +28,7 @@ class Detokenizer:
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Return the text that is certain by now."""
-        return self._strip(self._decoder.decode(b"".join(self.bytes_of(token_id) for token_id in token_ids)))
+        return self._strip(self._decoder.decode(b"".join([self.bytes_of(token_id) for token_id in token_ids])))
 
     def finish(self) -> str:
         """Return what is left of an unfinished character."""

@@ -7,16 +7,18 @@ reader leaves early is aborted in the engine; at rest there are no streams and n
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import AsyncGenerator, Callable
 
 from serve.adapter_messages import AdapterDone
 from serve.api.adapter_desk import AdapterDesk
-from serve.api.request_stream import RETRY_AFTER_S, RequestStream
+from serve.api.engine_gateway import SequenceEvent
+from serve.api.request_stream import RETRY_AFTER_S, RequestStream, draining, queue_full, stopped
 from serve.config import EngineConfig, LimitsConfig, WatchdogConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.engine.supervisor import EngineSupervisor
-from serve.errors import Conflict, EngineFailed, EngineLoading, QueueFull, RequestTimeout, ServeError, Unavailable
+from serve.errors import Conflict, EngineLoading, RequestTimeout, ServeError
 from serve.messages import (
     Abort,
     Command,
@@ -123,13 +125,13 @@ class EngineClient:
             self._has_emptied.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._has_emptied.wait(), deadline_s)
-        self._fail_all(_draining)
+        self._fail_all(draining)
 
     async def close(self) -> None:
         """End the engine and every stream; idempotent."""
         self._is_draining = True
         await self._supervisor.stop()
-        self._fail_all(_draining)
+        self._fail_all(draining)
 
     def admit(self, num_sequences: int) -> None:
         """Refuse at once what cannot be taken; called before any tokenising.
@@ -149,17 +151,24 @@ class EngineClient:
             task.add_done_callback(self._reserved.pop)
         self._reserved[task] = self._reserved.get(task, 0) + num_sequences
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Started | Tokens | Finished, None]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[SequenceEvent, None]:
         """Submit one sequence when first iterated, and yield its events in order.
 
         Raises:
             ServeError: the sequence failed, the queue is full, or the engine is gone.
         Notes: closing the generator (`aclose`, cancellation) sends `Abort` when no terminal event was seen.
         """
+        async with contextlib.aclosing(self.follow(submit, math.inf)) as events:
+            async for event in events:
+                assert event is not None, "nothing is said about endless silence"
+                yield event
+
+    async def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
+        """As `generate`, with None after each `silence_s` without an event."""
         stream = self._open(submit)
         try:
             while True:
-                event = await stream.read()
+                event = await stream.read_within(silence_s)
                 assert not isinstance(event, Embedded), "a Submit is never answered by Embedded"
                 yield event
                 if isinstance(event, Finished):
@@ -209,6 +218,7 @@ class EngineClient:
 
     def _close(self, request_id: str, stream: RequestStream) -> None:
         """Forget the stream; tell the engine if it still works on it."""
+        stream.stop_timer()
         if not stream.has_ended:
             self._send(Abort(request_id))
             stream.abandon()
@@ -222,7 +232,7 @@ class EngineClient:
 
     def _refuse_if_down(self) -> None:
         if self._is_draining:
-            raise _draining()
+            raise draining()
         if not self._supervisor.is_serving:
             self._metrics.count_rejection("model_loading")
             raise EngineLoading("the engine is starting; send the request again", retry_after_s=RETRY_AFTER_S)
@@ -231,11 +241,7 @@ class EngineClient:
         limit = self._limits.max_in_flight
         if self.num_in_flight + num_sequences > limit:
             self._metrics.count_rejection("queue_full")
-            raise QueueFull(
-                f"{num_sequences} more on top of {self.num_in_flight} sequences in flight; the limit is {limit}"
-                " (--max-in-flight): try again later",
-                retry_after_s=RETRY_AFTER_S,
-            )
+            raise queue_full(num_sequences, self.num_in_flight, limit)
 
     def _send(self, command: Command) -> None:
         """Queue a command; all of one turn of the event loop leave as one frame."""
@@ -250,7 +256,10 @@ class EngineClient:
 
     def _take_events(self, events: list[Event]) -> None:
         for event in events:
-            if isinstance(event, Stats):
+            # nearly all of them
+            if isinstance(event, Tokens):
+                self._push(event)
+            elif isinstance(event, Stats):
                 self._stats = event
                 self.desk.saw_heartbeat(event)
                 self._metrics.observe_stats(event)
@@ -258,18 +267,20 @@ class EngineClient:
                 self.desk.engine_started()
             elif isinstance(event, AdapterDone | Failed) and self.desk.saw(event):
                 continue
-            elif isinstance(event, Started | Tokens | Embedded | Finished | Failed):
-                # an unknown id is one that was aborted a moment ago
-                stream = self._streams.get(event.request_id)
-                if stream is not None:
-                    stream.push(event)
+            elif isinstance(event, Started | Embedded | Finished | Failed):
+                self._push(event)
+
+    def _push(self, event: Started | Tokens | Embedded | Finished | Failed) -> None:
+        # an unknown id is one that was aborted a moment ago
+        if (stream := self._streams.get(event.request_id)) is not None:
+            stream.push(event)
 
     def _lose_engine(self) -> None:
         self._outbox.clear()
         self._stats = None
         self.desk.engine_lost()
         self._metrics.engine_lost()
-        self._fail_all(_draining if self._is_draining else _stopped)
+        self._fail_all(draining if self._is_draining else stopped)
 
     def _fail_all(self, build_error: Callable[[], ServeError]) -> None:
         for request_id, stream in list(self._streams.items()):
@@ -287,11 +298,3 @@ class EngineClient:
                     self._send(Abort(request_id))
                 stream.cut(RequestTimeout(f"the client read nothing for {timeout_s:g} s; read faster or ask for less"))
                 self._forget(request_id)
-
-
-def _draining() -> Unavailable:
-    return Unavailable("the server is shutting down", code="draining", retry_after_s=RETRY_AFTER_S)
-
-
-def _stopped() -> EngineFailed:
-    return EngineFailed("the engine stopped and is being restarted; send the request again")

@@ -1,7 +1,7 @@
 """The engine as the API sees it: one protocol with two implementations, the socket client and the tests' fake.
 
-Owns the shape of that door only; the transport lives in `engine_client`. Invariant: every iterator that `generate`
-returns ends with `Finished` or raises a `ServeError`, and closing it early aborts the sequence in the engine.
+Owns the shape of that door only; the transport lives in `engine_client`. Invariant: every iterator that `generate` or
+`follow` returns ends with `Finished` or raises a `ServeError`, and closing it early aborts the sequence in the engine.
 """
 
 from collections.abc import AsyncGenerator
@@ -9,6 +9,9 @@ from typing import Protocol
 
 from serve.api.adapter_desk import AdapterDesk
 from serve.messages import Embed, Finished, Ready, Started, Stats, Submit, Tokens
+
+# what a sequence that was submitted is told of
+SequenceEvent = Started | Tokens | Finished
 
 
 class EngineGateway(Protocol):
@@ -53,13 +56,17 @@ class EngineGateway(Protocol):
         """
         ...
 
-    def generate(self, submit: Submit) -> AsyncGenerator[Started | Tokens | Finished, None]:
+    def generate(self, submit: Submit) -> AsyncGenerator[SequenceEvent, None]:
         """Submit one sequence when first iterated, and yield its events in order.
 
         Raises:
             ServeError: the sequence failed, the queue is full, or the engine is gone.
         Notes: closing the generator (`aclose`, cancellation) sends `Abort` when no terminal event was seen.
         """
+        ...
+
+    def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
+        """As `generate`, with None after each `silence_s` without an event."""
         ...
 
     async def embed(self, embed: Embed) -> list[float]:

@@ -2,10 +2,12 @@
 
 Owns the tasks that read the engine and their end. Invariants: whatever way a generation is left (done, stop string,
 error, cancellation), every sequence has ended or was aborted before control returns; a reader that lags slows its own
-sequences only.
+sequences only. A single choice, which is what most requests ask for, is read by whoever wants its pieces: a token costs
+one wake-up, no task and no queue between.
 """
 
 import asyncio
+import math
 import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
@@ -13,6 +15,7 @@ from dataclasses import dataclass, replace
 
 from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
+from serve.api.request_stream import TIMER_GRAIN_S
 from serve.api.sampling import choice_seed
 from serve.api.target import Acts, Target
 from serve.config import LimitsConfig
@@ -88,25 +91,58 @@ class Generation:
         )
 
 
-async def run_generation(
+def run_generation(
     engine: EngineGateway, tokenizer: TextTokenizer, generation: Generation, limits: LimitsConfig
 ) -> AsyncGenerator[Piece | None, None]:
     """Yield the pieces of all choices as they come, and None after each `KEEP_ALIVE_S` of silence.
 
     Raises:
-        ServeError: one choice failed, which ends them all; or the request outlived its time.
+        ServeError: one choice failed, which ends them all; or the request outlived its time, which is looked at with
+            every piece and every silence.
     """
     generation = replace(generation, tenant_weight=limits.tenant_weights.get(generation.tenant, 1.0))
+    submits = generation.submits()
+    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digests) else math.inf
+    readers = [_reader(index, submit, generation, tokenizer) for index, submit in enumerate(submits)]
+    if len(submits) == 1:
+        return _run_one(engine, submits[0], readers[0], limits.request_timeout_s, cold_start_s)
+    return _run_several(engine, submits, readers, limits.request_timeout_s, cold_start_s)
+
+
+async def _run_one(
+    engine: EngineGateway, submit: Submit, reader: OutputReader, timeout_s: float, cold_start_s: float
+) -> AsyncGenerator[Piece | None, None]:
+    loop = asyncio.get_running_loop()
+    end_s, warm_by_s = loop.time() + timeout_s, loop.time() + cold_start_s
+    async with aclosing(engine.follow(submit, min(KEEP_ALIVE_S, timeout_s, cold_start_s))) as events:
+        async for event in events:
+            now_s = loop.time() + TIMER_GRAIN_S
+            if event is not None:
+                warm_by_s = math.inf
+            elif now_s >= warm_by_s:
+                raise _not_ready(cold_start_s)
+            if now_s >= end_s:
+                raise _too_long(timeout_s)
+            piece = None if event is None else reader.read(event)
+            yield piece
+            if piece is not None and piece.finish_reason is not None:
+                return
+
+
+async def _run_several(
+    engine: EngineGateway,
+    submits: Sequence[Submit],
+    readers: Sequence[OutputReader],
+    timeout_s: float,
+    cold_start_s: float,
+) -> AsyncGenerator[Piece | None, None]:
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
-    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digests) else None
     tasks = [
-        asyncio.create_task(
-            _read_choice(engine, submit, _reader(index, submit, generation, tokenizer), queue, cold_start_s)
-        )
-        for index, submit in enumerate(generation.submits())
+        asyncio.create_task(_read_choice(engine, submit, reader, queue, cold_start_s))
+        for submit, reader in zip(submits, readers, strict=True)
     ]
     loop = asyncio.get_running_loop()
-    end_s = loop.time() + limits.request_timeout_s
+    end_s = loop.time() + timeout_s
     num_open = len(tasks)
     try:
         while num_open:
@@ -114,7 +150,7 @@ async def run_generation(
             if isinstance(item, Exception):
                 raise item
             if item is None and loop.time() >= end_s:
-                raise Unavailable(f"the request took longer than {limits.request_timeout_s:g} s; ask for fewer tokens")
+                raise _too_long(timeout_s)
             num_open -= item is not None and item.finish_reason is not None
             yield item
     finally:
@@ -128,19 +164,15 @@ async def _read_choice(
     submit: Submit,
     reader: OutputReader,
     queue: asyncio.Queue[Piece | Exception],
-    cold_start_s: float | None,
+    cold_start_s: float,
 ) -> None:
     try:
         async with aclosing(engine.generate(submit)) as events:
             try:
-                async with asyncio.timeout(cold_start_s):
+                async with asyncio.timeout(None if cold_start_s == math.inf else cold_start_s):
                     piece = reader.read(await anext(events))
             except TimeoutError:
-                raise Unavailable(
-                    f"the adapter was not ready within {cold_start_s:g} s; send the request again",
-                    code="adapter_loading",
-                    retry_after_s=5,
-                ) from None
+                raise _not_ready(cold_start_s) from None
             await queue.put(piece)
             async for event in events:
                 piece = reader.read(event)
@@ -160,6 +192,15 @@ async def _next(queue: asyncio.Queue[Piece | Exception], timeout_s: float) -> Pi
             return await queue.get()
     except TimeoutError:
         return None
+
+
+def _not_ready(cold_start_s: float) -> Unavailable:
+    message = f"the adapter was not ready within {cold_start_s:g} s; send the request again"
+    return Unavailable(message, code="adapter_loading", retry_after_s=5)
+
+
+def _too_long(timeout_s: float) -> Unavailable:
+    return Unavailable(f"the request took longer than {timeout_s:g} s; ask for fewer tokens")
 
 
 def _reader(index: int, submit: Submit, generation: Generation, tokenizer: TextTokenizer) -> OutputReader:

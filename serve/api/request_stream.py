@@ -2,9 +2,12 @@
 
 Owns the queue between the two, bounded in length and in the time nobody reads it. Invariant: the reader sees the events
 in order and then exactly one end: `Finished`, `Embedded` or one `ServeError`; what comes after the end is dropped.
+
+A token costs the reader one wake-up and no timer: one timer per sequence looks, when it comes, how long it was silent.
 """
 
 import asyncio
+import math
 from collections import deque
 from collections.abc import Callable
 
@@ -14,6 +17,7 @@ from serve.errors import (
     EngineFailed,
     InvalidRequest,
     NotFound,
+    QueueFull,
     QuotaExceeded,
     RateLimited,
     RequestTimeout,
@@ -28,6 +32,8 @@ StreamEvent = Started | Tokens | Embedded | Finished
 # about 64 KiB of plain tokens; a client that is this far behind is not reading
 MAX_UNREAD_EVENTS = 4096
 RETRY_AFTER_S = 2
+# an event loop may call a timer this much early
+TIMER_GRAIN_S = 0.001
 
 _ERRORS_BY_STATUS: dict[int, type[ServeError]] = {
     400: InvalidRequest,
@@ -49,9 +55,12 @@ class RequestStream:
         self._meter = meter
         self._events: deque[StreamEvent] = deque()
         self._error: ServeError | None = None
-        self._wakeup = asyncio.Event()
         self._read_at = clock()
-        self._is_reading = False
+        # the reader that waits: told True by an event or the end, False by silence
+        self._waiter: asyncio.Future[bool] | None = None
+        self._waits_from_s = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
         self.has_ended = False
 
     def push(self, event: StreamEvent | Failed) -> None:
@@ -66,7 +75,7 @@ class RequestStream:
         self._events.append(event)
         self._meter.saw(event)
         self.has_ended = isinstance(event, Finished | Embedded)
-        self._wakeup.set()
+        self._wake(has_news=True)
 
     def fail(self, error: ServeError) -> None:
         """End the stream with an error; the reader still sees what was pushed before."""
@@ -74,7 +83,7 @@ class RequestStream:
             self.has_ended = True
             self._error = error
             self._meter.close("error")
-            self._wakeup.set()
+            self._wake(has_news=True)
 
     def abandon(self) -> None:
         """End the stream because its reader has left."""
@@ -89,7 +98,7 @@ class RequestStream:
 
     def is_stalled(self, timeout_s: float) -> bool:
         """Say whether the reader is too far behind, or has left events unread for longer than `timeout_s`."""
-        if self._is_reading or not self._events:
+        if self._waiter is not None or not self._events:
             return False
         return len(self._events) > MAX_UNREAD_EVENTS or self._clock() - self._read_at > timeout_s
 
@@ -99,17 +108,56 @@ class RequestStream:
         Raises:
             ServeError: the stream ended with it, or the engine is gone.
         """
+        event = await self.read_within(math.inf)
+        assert event is not None, "nothing is said about endless silence"
+        return event
+
+    async def read_within(self, silence_s: float) -> StreamEvent | None:
+        """Wait for the next event; return None once none has come for `silence_s`, the same in every call.
+
+        Raises:
+            ServeError: the stream ended with it, or the engine is gone.
+        """
         while not self._events:
             if self._error is not None:
                 raise self._error
-            self._wakeup.clear()
-            self._is_reading = True
-            try:
-                await self._wakeup.wait()
-            finally:
-                self._is_reading = False
+            if not await self._wait(silence_s):
+                return None
         self._read_at = self._clock()
         return self._events.popleft()
+
+    def stop_timer(self) -> None:
+        """Forget the timer; called when the reader has left."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    async def _wait(self, silence_s: float) -> bool:
+        # asked for once: asyncio asks the system for the process id each time
+        loop = self._loop = self._loop or asyncio.get_running_loop()
+        self._waiter = loop.create_future()
+        self._waits_from_s = loop.time()
+        if self._timer is None and silence_s < math.inf:
+            self._timer = loop.call_later(silence_s, self._look, silence_s)
+        try:
+            return await self._waiter
+        finally:
+            self._waiter = None
+
+    def _wake(self, *, has_news: bool) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(has_news)
+
+    def _look(self, silence_s: float) -> None:
+        """Tell a reader that has waited for `silence_s`, and come again when one may have."""
+        loop = asyncio.get_running_loop()
+        left_s = silence_s
+        if self._waiter is not None:
+            left_s += self._waits_from_s - loop.time()
+            if left_s <= TIMER_GRAIN_S:
+                self._wake(has_news=False)
+                left_s = silence_s
+        self._timer = loop.call_later(left_s, self._look, silence_s)
 
 
 def error_from(event: Failed) -> ServeError:
@@ -117,3 +165,22 @@ def error_from(event: Failed) -> ServeError:
     kind = _ERRORS_BY_STATUS.get(event.http_status, EngineFailed)
     is_retryable = issubclass(kind, RateLimited | Unavailable)
     return kind(event.message, code=event.code, retry_after_s=RETRY_AFTER_S if is_retryable else None)
+
+
+def draining() -> Unavailable:
+    """Return what a server on its way out says."""
+    return Unavailable("the server is shutting down", code="draining", retry_after_s=RETRY_AFTER_S)
+
+
+def stopped() -> EngineFailed:
+    """Return what is said of an engine that is gone."""
+    return EngineFailed("the engine stopped and is being restarted; send the request again")
+
+
+def queue_full(num_sequences: int, num_in_flight: int, limit: int) -> QueueFull:
+    """Return the refusal of what does not fit beside the sequences in flight."""
+    return QueueFull(
+        f"{num_sequences} more on top of {num_in_flight} sequences in flight; the limit is {limit}"
+        " (--max-in-flight): try again later",
+        retry_after_s=RETRY_AFTER_S,
+    )

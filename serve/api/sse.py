@@ -17,6 +17,7 @@ from starlette.types import Receive, Scope, Send
 from serve.api.disconnect import wait_for_disconnect
 from serve.api.errors import error_body
 from serve.api.request_log import RequestRecord
+from serve.api.slow_send import SlowSend
 from serve.errors import ServeError
 
 logger = logging.getLogger("chorale.api")
@@ -29,6 +30,21 @@ _HEADERS = {
     "cache-control": "no-cache",
     "x-accel-buffering": "no",
 }
+
+
+class ChunkFrames:
+    """The events of one stream whose chunks differ in their choices only: what stays the same is encoded once."""
+
+    def __init__(self, envelope: Mapping[str, object], tail: Mapping[str, object]) -> None:
+        """Prepare; a chunk is `{**envelope, "choices": [choice], **tail}`."""
+        self._encoder = msgspec.json.Encoder()
+        self._begin = b"data: " + self._encoder.encode(envelope)[:-1] + b',"choices":['
+        end = self._encoder.encode(tail)[1:-1]
+        self._end = b"]" + (b"," + end if end else b"") + b"}\n\n"
+
+    def frame(self, choice: object) -> bytes:
+        """Return the event of one choice."""
+        return self._begin + self._encoder.encode(choice) + self._end
 
 
 def data_frame(value: object) -> bytes:
@@ -77,8 +93,10 @@ class EventStream(Response):
     async def _send_all(self, send: Send) -> None:
         async with aclosing(self._frames):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            async for frame in self._frames:
-                # a client that does not read: cancelled here, and uvicorn closes the unfinished answer
-                async with asyncio.timeout(self._send_timeout_s):
+            # a client that does not read: cancelled here, and uvicorn closes the unfinished answer
+            with SlowSend(self._send_timeout_s) as slow:
+                async for frame in self._frames:
+                    slow.begins()
                     await send({"type": "http.response.body", "body": frame, "more_body": True})
+                    slow.ends()
             await send({"type": "http.response.body", "body": b"", "more_body": False})

@@ -10,6 +10,7 @@ requests are refused, running ones are finished, and what takes too long is cut.
 
 import asyncio
 import contextlib
+import gc
 import logging
 import signal
 import socket
@@ -136,6 +137,8 @@ class Server:
         try:
             if await _finished_before(self._prepare(preload), first):
                 self._drain.move_to(Phase.OPEN)
+                # what start-up built stays: the collector need not walk through it between tokens
+                gc.freeze()
                 self._say_ready()
                 # the one place where the merged configuration is shown: a start that fails says one line
                 logger.info("%s", _without_secrets(self._config))

@@ -7,6 +7,7 @@ sequences. Invariants: the events of one step leave as one frame; a heartbeat le
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import select
 import signal
@@ -105,6 +106,8 @@ def run_worker(socket_path: str, config_json: bytes, build: BuildEngine) -> int:
             return 2
         try:
             channel.send([built.ready])
+            # torch and the model stay: the collector need not walk through them between steps
+            gc.freeze()
             step_loop(built.engine, channel, time.monotonic, built.rest)
         except (BrokenPipeError, ConnectionResetError):
             return 0

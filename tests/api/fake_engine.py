@@ -5,11 +5,14 @@ that is closed early is recorded as aborted.
 """
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from serve.adapter_messages import AdapterDone, AskReady, EvictAdapter, PinAdapter, Question, UnpinAdapter
 from serve.api.adapter_desk import AdapterDesk
+from serve.api.engine_gateway import SequenceEvent
 from serve.errors import EngineLoading, ServeError
 from serve.messages import (
     Command,
@@ -128,7 +131,7 @@ class FakeEngine:
             raise self.script.admit_error
         self.admitted.append(num_sequences)
 
-    async def generate(self, submit: Submit) -> AsyncGenerator[Started | Tokens | Finished, None]:
+    async def generate(self, submit: Submit) -> AsyncGenerator[SequenceEvent, None]:
         """Yield the scripted tokens."""
         self.submits.append(submit)
         self.num_open += 1
@@ -153,6 +156,28 @@ class FakeEngine:
             self.num_open -= 1
             if not has_ended:
                 self.aborted.append(submit.request_id)
+
+    async def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
+        """Yield the scripted tokens, and None after each silence."""
+        async with aclosing(self.generate(submit)) as events:
+            waiting: asyncio.Future[SequenceEvent] | None = None
+            try:
+                while True:
+                    waiting = waiting or asyncio.ensure_future(anext(events))
+                    timeout_s = None if silence_s == math.inf else silence_s
+                    if not (await asyncio.wait({waiting}, timeout=timeout_s))[0]:
+                        yield None
+                        continue
+                    done, waiting = waiting, None
+                    try:
+                        event = done.result()
+                    except StopAsyncIteration:
+                        return
+                    yield event
+            finally:
+                if waiting is not None:
+                    waiting.cancel()
+                    await asyncio.gather(waiting, return_exceptions=True)
 
     async def _follow_script(self, num_sent: int) -> None:
         script = self.script

@@ -52,12 +52,13 @@ def tokenizer(model_dir: Path) -> TextTokenizer:
     return TextTokenizer.load(model_dir)
 
 
-def test_a_cancellation_at_any_point_leaves_nothing_running(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("num_choices", [1, 3])
+def test_a_cancellation_at_any_point_leaves_nothing_running(tokenizer: TextTokenizer, num_choices: int) -> None:
     async def run_until(step: int) -> bool:
         engine = FakeEngine()
 
         async def consume() -> None:
-            async for _ in run_generation(engine, tokenizer, generation(3), LimitsConfig()):
+            async for _ in run_generation(engine, tokenizer, generation(num_choices), LimitsConfig()):
                 pass
 
         task = asyncio.ensure_future(consume())
@@ -93,19 +94,20 @@ def test_an_adapter_that_does_not_come_up_in_time_is_a_503(tokenizer: TextTokeni
         asyncio.run(run(warm))
 
 
-def test_a_reader_that_lags_slows_its_own_sequence(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_a_reader_that_lags_slows_its_own_sequence(tokenizer: TextTokenizer, num_choices: int) -> None:
     async def run() -> int:
         engine = FakeEngine()
         engine.script.write = lambda submit: [97] * 200
-        pieces = run_generation(engine, tokenizer, generation(), LimitsConfig())
+        pieces = run_generation(engine, tokenizer, generation(num_choices), LimitsConfig())
         await anext(pieces)
         for _ in range(2000):
             await asyncio.sleep(0)
-        (reading,) = asyncio.all_tasks() - {asyncio.current_task()}
-        assert not reading.done(), "the sequence was read to its end although nobody took it"
-        return len([piece async for piece in pieces])
+        assert engine.num_open == num_choices, "a sequence was read to its end although nobody took it"
+        # the first piece was taken above
+        return 1 + len([piece async for piece in pieces])
 
-    assert asyncio.run(run()) == 201
+    assert asyncio.run(run()) == 202 * num_choices
 
 
 def test_seeds_are_mixed_into_64_bits_and_do_not_repeat() -> None:

@@ -1,6 +1,7 @@
 """The queue between the engine's socket and one reader: order, one end, bounds in length and time."""
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import pytest
@@ -96,3 +97,33 @@ def test_a_failure_becomes_the_error_of_its_status(status: int, kind: type[Serve
     assert isinstance(error, kind)
     assert (error.http_status, error.code, error.message) == (status, "some_code", "what was wrong")
     assert (error.retry_after_s is not None) == is_retryable
+
+
+def test_silence_is_told_again_and_again_and_news_ends_it() -> None:
+    async def run() -> list[object]:
+        stream = build_stream()
+        seen: list[object] = [await stream.read_within(0.01), await stream.read_within(0.01)]
+        stream.push(Tokens("r", [1]))
+        seen.append(await stream.read_within(0.01))
+        seen.append(await stream.read_within(0.01))
+        asyncio.get_running_loop().call_soon(stream.push, END)
+        # an event that comes in time; on the slowest machine silence is told first
+        while (event := await stream.read_within(0.01)) is None:
+            pass
+        stream.stop_timer()
+        return [*seen, event]
+
+    assert asyncio.run(run()) == [None, None, Tokens("r", [1]), None, END]
+
+
+def test_a_timer_that_was_stopped_tells_nothing_more() -> None:
+    async def run() -> bool:
+        stream = build_stream()
+        assert await stream.read_within(0.01) is None
+        stream.stop_timer()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(stream.read(), 0.1)
+            return False
+        return True
+
+    assert asyncio.run(run())
