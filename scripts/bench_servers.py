@@ -30,7 +30,7 @@ class Server:
     def peak_memory_mib(self) -> dict[str, int]:
         """VmHWM of the server's process and of its children, in MiB, by process id and command."""
         peaks = {}
-        for pid in [self.process.pid, *_children(self.process.pid)]:
+        for pid in [self.process.pid, *children(self.process.pid)]:
             status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
             fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
             peaks[f"{fields['Name'].strip()}-{pid}"] = int(fields["VmHWM"].split()[0]) // 1024
@@ -102,9 +102,10 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
         process.wait(timeout=10)
 
 
-def _children(pid: int) -> list[int]:
+def children(pid: int) -> list[int]:
+    """Return the process ids of all descendants."""
     found: list[int] = []
     for task in Path(f"/proc/{pid}/task").iterdir():
         for child in (task / "children").read_text(encoding="utf-8").split():
-            found += [int(child), *_children(int(child))]
+            found += [int(child), *children(int(child))]
     return found

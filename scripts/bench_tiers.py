@@ -1,15 +1,16 @@
 """`python -m scripts.bench_tiers`: what cold adapters cost the warm ones, and where a cold request's time goes.
 
 Three parts on one server of a 0.5B-shaped random base: gaps between the tokens of warm streams while nothing else runs,
-while one client asks warm adapters for single tokens, and while it asks cold ones (slices of the three take turns, so
-that the machine's moods hit all alike); how long a swap takes by rank and size; where adapters were found under Zipf.
-Owns the order of the measurements and the report. Invariant: nothing is written down that was not measured by this run.
+while one client asks warm adapters for single tokens, and while it asks cold ones (`tier_gaps`); how long a swap takes
+by rank and size; where adapters were found under Zipf. Owns the order of the measurements and the report. Invariant:
+nothing is written down that was not measured by this run.
 """
 
 import argparse
 import asyncio
 import json
 import random
+import shlex
 import signal
 import sys
 import time
@@ -21,28 +22,14 @@ import httpx
 
 from loadtest.environment import read_environment
 from scripts.bench_model import Shape, build_adapters, build_base
-from scripts.bench_servers import chorale
-from scripts.tier_clients import FirstToken, ask_until, first_token, stream_until
+from scripts.bench_servers import Server, children, chorale
+from scripts.tier_clients import WARM_OUTPUT_TOKENS, WARM_PROMPT_TOKENS, FirstToken, first_token
+from scripts.tier_gaps import Plan, measure, quantile
 
-NUM_WARM = 4
 # images on the host and adapters on the device
 NUM_HOST, NUM_DEVICE = 12, 8
 # of adapters whose swaps are timed, beside the others' 16
 OTHER_RANKS = (8, 64)
-MODES = ("alone", "one more warm client", "one client over cold adapters")
-
-
-@dataclass(frozen=True, slots=True)
-class Gaps:
-    """Gaps between tokens of all warm streams in one mode, milliseconds."""
-
-    mode: str
-    count: int
-    p50: float
-    p90: float
-    p99: float
-    # single tokens that the other client got meanwhile
-    num_others: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +54,7 @@ def main() -> None:
     folders = build_adapters(args.cache / "adapters", shape, args.adapters)
     others = [build_adapters(args.cache / "adapters", shape, 1, rank)[0] for rank in OTHER_RANKS]
     extra = ["--adapter-device-count", str(NUM_DEVICE), "--adapter-host-count", str(NUM_HOST), "--probe", "off"]
+    extra += shlex.split(args.serve_args)
     report: dict[str, object] = {"environment": read_environment(sys.argv[1:], "scripts.bench_tiers")}
     with chorale(base, args.cache / "tiers-store", args.port, extra) as server:
         names = _publish(server.url, folders)
@@ -74,8 +62,7 @@ def main() -> None:
         if "publish" in args.parts:
             return
         if "gaps" in args.parts:
-            gaps, cold = asyncio.run(_gaps(args.port, names, args.slices, args.slice_s))
-            report |= {"gaps": [asdict(each) for each in gaps], "cold_first_token_ms": _split(cold)}
+            report |= _gaps(args, server, names)
         if "swaps" in args.parts:
             report["swaps"] = [asdict(each) for each in _swaps(server.url, names, args.repeats)]
         if "hits" in args.parts:
@@ -91,8 +78,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path(".chorale/bench/tiers.json"))
     parser.add_argument("--port", type=int, default=18491)
     parser.add_argument("--adapters", type=int, default=28)
-    parser.add_argument("--slices", type=int, default=7, help="of each mode")
-    parser.add_argument("--slice-s", type=float, default=5.0)
+    parser.add_argument("--warm", type=int, default=4, help="warm streams, each on an adapter of its own")
+    parser.add_argument("--rounds", type=int, default=7, help="each with a slice of every mode")
+    parser.add_argument("--slice-s", type=float, default=7.0)
+    parser.add_argument("--max-foreign", type=float, default=0.04, help="share of all cores that others may take")
+    parser.add_argument("--serve-args", default="", help="more flags for the server, in one string")
     parser.add_argument("--repeats", type=int, default=9, help="swaps of each adapter")
     parser.add_argument("--requests", type=int, default=300, help="of the Zipf part")
     parser.add_argument("--parts", nargs="+", default=["gaps", "swaps", "hits"])
@@ -109,51 +99,27 @@ def _publish(url: str, folders: Sequence[Path]) -> list[str]:
     return [folder.name for folder in folders]
 
 
-async def _gaps(port: int, names: list[str], num_slices: int, slice_s: float) -> tuple[list[Gaps], list[FirstToken]]:
-    warm, cold = names[:NUM_WARM], names[NUM_WARM:]
-    for name in warm:
-        await first_token(port, name, seed=1)
-    others: dict[str, list[str]] = {MODES[0]: [], MODES[1]: warm, MODES[2]: cold}
-    gaps: dict[str, list[float]] = {mode: [] for mode in MODES}
-    asked: dict[str, list[FirstToken]] = {mode: [] for mode in MODES}
-    stop, begin = asyncio.Event(), time.perf_counter()
-    streams = [asyncio.create_task(stream_until(port, name, stop, seed)) for seed, name in enumerate(warm)]
-    windows: list[tuple[str, float, float]] = []
-    await asyncio.sleep(slice_s)
-    for number in range(num_slices):
-        # each mode comes first, second and last equally often
-        for mode in MODES[number % 3 :] + MODES[: number % 3]:
-            windows.append((mode, time.perf_counter(), time.perf_counter() + slice_s))
-            await _slice(port, others[mode], slice_s, asked[mode], seed=7 * len(windows))
-    stop.set()
-    for task in streams:
-        for at_s, gap_s in (await task).gaps:
-            for mode, start, end in windows:
-                if start <= at_s < end:
-                    gaps[mode].append(1000 * gap_s)
-    print(f"{time.perf_counter() - begin:.0f} s of streams", file=sys.stderr)
-    return [_summary(mode, gaps[mode], len(asked[mode])) for mode in MODES], asked[MODES[2]]
-
-
-async def _slice(port: int, models: list[str], slice_s: float, asked: list[FirstToken], seed: int) -> None:
-    done = asyncio.Event()
-    asking = asyncio.create_task(ask_until(port, models, done, seed)) if models else None
-    await asyncio.sleep(slice_s)
-    done.set()
-    if asking is not None:
-        asked += await asking
-
-
-def _summary(mode: str, gaps_ms: list[float], num_others: int) -> Gaps:
-    p50, p90, p99 = (round(_quantile(gaps_ms, share), 1) for share in (0.5, 0.9, 0.99))
-    return Gaps(mode, len(gaps_ms), p50, p90, p99, num_others)
+def _gaps(args: argparse.Namespace, server: Server, names: list[str]) -> dict[str, object]:
+    pids = [server.process.pid, *children(server.process.pid)]
+    plan = Plan(args.port, names, args.warm, args.rounds, args.slice_s, pids, args.max_foreign)
+    found = asyncio.run(measure(plan))
+    return {
+        "warm_streams": args.warm,
+        "prompt_tokens": WARM_PROMPT_TOKENS,
+        "output_tokens": WARM_OUTPUT_TOKENS,
+        "gaps": [asdict(each) for each in found.summary()],
+        "rises_percent": found.rises(),
+        "foreign_share_of_rounds": found.foreign,
+        "disturbed_rounds": found.num_disturbed,
+        "cold_first_token_ms": _split(found.cold),
+    }
 
 
 def _split(cold: Sequence[FirstToken]) -> dict[str, dict[str, float]]:
     parts = {name: [each.parts_ms[name] for each in cold] for name in ("queue", "fetch", "load", "prefill")}
     parts["whole answer, as the client saw it"] = [1000 * each.total_s for each in cold]
     return {
-        name: {f"p{share}": round(_quantile(values, share / 100), 1) for share in (50, 90, 99)}
+        name: {f"p{share}": round(quantile(values, share / 100), 1) for share in (50, 90, 99)}
         for name, values in parts.items()
     }
 
@@ -176,7 +142,7 @@ def _swaps(url: str, names: Sequence[str], repeats: int) -> list[Swap]:
                 loads.append(1000 * float(status["last_load_seconds"]))
                 num_bytes = (float(status["host_bytes"]), float(status["device_bytes"]))
             host, device = (round(number / (1 << 20), 1) for number in num_bytes)
-            fetch_ms, load_ms = (round(_quantile(values, 0.5), 1) for values in (fetches, loads))
+            fetch_ms, load_ms = (round(quantile(values, 0.5), 1) for values in (fetches, loads))
             found.append(Swap(rank, host, device, fetch_ms, load_ms))
     return found
 
@@ -211,11 +177,6 @@ def _counters(url: str) -> dict[str, float]:
     page = httpx.get(f"{url}/metrics", timeout=60).text
     values = dict(line.rsplit(" ", 1) for line in page.splitlines() if line.startswith("chorale_adapter_"))
     return {name: float(values[f"chorale_adapter_{name}_total"]) for name in ("hits", "misses", "host_hits")}
-
-
-def _quantile(values: Sequence[float], share: float) -> float:
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))] if ordered else float("nan")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,10 @@ import json
 import time
 from dataclasses import dataclass, field
 
+# a question of a chat and an answer
+WARM_PROMPT_TOKENS, WARM_OUTPUT_TOKENS = 96, 64
+_OTHER_PROMPT_TOKENS = 24
+
 
 @dataclass(slots=True)
 class Warm:
@@ -26,13 +30,13 @@ class FirstToken:
     parts_ms: dict[str, float]
 
 
-async def stream_until(port: int, model: str, stop: asyncio.Event, seed: int, num_tokens: int = 48) -> Warm:
-    """Stream answers one after the other until told to stop."""
-    warm, number = Warm(), 0
+async def stream_until(port: int, model: str, stop: asyncio.Event, seed: int, warm: Warm) -> None:
+    """Stream answers one after the other until told to stop; each has a prompt of its own."""
+    number = 0
     while not stop.is_set():
         number += 1
-        prompt = [2 + (seed * 7919 + number * 104729 + index * 31) % 100_000 for index in range(24)]
-        body = {"model": model, "prompt": prompt, "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
+        prompt = [2 + (seed * 7919 + number * 104729 + index * 31) % 100_000 for index in range(WARM_PROMPT_TOKENS)]
+        body = {"model": model, "prompt": prompt, "max_tokens": WARM_OUTPUT_TOKENS, "ignore_eos": True, "stream": True}
         reader, writer = await _send(port, body)
         last: float | None = None
         while line := await reader.readline():
@@ -45,12 +49,11 @@ async def stream_until(port: int, model: str, stop: asyncio.Event, seed: int, nu
                 last = now
         writer.close()
         warm.num_requests += 1
-    return warm
 
 
 async def first_token(port: int, model: str, seed: int) -> FirstToken:
     """Ask for one token."""
-    prompt = [2 + (seed * 104729 + index * 7919) % 100_000 for index in range(8)]
+    prompt = [2 + (seed * 104729 + index * 7919) % 100_000 for index in range(_OTHER_PROMPT_TOKENS)]
     begin = time.perf_counter()
     reader, writer = await _send(port, {"model": model, "prompt": prompt, "max_tokens": 1, "ignore_eos": True})
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")

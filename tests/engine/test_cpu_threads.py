@@ -17,12 +17,13 @@ start_threads(int(sys.argv[1]))
 cores = [sorted(os.sched_getaffinity(int(task))) for task in sorted(os.listdir("/proc/self/task"), key=int)]
 with ThreadPoolExecutor(1, initializer=leave_core) as pool:
     helper = pool.submit(lambda: sorted(os.sched_getaffinity(0))).result()
-print(json.dumps([*cores, helper]))
+    nicer = pool.submit(lambda: os.getpriority(os.PRIO_PROCESS, threading.get_native_id())).result()
+print(json.dumps([*cores, helper, [os.getpriority(os.PRIO_PROCESS, 0), nicer]]))
 """
 
 
 def report(num_threads: int) -> list[list[int]]:
-    """The cores of each thread of the pool, and last those of a helper thread."""
+    """The cores of each thread of the pool, those of a helper thread, and the nicenesses of both."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-c", REPORT, str(num_threads)]
@@ -35,11 +36,17 @@ def test_threads_that_fill_the_machine_have_a_core_each() -> None:
     mine = sorted(os.sched_getaffinity(0))
     if len(mine) < 2:
         pytest.skip("one core: nothing to pin")
-    *pool, helper = report(len(mine))
+    *pool, helper, _ = report(len(mine))
     assert [cores for cores in pool if len(cores) == 1] == [[core] for core in mine]
     assert helper == mine
 
 
 def test_fewer_threads_than_cores_are_left_to_the_kernel() -> None:
     mine = sorted(os.sched_getaffinity(0))
-    assert all(cores == mine for cores in report(1))
+    assert all(cores == mine for cores in report(1)[:-1])
+
+
+def test_a_helper_runs_behind_the_steps() -> None:
+    *_, (steps, helper) = report(1)
+    # a shell that is as nice as can be leaves no room
+    assert helper > steps or steps == 19

@@ -85,13 +85,17 @@ def test_the_device_is_what_was_asked_for_or_what_is_there() -> None:
         choose_device("cuda", has_cuda=False)
 
 
-@pytest.mark.parametrize(("device", "sizes"), [("cpu", (64, 512)), ("interpreter", (64, 512)), ("cuda", (256, 2048))])
-def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int, int], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("device", "sizes"),
+    [("cpu", (64, 512, 32)), ("interpreter", (64, 512, None)), ("cuda", (256, 2048, None))],
+)
+def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int, int, int | None], tmp_path: Path) -> None:
     config = EngineConfig(write_tiny_model(tmp_path / "base"), tmp_path)
     model = read_model_facts(config, device)
-    assert (model.max_num_seqs, model.max_step_tokens) == sizes
-    model = read_model_facts(replace(config, max_num_seqs=3, max_step_tokens=7), device)
-    assert (model.max_num_seqs, model.max_step_tokens) == (3, 7)
+    assert (model.max_num_seqs, model.max_step_tokens, model.max_mixed_prefill_tokens) == sizes
+    config = replace(config, max_num_seqs=3, max_step_tokens=7, max_mixed_prefill_tokens=2)
+    model = read_model_facts(config, device)
+    assert (model.max_num_seqs, model.max_step_tokens, model.max_mixed_prefill_tokens) == (3, 7, 2)
 
 
 def test_the_interpreter_never_computes_in_bfloat16(tmp_path: Path) -> None:
