@@ -154,6 +154,9 @@ class SharedRows:
         if number <= self._number:
             return False
         payload = self._journal.read(number)
+        if payload is None and self._journal.checkpoint() > number:
+            # folded once more in between
+            return True
         entry = None if payload is None else read_entry(payload, number, self._connection)
         if payload is None or entry is None or not entry.changes.is_everything:
             raise StorageFailed(f"change {number} of the store's training jobs, their checkpoint, is missing")

@@ -153,6 +153,9 @@ class JournalKeyStore:
         if number <= self._number:
             return False
         payload = self._journal.read(number)
+        if payload is None and self._journal.checkpoint() > number:
+            # folded once more in between
+            return True
         entry = None if payload is None else read_entry(payload, number)
         if payload is None or entry is None or not entry.change.is_everything:
             raise StorageFailed(

@@ -2,7 +2,7 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -103,6 +103,35 @@ def test_a_fold_keeps_every_row_and_whoever_was_behind_goes_on(store: TrainingSt
         for job_id in ids:
             events = store.jobs.events(job_id, None, limit=9)
             assert len(events.items) >= 3 and SqliteJobs(fresh).events(job_id, None, limit=9) == events
+
+
+class FoldingJournal(Journal):
+    """A journal that is folded once more just when somebody has asked for its checkpoint."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, LinkingFileSystem())
+        self.meanwhile: list[Callable[[], None]] = []
+
+    def checkpoint(self) -> int:
+        """Answer, and let others go on."""
+        found = super().checkpoint()
+        if self.meanwhile:
+            self.meanwhile.pop()()
+        return found
+
+
+def test_a_checkpoint_that_is_folded_away_before_it_is_read_is_asked_for_again(store: TrainingStore) -> None:
+    def create_many() -> None:
+        # enough for folds, whose number grows with the rows
+        for _ in range(8 * FOLD_ENTRIES):
+            store.jobs.create(new_job())
+
+    create_many()
+    journal = FoldingJournal(store.root / "journal")
+    journal.meanwhile = [create_many]
+    with closing(SharedRows(journal, Clock())) as fresh:
+        assert journal.meanwhile == []
+        assert len(SqliteJobs(fresh).page(None, limit=1000).items) == 16 * FOLD_ENTRIES
 
 
 def test_numbers_are_not_given_twice_after_a_fold_so_the_order_of_pages_holds(store: TrainingStore) -> None:
