@@ -2,6 +2,7 @@
 
 Each line `ROOT LOG SEED VARIANT NAMES` forks a child that uploads, replaces and deletes adapters of those names in ROOT
 until somebody kills it, writing to LOG what it tries and what it was told. Forking a warm process makes a round cheap.
+A planted bug's window is met by chance, or held open: then LOG says so, and the child waits there for its end.
 """
 
 import contextlib
@@ -24,22 +25,34 @@ from adapters_store.upload import Upload
 from tests.store.folders import TINY, lora_config, lora_tensors, safetensors_bytes
 
 CONFIG = json.dumps(lora_config(r=1, target_modules=["k_proj", "o_proj"])).encode()
-# how long a planted bug keeps its window open: about as long as the two syncs that really lie there on a slow disk
+# about as long as the two syncs that really lie there on a slow disk
 _WINDOW_S = 0.002
+# how often a planted bug's window stays open until the kill: else a conviction would hang on this machine's speed
+_CHANCE_OF_HOLDING = 0.5
+HELD = "held"
+# longer than any test waits; a worker that nobody killed ends some day
+_HOLD_S = 600.0
 
 
-class PointerBeforeObject(AdapterStore):
+class Planted(AdapterStore):
+    """A store with a bug."""
+
+    # what it does between the two halves of what should be one; replaced in workers
+    hold: Callable[[], None] = staticmethod(lambda: None)
+
+
+class PointerBeforeObject(Planted):
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         publish = self._blobs.publish
         self._blobs.publish = lambda staged, digest: None  # type: ignore[method-assign]
         version = super()._commit(upload, name, declared)
-        time.sleep(_WINDOW_S)
+        self.hold()
         self._blobs.publish = publish  # type: ignore[method-assign]
         publish(upload.object, version.digest)
         return version
 
 
-class WritesInPlace(AdapterStore):
+class WritesInPlace(Planted):
     """The object is copied into its visible folder, after the pointer, as a store without renames would."""
 
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
@@ -51,27 +64,28 @@ class WritesInPlace(AdapterStore):
         target.mkdir()
         for path in upload.object.iterdir():
             with (target / path.name).open("wb", buffering=0) as file:
-                for byte in range(0, path.stat().st_size, 256):
-                    file.write(path.read_bytes()[byte : byte + 256])
-                    time.sleep(_WINDOW_S / 20)
+                data = path.read_bytes()
+                file.write(data[: len(data) // 2])
+                self.hold()
+                file.write(data[len(data) // 2 :])
         return version
 
 
-class RemovesBeforeThePointer(AdapterStore):
+class RemovesBeforeThePointer(Planted):
     def delete(self, name: str) -> None:
         for version in self.versions(name):
             self._files.remove_tree(self._blobs.root / version.digest)
-        time.sleep(_WINDOW_S)
+        self.hold()
         super().delete(name)
 
 
-class ReplacesInTwoSteps(AdapterStore):
+class ReplacesInTwoSteps(Planted):
     """The old version goes in one transaction, the new one comes in the next."""
 
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         if self._registry.current(name) is not None:
             self._registry.delete(name, now=0)
-            time.sleep(_WINDOW_S)
+            self.hold()
         return super()._commit(upload, name, declared)
 
 
@@ -139,8 +153,10 @@ def work(root: Path, log: int, seed: int, variant: str, names: list[str]) -> Non
     choose = random.Random(seed)
     probes = variant in ("sound", "processes sweep what others probe")
     store = open_variant(variant)(root)
+    if isinstance(store, Planted):
+        store.hold = lambda: hold(log, choose)
     if variant == "the answer comes before the pointer":
-        tell_early(store, log)
+        tell_early(store, log, choose)
     say(log, "open")
     while True:
         seed += 1
@@ -167,14 +183,22 @@ def probe(staged: Staged) -> Proof:
     return {"digest": staged.digest}
 
 
-def tell_early(store: AdapterStore, log: int) -> None:
+def hold(log: int, choose: random.Random) -> None:
+    """Keep a window open for a moment, or until the kill."""
+    if choose.random() < _CHANCE_OF_HOLDING:
+        say(log, HELD)
+        time.sleep(_HOLD_S)
+    time.sleep(_WINDOW_S)
+
+
+def tell_early(store: AdapterStore, log: int, choose: random.Random) -> None:
     """Plant: the client is told before the registry is."""
     publish = store._registry.publish
 
     def told_early(new: NewVersion, *, check: Check = take_all) -> AdapterVersion:
         numbers = [version.version for version in store._registry.versions(new.name)]
         say(log, "ack", "put", new.name, str(max(numbers, default=0) + 1), new.digest)
-        time.sleep(_WINDOW_S)
+        hold(log, choose)
         return publish(new, check=check)
 
     store._registry.publish = told_early  # type: ignore[method-assign]
