@@ -38,6 +38,11 @@ class RowChanges:
     rows: dict[str, dict[int, Row | None]]
     is_everything: bool = False
 
+    @property
+    def num_rows(self) -> int:
+        """Return how many rows these are."""
+        return sum(map(len, self.rows.values()))
+
 
 @dataclass(frozen=True, slots=True)
 class RowEntry:

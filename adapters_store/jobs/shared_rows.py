@@ -33,8 +33,8 @@ from adapters_store.journal import NOTHING_BEFORE
 
 logger = logging.getLogger("chorale.training")
 
-# the journal is folded when it has so many entries, and a quarter as many as there are rows: that costs each change
-# four rows at most
+# the journal is folded when it has so many entries, with a quarter as many rows in them as there are: that costs each
+# row that changes the writing of four others at most
 FOLD_ENTRIES, _FOLD_SHARE = 1000, 4
 
 
@@ -61,6 +61,8 @@ class SharedRows:
         self._fold_entries = fold_entries
         self._lock = threading.Lock()
         self._number, self._last, self._checkpoint = -1, NOTHING_BEFORE, 0
+        # rows in the entries since the checkpoint
+        self._num_changed = 0
         with sqlite_errors():
             # without a name: a file of SQLite's own that nobody else sees, and that is gone with the connection
             self._connection = sqlite3.connect("", isolation_level=None, check_same_thread=False)
@@ -97,6 +99,7 @@ class SharedRows:
                     payload = self._append(changes)
             if payload is not None:
                 self._go_to(self._number + 1, payload)
+                self._num_changed += changes.num_rows
                 self._fold_if_long()
 
     def close(self) -> None:
@@ -168,7 +171,9 @@ class SharedRows:
             apply(db, entry.changes)
             forget_changes(db)
         if entry.changes.is_everything:
-            self._checkpoint = entry.number
+            self._checkpoint, self._num_changed = entry.number, 0
+        else:
+            self._num_changed += entry.changes.num_rows
         self._go_to(entry.number, payload)
 
     def _go_to(self, number: int, payload: bytes) -> None:
@@ -176,13 +181,14 @@ class SharedRows:
 
     def _fold_if_long(self) -> None:
         """Write all rows as one entry and forget those before, if they are many; callers hold the journal's lock."""
-        num_entries = self._number - self._checkpoint
-        if num_entries < self._fold_entries or num_entries < count_rows(self._connection) // _FOLD_SHARE:
+        if self._number - self._checkpoint < self._fold_entries:
+            return
+        if self._num_changed < count_rows(self._connection) // _FOLD_SHARE:
             return
         try:
             payload = self._append(all_rows(self._connection))
             self._go_to(self._number + 1, payload)
-            self._checkpoint = self._number
+            self._checkpoint, self._num_changed = self._number, 0
             self._journal.forget_before(self._number)
         except StoreError as error:
             # what was asked for is durable; the next change tries again

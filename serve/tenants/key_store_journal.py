@@ -22,8 +22,8 @@ from serve.tenants.keys import KeyRecord
 from serve.tenants.pepper import check_mark, pepper_mark
 
 KEY_JOURNAL = "keys"
-# the journal is folded after so many changes, or as many as there are keys and grants
-FOLD_CHANGES = 256
+# the journal is folded after so many changes, or a quarter as many as there are keys and grants
+FOLD_CHANGES, _FOLD_SHARE = 256, 4
 
 Decide = Callable[[], KeyChange]
 
@@ -167,7 +167,7 @@ class JournalKeyStore:
     def _fold_if_long(self) -> None:
         """Write everything as one entry; what came before the last such entry goes, so that nobody lacks the next."""
         before = self._fold
-        if self._number - before < max(self._fold_changes, len(self._records) + len(self._grants)):
+        if self._number - before < max(self._fold_changes, (len(self._records) + len(self._grants)) // _FOLD_SHARE):
             return
         everything = KeyChange(tuple(self._records.values()), tuple(self._grants), (), self._mark, is_everything=True)
         with suppress(StoreError):

@@ -94,7 +94,7 @@ def test_a_fold_keeps_every_row_and_whoever_was_behind_goes_on(store: TrainingSt
     assert held is not None
     store.queue.report(held, [NewEvent("one", data={"x": 0.1}, series="train", step=1)])
     # the first entry stays for ever
-    assert int(entries(store.root)[1].name) > FOLD_ENTRIES
+    assert int(entries(store.root)[1].name) > 2 * FOLD_ENTRIES
     seen = store.jobs.page(None, limit=100)
     assert [job.id for job in seen.items] == ids[::-1]
     assert late.page(None, limit=100) == seen
@@ -122,7 +122,7 @@ class FoldingJournal(Journal):
 
 def test_a_checkpoint_that_is_folded_away_before_it_is_read_is_asked_for_again(store: TrainingStore) -> None:
     def create_many() -> None:
-        # enough for folds, whose number grows with the rows
+        # enough for several folds
         for _ in range(8 * FOLD_ENTRIES):
             store.jobs.create(new_job())
 
@@ -132,6 +132,18 @@ def test_a_checkpoint_that_is_folded_away_before_it_is_read_is_asked_for_again(s
     with closing(SharedRows(journal, Clock())) as fresh:
         assert journal.meanwhile == []
         assert len(SqliteJobs(fresh).page(None, limit=1000).items) == 16 * FOLD_ENTRIES
+
+
+def test_many_rows_in_each_entry_are_folded_as_well(store: TrainingStore) -> None:
+    store.jobs.create(new_job())
+    held = store.queue.claim("w", BASE, lease_s=LEASE_S)
+    assert held is not None
+    for tick in range(10 * FOLD_ENTRIES):
+        store.queue.report(held, [NewEvent(f"{tick} {number}") for number in range(30)])
+    assert len(entries(store.root)) < 5 * FOLD_ENTRIES
+    with closing(replica(store.root)) as fresh:
+        seen = SqliteJobs(fresh).events(held.job.id, None, limit=10_000)
+    assert len(seen.items) == 300 * FOLD_ENTRIES + 4 and seen == store.jobs.events(held.job.id, None, limit=10_000)
 
 
 def test_numbers_are_not_given_twice_after_a_fold_so_the_order_of_pages_holds(store: TrainingStore) -> None:

@@ -126,6 +126,14 @@ def test_whoever_looks_every_second_never_lacks_the_next_change(tmp_path: Path) 
     assert int(journal_files(tmp_path)[1].name) > 2 * FOLD, "nothing was folded"
 
 
+def test_a_journal_that_only_grows_is_folded_as_well(tmp_path: Path) -> None:
+    store = open_folding(tmp_path)
+    for number in range(16 * FOLD):
+        store.grant(Grant("acme/a", f"tenant{number}"))
+    assert int(journal_files(tmp_path)[1].name) > 8 * FOLD
+    assert len(open_one(tmp_path).snapshot().grants) == 16 * FOLD
+
+
 @pytest.mark.parametrize("is_altered", [False, True])
 def test_a_fold_that_is_gone_or_altered_opens_nothing(tmp_path: Path, is_altered: bool) -> None:
     store = open_folding(tmp_path)
