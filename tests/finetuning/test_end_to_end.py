@@ -172,7 +172,8 @@ def wait_until(is_true: Callable[[], bool], what: str, server: LiveServer) -> No
 def test_requests_are_answered_while_a_job_trains_and_cancelling_ends_its_process(
     client: openai.OpenAI, server: LiveServer
 ) -> None:
-    data = upload(client, lines())
+    # more steps than any machine that holds this test up could finish meanwhile
+    data = upload(client, lines() * 50)
     jobs = client.fine_tuning.jobs
     job = jobs.create(
         model=BASE, training_file=data, extra_body={"adapter": {"n_epochs": 50, "batch_size": 1, "max_length": 64}}
