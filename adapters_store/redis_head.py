@@ -26,19 +26,20 @@ _NOT_ABOVE = "equal or smaller"
 class RedisHead:
     """The newest change's number of one store. Thread-safe; every method but `close` raises RegistryUnavailable."""
 
-    def __init__(self, url: str, store_id: str, *, wait_s: float = 0.25) -> None:
+    def __init__(self, url: str, store_id: str, *, wait_s: float = 0.25, timeout_s: float = _TIMEOUT_S) -> None:
         """Connect lazily.
 
         Args:
             wait_s: how long `wait` waits at most.
+            timeout_s: after how long a Redis that says nothing is away.
         Raises:
             InvalidOption: the URL is none of redis://, rediss:// or unix://.
         """
         self._key = f"{KEY_PREFIX}{store_id}:head"
         self._wait_ms = max(1, int(wait_s * 1000))
-        self._commands = _connect(url, _TIMEOUT_S)
+        self._commands = _connect(url, timeout_s)
         # a wait that Redis has not ended itself means that it is frozen
-        self._waiting = _connect(url, wait_s + _TIMEOUT_S)
+        self._waiting = _connect(url, wait_s + timeout_s)
 
     def top(self) -> int:
         """Return the newest number that Redis knows; -1: none."""

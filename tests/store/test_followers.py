@@ -47,10 +47,10 @@ def redis_server() -> Iterator[RedisServer]:
 def replica(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable[..., Replica]]:
     """Hand out a function that opens one more replica of the same store."""
     with ExitStack() as opened:
-
-        def open_one(url: str = "", wait_s: float = 0.01) -> Replica:
+        # patient: a Redis that a busy machine holds up for a second is not away
+        def open_one(url: str = "", wait_s: float = 0.01, timeout_s: float = 120.0) -> Replica:
             registry = SharedRegistry.open(tmp_path)
-            head = RedisHead(url or redis_server.url, registry.store_id, wait_s=wait_s)
+            head = RedisHead(url or redis_server.url, registry.store_id, wait_s=wait_s, timeout_s=timeout_s)
             registry.connect(head)
             opened.callback(registry.close)
             follower = Follower(registry, head, jitter=lambda: 1.0)
@@ -60,7 +60,7 @@ def replica(redis_server: RedisServer, tmp_path: Path) -> Iterator[Callable[...,
         yield open_one
 
 
-def until(condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
     """Return once it holds; fail after the time."""
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -94,8 +94,9 @@ def test_without_redis_names_stay_known_and_cannot_change(
 def test_a_frozen_redis_is_noticed_within_its_time_limits(
     redis_server: RedisServer, replica: Callable[..., Replica]
 ) -> None:
-    a = replica()
-    a.registry.publish(new())
+    patient, a = replica(), replica(timeout_s=0.5)
+    patient.registry.publish(new())
+    a.follower.look()
     redis_server.freeze()
     try:
         with pytest.raises(RegistryUnavailable):
@@ -103,9 +104,9 @@ def test_a_frozen_redis_is_noticed_within_its_time_limits(
         assert a.follower.round() > 0 and a.registry.is_away and a.knows("fr") == 1
     finally:
         redis_server.thaw()
-    assert a.follower.round() == 0
+    until(lambda: a.follower.round() == 0, "Redis is back")
     a.registry.check_free("de")
-    assert a.registry.publish(new()).version == 2
+    assert patient.registry.publish(new()).version == 2
 
 
 def test_pauses_grow_to_a_bound_and_end_with_the_first_answer(
@@ -220,7 +221,7 @@ def test_threads_hear_at_once_through_kills_and_freezes(
     redis_server.kill()
     until(lambda: a.registry.is_away and b.registry.is_away, "away")
     redis_server.start()
-    until(lambda: not a.registry.is_away and not b.registry.is_away, "back", timeout_s=5.0)
+    until(lambda: not a.registry.is_away and not b.registry.is_away, "back")
     assert b.registry.publish(new()).version == 2
     until(lambda: a.knows("fr") == 2, "heard again")
 
@@ -233,15 +234,15 @@ def test_who_is_held_up_by_redis_hears_of_publications_all_the_same(
 
     def frozen(after: int) -> None:
         is_held.set()
-        is_over.wait(60.0)
+        is_over.wait(600.0)
         wait(after)
 
     b.head.wait = frozen  # type: ignore[method-assign]
     b.follower.start()
     try:
-        assert is_held.wait(60.0)
+        assert is_held.wait(120.0)
         a.registry.publish(new())
-        until(lambda: b.knows("fr") == 1, "seen by the eye while the ear was held up", timeout_s=60.0)
+        until(lambda: b.knows("fr") == 1, "seen by the eye while the ear was held up")
     finally:
         is_over.set()
 
@@ -254,13 +255,13 @@ def test_a_redis_that_freezes_before_it_is_told_holds_nobody_up(
 
     def frozen(number: int) -> None:
         is_asked.set()
-        is_over.wait(60.0)
+        is_over.wait(600.0)
 
     a.head.announce = frozen  # type: ignore[method-assign]
     publishing = threading.Thread(target=lambda: a.registry.publish(new()))
     publishing.start()
     try:
-        assert is_asked.wait(60.0)
+        assert is_asked.wait(120.0)
         # neither the journal's lock nor a reader waits for what Redis is told
         assert b.registry.publish(new("de")).version == 1
         a.follower.look()
@@ -284,7 +285,7 @@ def test_a_mistake_of_ours_does_not_make_a_replica_deaf(
 
     a.registry.catch_up = fails_once  # type: ignore[method-assign]
     a.follower.start()
-    assert is_called.wait(10.0)
+    assert is_called.wait(120.0)
     b.registry.publish(new())
     until(lambda: a.knows("fr") == 1, "heard after the mistake")
     assert "planted" in caplog.text

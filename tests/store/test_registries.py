@@ -42,7 +42,7 @@ def open_registry(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Op
 
         def open_redis() -> Registry:
             registry = SharedRegistry.open(tmp_path)
-            registry.connect(RedisHead(server.url, registry.store_id))
+            registry.connect(RedisHead(server.url, registry.store_id, timeout_s=120.0))
             opened.callback(registry.close)
             return registry
 
