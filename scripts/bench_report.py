@@ -4,9 +4,11 @@ Owns arithmetic and text. Invariant: a ratio is formed only between cells of the
 the same machine; what is shown of several repeats is the median with the least and the greatest.
 """
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from scripts.bench_load import LoadResult
 
@@ -120,3 +122,14 @@ def ratios(cells: Sequence[Cell], own: Sequence[Cell], key: Callable[[Cell], tup
         if other:
             found.append(cell.result.tokens_per_s / other)
     return found
+
+
+def read_saved(path: Path) -> tuple[list[Cell], dict[int, Floor], dict[int, float]]:
+    """Return cells, floors and PEFT's figures of a result file, so that a later run can go on behind them."""
+    saved = json.loads(path.read_text(encoding="utf-8"))
+    cells = [Cell(**{**cell, "result": LoadResult(**cell["result"])}) for cell in saved["cells"]]
+    floors = {
+        int(repeat): Floor(own["prefill_rows"], own["prefill_s"], {int(rows): s for rows, s in own["decode_s"].items()})
+        for repeat, own in saved["floors"].items()
+    }
+    return cells, floors, {int(repeat): rate for repeat, rate in saved["peft_tokens_per_s"].items()}
