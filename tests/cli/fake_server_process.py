@@ -38,7 +38,7 @@ class FakeServer:
         """Yield the chunks of one streamed completion of so many tokens."""
         body = {"model": "fake", "prompt": [0, 1, 2], "max_tokens": num_tokens, "ignore_eos": True, "stream": True}
         with (
-            httpx.Client(trust_env=False, timeout=30.0) as client,
+            httpx.Client(trust_env=False, timeout=120.0) as client,
             client.stream("POST", f"{self.url}/v1/completions", json=body) as response,
         ):
             assert response.status_code == 200, response.read()
@@ -48,9 +48,9 @@ class FakeServer:
 
     def get(self, path: str) -> httpx.Response:
         """Send one GET on a connection of its own."""
-        return httpx.get(f"{self.url}{path}", timeout=20.0, trust_env=False)
+        return httpx.get(f"{self.url}{path}", timeout=120.0, trust_env=False)
 
     def end(self) -> tuple[int, str, str]:
         """Wait for the end and return status, the rest of stdout, and stderr."""
-        out, err = self.process.communicate(timeout=60.0)
+        out, err = self.process.communicate(timeout=240.0)
         return self.process.returncode, out, err

@@ -3,12 +3,24 @@
 import signal
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import psutil
+import pytest
 
 from tests.cli.fake_server_process import FakeServer, StartFake
-from tests.process.fake_engine import STEP_S
+from tests.process.fake_engine import HOLD
+
+# only a hang takes so long
+HANG_S = 120.0
+
+
+@pytest.fixture
+def hold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the file that, while it is there, keeps a server's streams from ending and its engines from starting."""
+    monkeypatch.setenv(HOLD, str(tmp_path / "hold"))
+    return tmp_path / "hold"
 
 
 class Reader(threading.Thread):
@@ -47,27 +59,29 @@ def begin_stream(server: FakeServer, num_tokens: int) -> Reader:
     """Start a reader and return once its first chunk is there."""
     reader = Reader(server, num_tokens)
     reader.start()
-    assert reader.has_begun.wait(30.0)
+    assert reader.has_begun.wait(HANG_S)
     return reader
 
 
-def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_0(start_fake: StartFake) -> None:
-    server = start_fake()
+def test_sigterm_finishes_running_streams_refuses_new_ones_and_ends_with_status_0(
+    start_fake: StartFake, hold: Path
+) -> None:
+    server = start_fake(timeout_s=600.0)
     assert server.ready_line.startswith("chorale ready http://127.0.0.1:")
     assert server.get("/readyz").status_code == 200
-    # about a second of work: enough to look at the server while it drains
-    reader = begin_stream(server, round(1.0 / STEP_S))
+    hold.touch()
+    reader = begin_stream(server, 50)
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)
     assert server.get("/readyz").json()["error"]["code"] == "draining"
-    refused = httpx.post(
-        f"{server.url}/v1/completions", json={"model": "fake", "prompt": [0], "max_tokens": 1}, trust_env=False
-    )
+    body = {"model": "fake", "prompt": [0], "max_tokens": 1}
+    refused = httpx.post(f"{server.url}/v1/completions", json=body, timeout=HANG_S, trust_env=False)
     assert refused.status_code == 503
     assert refused.json()["error"]["code"] == "draining"
     assert int(refused.headers["retry-after"]) > 0 and refused.headers["connection"] == "close"
     assert server.get("/livez").status_code == server.get("/startupz").status_code == 200
-    reader.join(30.0)
+    hold.unlink()
+    reader.join(HANG_S)
     assert reader.finish_reasons == ["length"]
     status, out, err = server.end()
     assert (status, out, err) == (0, "", "")
@@ -82,7 +96,7 @@ def test_ctrl_c_waits_for_no_load_balancer(start_fake: StartFake) -> None:
 def test_what_load_balancers_still_send_is_served_on_connections_that_end(start_fake: StartFake) -> None:
     # ten minutes of window: what is asked here is certainly inside it
     server = start_fake(delay_s=600.0, timeout_s=600.0)
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=30.0) as kept:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=HANG_S) as kept:
         assert "connection" not in kept.get("/v1/models").headers
         server.process.send_signal(signal.SIGTERM)
         assert wait_for_status(server, "/readyz", 503)
@@ -93,28 +107,30 @@ def test_what_load_balancers_still_send_is_served_on_connections_that_end(start_
     assert server.end()[0] == 0
 
 
-def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake: StartFake) -> None:
+def test_a_drain_that_outlives_its_grace_ends_the_rest_with_an_error(start_fake: StartFake, hold: Path) -> None:
     server = start_fake(timeout_s=0.6)
-    reader = begin_stream(server, 1_000)
+    hold.touch()
+    reader = begin_stream(server, 50)
     server.process.send_signal(signal.SIGINT)
     status, _, _ = server.end()
-    reader.join(30.0)
+    reader.join(HANG_S)
     assert status == 0
     assert reader.finish_reasons == []
     error = reader.chunks[-1]["error"]
     assert isinstance(error, dict) and error["code"] == "draining"
 
 
-def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> None:
+def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake, hold: Path) -> None:
     server = start_fake(timeout_s=600.0)
-    reader = begin_stream(server, 4_000)
+    hold.touch()
+    reader = begin_stream(server, 50)
     server.process.send_signal(signal.SIGTERM)
     assert wait_for_status(server, "/readyz", 503)
     engines = psutil.Process(server.process.pid).children(recursive=True)
     server.process.send_signal(signal.SIGTERM)
     status, out, _ = server.end()
-    reader.join(30.0)
-    # eight seconds of work at least: it was cut, and told why
+    reader.join(HANG_S)
+    # it was cut, and told why
     assert reader.finish_reasons == []
     error = reader.chunks[-1]["error"]
     assert isinstance(error, dict) and error["code"] == "draining"
@@ -122,12 +138,14 @@ def test_a_second_signal_ends_at_once_with_status_0(start_fake: StartFake) -> No
     assert engines and not any(engine.is_running() for engine in engines)
 
 
-def test_a_killed_engine_shows_in_the_probes_until_the_next_one_is_ready(start_fake: StartFake) -> None:
+def test_a_killed_engine_shows_in_the_probes_until_the_next_one_is_ready(start_fake: StartFake, hold: Path) -> None:
     server = start_fake()
+    hold.touch()
     (engine,) = psutil.Process(server.process.pid).children(recursive=True)
     engine.kill()
     assert wait_for_status(server, "/readyz", 503)
     assert server.get("/livez").status_code == 200
+    hold.unlink()
     assert wait_for_status(server, "/readyz", 200)
     assert sum(1 for _ in server.stream(5)) >= 2
     assert "chorale_engine_restarts_total 1.0" in server.get("/metrics").text
@@ -137,11 +155,11 @@ def test_a_killed_server_leaves_no_engine_behind(start_fake: StartFake) -> None:
     server = start_fake()
     (engine,) = psutil.Process(server.process.pid).children(recursive=True)
     server.process.kill()
-    engine.wait(30.0)
+    engine.wait(HANG_S)
     assert not engine.is_running()
 
 
-def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = 30.0) -> bool:
+def wait_for_status(server: FakeServer, path: str, status: int, timeout_s: float = HANG_S) -> bool:
     """Say whether GET `path` answers `status` in time."""
     end_at = time.monotonic() + timeout_s
     while time.monotonic() < end_at:

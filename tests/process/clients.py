@@ -15,26 +15,33 @@ from tests.process.fake_engine import COUNT
 
 FAKE_WORKER = "tests.process.fake_engine"
 QUICK = WatchdogConfig(
-    heartbeat_timeout_s=20.0, start_timeout_s=60.0, restart_backoff_s=0.05, max_restart_backoff_s=0.2
+    heartbeat_timeout_s=120.0, start_timeout_s=240.0, restart_backoff_s=0.05, max_restart_backoff_s=0.2
 )
 # for engines that do hang; a false alarm on a loaded machine would only replace them sooner
 HASTY = replace(QUICK, heartbeat_timeout_s=1.5)
 
 
 def build_client(
-    *, start: str = "works", limits: LimitsConfig | None = None, watchdog: WatchdogConfig = QUICK
+    *,
+    start: str = "works",
+    limits: LimitsConfig | None = None,
+    watchdog: WatchdogConfig = QUICK,
+    clock: Callable[[], float] = time.monotonic,
 ) -> EngineClient:
     """Return a client whose engine is fake and starts as `start` says (see `fake_engine.build_fake`)."""
     engine = EngineConfig(model_dir=Path("models") / start, store_dir=Path("store"))
-    return EngineClient(engine, limits or LimitsConfig(), watchdog, Metrics(), worker_module=FAKE_WORKER)
+    return EngineClient(engine, limits or LimitsConfig(), watchdog, Metrics(), worker_module=FAKE_WORKER, clock=clock)
 
 
 @contextlib.asynccontextmanager
 async def running_client(
-    *, limits: LimitsConfig | None = None, watchdog: WatchdogConfig = QUICK
+    *,
+    limits: LimitsConfig | None = None,
+    watchdog: WatchdogConfig = QUICK,
+    clock: Callable[[], float] = time.monotonic,
 ) -> AsyncIterator[EngineClient]:
     """Yield a client with a started engine, closed at the end."""
-    client = build_client(limits=limits, watchdog=watchdog)
+    client = build_client(limits=limits, watchdog=watchdog, clock=clock)
     client.start()
     try:
         await client.wait_ready()
@@ -53,7 +60,7 @@ async def collect(client: EngineClient, request: Submit) -> list[int]:
     return [token async for event in client.generate(request) if isinstance(event, Tokens) for token in event.token_ids]
 
 
-async def eventually(claim: Callable[[], bool], timeout_s: float = 30.0) -> None:
+async def eventually(claim: Callable[[], bool], timeout_s: float = 120.0) -> None:
     """Return once the claim holds; fail after `timeout_s`."""
     end_at = time.monotonic() + timeout_s
     while not claim():

@@ -47,6 +47,8 @@ class FakeSequence:
 
 # names a file that appears when the engine is closed
 END_NOTE = "FAKE_ENGINE_END_NOTE"
+# names a file: while it is there, no sequence gets its last token, and no engine becomes ready
+HOLD = "FAKE_ENGINE_HOLD"
 
 
 class FakeEngine:
@@ -140,6 +142,8 @@ class FakeEngine:
         if behaviour == REFUSE:
             del self._sequences[request_id]
             return [Failed(request_id, "adapter_not_loaded", "adapter 'x' could not be loaded", 503)]
+        if sequence.num_done == sequence.submit.sampling.max_tokens - 1 and _is_held():
+            return []
         events: list[Event] = [] if sequence.num_done else [Started(request_id, 0, 0.0, 0.0)]
         events.append(Tokens(request_id, [sequence.num_done]))
         sequence.num_done += 1
@@ -161,8 +165,14 @@ def build_fake(config: EngineConfig) -> BuiltEngine:
         os._exit(9)
     if start == "sleeps":
         time.sleep(3600)
+    while _is_held():
+        time.sleep(STEP_S)
     ready = Ready("sha256:fake", 4096, 64, 16, "float32", "cpu", [0], 256, 4)
     return BuiltEngine(FakeEngine(), ready, close=_note_end)
+
+
+def _is_held() -> bool:
+    return Path(os.environ.get(HOLD, "")).is_file()
 
 
 def _note_end() -> None:

@@ -49,12 +49,18 @@ async def live(client: EngineClient, request_id: str, rng: random.Random) -> str
     return "finished"
 
 
-async def churn(client: EngineClient, num_requests: int, seed: int) -> Counter[str]:
-    """Run the requests, some at once; cancel a few at random; return how they ended."""
+async def churn(client: EngineClient, num_requests: int, seed: int, kill_at: int = -1) -> Counter[str]:
+    """Run the requests, some at once; cancel a few at random; return how they ended.
+
+    Args:
+        kill_at: the number of the request before which the engine is killed, while others are under way.
+    """
     rng = random.Random(seed)
     ends: Counter[str] = Counter()
     tasks: set[asyncio.Task[str]] = set()
     for i in range(num_requests):
+        if i == kill_at:
+            tasks |= await kill_in_mid_stream(client, seed)
         tasks.add(asyncio.create_task(live(client, f"{seed}-{i}", random.Random(rng.random()))))
         if rng.random() < 0.05:
             rng.choice(sorted(tasks, key=id)).cancel()
@@ -68,6 +74,27 @@ async def churn(client: EngineClient, num_requests: int, seed: int) -> Counter[s
             raise result
     ends.update(result if isinstance(result, str) else type(result).__name__ for result in results)
     return ends
+
+
+async def kill_in_mid_stream(client: EngineClient, seed: int) -> set[asyncio.Task[str]]:
+    """Kill the engine under a request that would not end by itself; return that request."""
+    begun = asyncio.Event()
+
+    async def endless() -> str:
+        client.admit(1)
+        try:
+            async with contextlib.aclosing(client.generate(submit(f"{seed}-endless", max_tokens=10**6))) as stream:
+                async for _ in stream:
+                    begun.set()
+        except EngineFailed as error:
+            return type(error).__name__
+        return "finished"
+
+    request = asyncio.create_task(endless())
+    await begun.wait()
+    assert client.engine_pid is not None
+    os.kill(client.engine_pid, signal.SIGKILL)
+    return {request}
 
 
 def is_at_rest(client: EngineClient) -> bool:
@@ -98,16 +125,12 @@ def test_engines_killed_at_random_under_churn_lose_no_request_silently(num_kills
             num_requests = 0
             ends: Counter[str] = Counter()
             for seed in range(num_kills):
-                requests = asyncio.create_task(churn(client, 60, seed))
-                await asyncio.sleep(rng.random() * 0.2)
                 pid = client.engine_pid
-                assert pid is not None
-                os.kill(pid, signal.SIGKILL)
-                ends += await requests
-                num_requests += 60
+                ends += await churn(client, 60, seed, kill_at=rng.randrange(2, 30))
+                num_requests += 61
                 await eventually(lambda: client.is_ready and client.engine_pid != pid)  # noqa: B023  (awaited here)
             assert ends.total() == num_requests
-            assert ends["EngineFailed"] > 0
+            assert ends["EngineFailed"] >= num_kills
             assert ends["EngineLoading"] > 0
             await eventually(lambda: is_at_rest(client))
 
