@@ -22,7 +22,7 @@ import psutil
 REPO_ROOT = Path(__file__).resolve().parents[1]
 # one that cannot start ends, and is noticed at once; this is for a machine that is busy with other work
 START_TIMEOUT_S = 600.0
-STOP_TIMEOUT_S = 20.0
+STOP_TIMEOUT_S = 60.0
 # gauges are fed by heartbeats every 0.5 s, so a single reading of 0 proves nothing
 HEARTBEAT_S = 0.8
 # the outside clients live in an environment of their own, without the server's packages
@@ -60,17 +60,17 @@ class LiveServer:
     process: "subprocess.Popen[str]"
     log_path: Path
 
-    def client(self, timeout_s: float = 60.0) -> httpx.Client:
+    def client(self, timeout_s: float = 120.0) -> httpx.Client:
         """Return an HTTP client for this server; the caller closes it."""
         return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
 
     def metrics(self) -> dict[str, float]:
         """Return every series of /metrics by its full name, labels included."""
-        text = httpx.get(f"{self.url}/metrics", timeout=10.0, trust_env=False).text
+        text = httpx.get(f"{self.url}/metrics", timeout=60.0, trust_env=False).text
         rows = (line.rsplit(" ", 1) for line in text.splitlines() if line and not line.startswith("#"))
         return {name: float(value) for name, value in rows}
 
-    def wait_for_rest(self, timeout_s: float = 60.0) -> None:
+    def wait_for_rest(self, timeout_s: float = 120.0) -> None:
         """Return once all rest gauges have read 0 for longer than a heartbeat; fail with what they read otherwise."""
         deadline = time.monotonic() + timeout_s
         rest_since = time.monotonic()
@@ -84,7 +84,7 @@ class LiveServer:
             time.sleep(0.05)
         raise AssertionError(f"not at rest after {timeout_s} s: {busy}")
 
-    def wait_for_work(self, timeout_s: float = 60.0) -> dict[str, float]:
+    def wait_for_work(self, timeout_s: float = 120.0) -> dict[str, float]:
         """Return the rest gauges once none of those that a running adapter request moves is 0."""
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -94,12 +94,12 @@ class LiveServer:
             time.sleep(0.05)
         raise AssertionError(f"no work to be seen after {timeout_s} s")
 
-    def wait_for_status(self, path: str, status: int, timeout_s: float) -> None:
+    def wait_for_status(self, path: str, status: int, timeout_s: float = 120.0) -> None:
         """Return once GET `path` answers `status`."""
         deadline = time.monotonic() + timeout_s
         seen = 0
         while time.monotonic() < deadline:
-            seen = httpx.get(f"{self.url}{path}", timeout=5.0, trust_env=False).status_code
+            seen = httpx.get(f"{self.url}{path}", timeout=60.0, trust_env=False).status_code
             if seen == status:
                 return
             time.sleep(0.05)
@@ -170,7 +170,8 @@ def start_server(log_path: Path, model_dir: Path, store_dir: Path, *options: str
             text=True,
         )
     assert process.stdout is not None
-    url = _read_ready_url(process.stdout)
+    line = read_line(process.stdout, READY_LINE, START_TIMEOUT_S)
+    url = line and line.group(1)
     server = LiveServer(url or "", process, log_path)
     if url is None:
         stop_server(server)
@@ -198,15 +199,21 @@ def stop_server(server: LiveServer) -> None:
                 child.kill()
 
 
-def _read_ready_url(stdout: IO[str]) -> str | None:
-    deadline = time.monotonic() + START_TIMEOUT_S
+def read_line(stdout: IO[str], wanted: re.Pattern[str], timeout_s: float) -> re.Match[str] | None:
+    """Return the first line that a process prints and that is wanted; None: it ended, or the time is over.
+
+    The pipe is read below its file object, which would keep lines that came with an earlier one where `select` sees
+    none.
+    """
+    deadline, seen = time.monotonic() + timeout_s, b""
     while time.monotonic() < deadline:
         is_readable, _, _ = select.select([stdout], [], [], 1.0)
         if not is_readable:
             continue
-        line = stdout.readline()
-        if not line:
+        if not (data := os.read(stdout.fileno(), 1 << 16)):
             return None
-        if match := READY_LINE.match(line.strip()):
-            return match.group(1)
+        *lines, seen = (seen + data).split(b"\n")
+        for line in lines:
+            if match := wanted.match(line.decode(errors="replace").strip()):
+                return match
     return None

@@ -4,7 +4,6 @@ Owns the process it started, by its handle. Invariant: `close` ends it whatever 
 """
 
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,7 +12,9 @@ import httpx
 import obstore
 from obstore.store import S3Store
 
-START_TIMEOUT_S = 60.0
+from tests.free_port import free_port
+
+START_TIMEOUT_S = 120.0
 BUCKET = "adapters"
 # what clients in this process and in servers find in their environment
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-to-be-logged", "AWS_REGION": "us-east-1"}
@@ -24,9 +25,7 @@ class S3Server:
 
     def __init__(self) -> None:
         """Start it."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.endpoint = f"http://127.0.0.1:{port}"
         self._process = subprocess.Popen(
             [sys.executable, "-W", "ignore", "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
@@ -38,7 +37,7 @@ class S3Server:
         while True:
             try:
                 # an unsigned PUT of a bucket is all that is needed to make one
-                httpx.put(f"{self.endpoint}/{BUCKET}", timeout=5.0, trust_env=False).raise_for_status()
+                httpx.put(f"{self.endpoint}/{BUCKET}", timeout=60.0, trust_env=False).raise_for_status()
                 return
             except httpx.HTTPError:
                 assert self._process.poll() is None and time.monotonic() < deadline, "moto's server does not start"

@@ -7,24 +7,22 @@ block that is not meant to be run is not fenced as bash, and no other shell lang
 import contextlib
 import os
 import re
-import select
 import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
-from tests.live_server import READY_LINE, REPO_ROOT
+from tests.free_port import free_port
+from tests.live_server import READY_LINE, REPO_ROOT, read_line
 
 pytestmark = pytest.mark.e2e
 
 README = REPO_ROOT / "README.md"
 README_PORT = "8000"
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 240.0
 BLOCK_TIMEOUT_S = 240.0
 # shells that would hide a command from this test
 OTHER_SHELLS = {"console", "sh", "shell", "zsh"}
@@ -76,12 +74,9 @@ class Stranger:
             start_new_session=True,
         )
         assert self.server.stdout is not None
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline and self.server.poll() is None:
-            is_readable, _, _ = select.select([self.server.stdout], [], [], 1.0)
-            if is_readable and READY_LINE.match(line := self.server.stdout.readline().strip()):
-                return line
-        raise AssertionError("`make serve` printed no ready line")
+        ready = read_line(self.server.stdout, READY_LINE, START_TIMEOUT_S)
+        assert ready is not None, "`make serve` printed no ready line"
+        return ready.group(0)
 
     def leave(self) -> None:
         """Stop the server as Ctrl-C would."""
@@ -109,9 +104,7 @@ def stranger(tmp_path: Path) -> Iterator[Stranger]:
     for entry in REPO_ROOT.iterdir():
         if entry.name not in {".git", ".chorale", ".pytest_cache"}:
             os.symlink(entry, tmp_path / entry.name)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
-    someone = Stranger(tmp_path, port)
+    someone = Stranger(tmp_path, str(free_port()))
     try:
         yield someone
     finally:

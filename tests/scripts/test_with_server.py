@@ -4,13 +4,13 @@ Owns a stand-in for make that, like make, starts the server as a child and does 
 """
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
 
+from tests.free_port import free_port
 from tests.live_server import REPO_ROOT
 
 _SERVER = """
@@ -32,8 +32,7 @@ def _run(folder: Path, body: str, command: str) -> "subprocess.CompletedProcess[
     make = folder / "make"
     make.write_text(_MAKE.format(body=body), encoding="utf-8")
     make.chmod(0o755)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = str(probe.getsockname()[1])
+    port = str(free_port())
     script = REPO_ROOT / "scripts" / "with_server.py"
     return subprocess.run(
         [sys.executable, str(script), "--port", port, "--", sys.executable, "-c", command],
@@ -41,7 +40,7 @@ def _run(folder: Path, body: str, command: str) -> "subprocess.CompletedProcess[
         env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=False,
     )
 
