@@ -49,22 +49,24 @@ class ApiServer:
         self.app = build_app(config, self.engine, cast(AdapterStore, self.store), traces=traces)
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._listener.getsockname()[1]}"
-        self._server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", lifespan="on"))
+        self._server = uvicorn.Server(
+            uvicorn.Config(self.app, log_level="critical", lifespan="on", timeout_keep_alive=600)
+        )
         self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [self._listener]}, daemon=True)
         self._thread.start()
         wait_until(lambda: self._server.started, "the server starts")
-        self.http = httpx.Client(base_url=self.url, timeout=30)
+        self.http = httpx.Client(base_url=self.url, timeout=120)
 
     def stop(self) -> None:
         """End the server."""
         self.http.close()
         self._server.should_exit = True
-        self._thread.join(timeout=10)
+        self._thread.join(timeout=60)
         self._listener.close()
 
     def openai(self, api_key: str = "none") -> openai.OpenAI:
         """Return OpenAI's own client of this server; close it after use."""
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=30)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=120)
 
     def chat(self, content: object = "Hi", **fields: object) -> httpx.Response:
         """Send one chat."""
@@ -76,7 +78,7 @@ class ApiServer:
         return self.http.post("/v1/completions", json={"model": BASE, "prompt": prompt, **fields})
 
 
-def wait_until(is_true: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:
+def wait_until(is_true: Callable[[], bool], what: str, *, timeout_s: float = 120.0) -> None:
     """Poll until a condition of another thread holds."""
     end = time.monotonic() + timeout_s
     while not is_true():

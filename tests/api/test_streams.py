@@ -1,6 +1,7 @@
 """Server-sent events: order, framing, ends, clients that leave."""
 
 import json
+import socket
 from collections.abc import Iterator
 
 import httpx
@@ -208,8 +209,11 @@ def test_a_client_that_leaves_before_its_whole_answer_aborts_it(
     api: ApiServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     api.engine.script.hold_after = 2
-    with pytest.raises(httpx.ReadTimeout):
-        api.http.post("/v1/completions", json={"model": BASE, "prompt": "Hi"}, timeout=0.2)
+    body = json.dumps({"model": BASE, "prompt": "Hi"}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: t\r\nContent-Length: {len(body)}\r\n"
+    with socket.create_connection(("127.0.0.1", httpx.URL(api.url).port or 0), timeout=120) as client:
+        client.sendall(f"{head}Content-Type: application/json\r\n\r\n".encode() + body)
+        wait_until(lambda: api.engine.num_open == 1, "the sequence begins")
     wait_until(lambda: api.engine.num_open == 0, "the sequence ends")
     assert len(api.engine.aborted) == 1
     assert not [record for record in caplog.records if record.name == "chorale.api"]

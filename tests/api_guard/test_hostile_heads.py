@@ -6,7 +6,8 @@ from starlette.types import Receive, Scope, Send
 from serve.config import LimitsConfig
 from tests.api_guard.wire import GET, error_of, read_all, served, status_of
 
-LIMITS = LimitsConfig(header_timeout_s=2, body_timeout_s=2)
+# no time limit that a busy machine could meet
+LIMITS = LimitsConfig(header_timeout_s=120, body_timeout_s=120)
 CLOSE = b"Connection: close\r\n"
 
 REFUSED = {
@@ -67,7 +68,8 @@ REFUSED = {
 
 @pytest.fixture(scope="module", name="ask")
 def _ask() -> object:
-    with served(LIMITS) as server:
+    # an answer to what asks for no end ends with the connection's idle time
+    with served(LIMITS, keep_alive_s=1) as server:
         yield server.ask
 
 

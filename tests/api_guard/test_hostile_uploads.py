@@ -2,10 +2,11 @@
 
 import gzip
 import io
-import socket
 import threading
 import time
 import zipfile
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -19,8 +20,9 @@ from tests.api_guard.whole_api import (
     name_part,
     part,
     upload_head,
+    whole_api,
 )
-from tests.api_guard.wire import error_of, peak_rss, read_all, reset_peak_rss, status_of
+from tests.api_guard.wire import error_of, peak_rss, read_all, reset_peak_rss, send_until_answered, status_of
 
 MB = 1 << 20
 WEIGHTS = "adapter_model.safetensors"
@@ -121,15 +123,6 @@ def test_a_compressed_upload_is_refused_unread(api: WholeApi) -> None:
     assert status_of(answer) == 415
 
 
-def send_all(peer: socket.socket, block: bytes, num_bytes: int) -> None:
-    """Send until the server closes."""
-    try:
-        for _ in range(num_bytes // len(block)):
-            peer.sendall(block)
-    except (BrokenPipeError, ConnectionResetError):
-        pass
-
-
 @pytest.mark.parametrize(
     "head",
     [
@@ -147,7 +140,7 @@ def test_a_gigabyte_of_the_wrong_kind_is_refused_at_its_first_bytes(head: bytes,
         peer.sendall(upload_head("Transfer-Encoding: chunked"))
         peer.sendall(b"%x\r\n%b\r\n" % (len(head), head))
         block = b"10000\r\n" + b"x" * 65536 + b"\r\n"
-        send_all(peer, block, 1000 * MB)
+        send_until_answered(peer, block, 1000 * MB)
         answer = read_all(peer)
     assert status_of(answer) == 400
     assert time.monotonic() - started_s < 60
@@ -159,7 +152,7 @@ def test_an_upload_past_the_limit_is_refused_while_it_streams(api: WholeApi) -> 
     head = name_part("poet") + file_part(WEIGHTS, b"")[:-2]
     with api.server.connect() as peer:
         peer.sendall(upload_head("Transfer-Encoding: chunked") + b"%x\r\n%b\r\n" % (len(head), head))
-        send_all(peer, b"10000\r\n" + b"x" * 65536 + b"\r\n", 4 * LIMITS.max_upload_bytes)
+        send_until_answered(peer, b"10000\r\n" + b"x" * 65536 + b"\r\n", 4 * LIMITS.max_upload_bytes)
         assert status_of(read_all(peer)) == 413
     assert peak_rss() - before < 16 * MB
     declared = api.post_raw(b"", f"Content-Length: {LIMITS.max_upload_bytes + 1}")
@@ -171,7 +164,7 @@ def test_a_bad_name_is_refused_before_the_weights_have_come(api: WholeApi) -> No
     head = name_part("../x") + file_part(WEIGHTS, b"")[:-2]
     with api.server.connect() as peer:
         peer.sendall(upload_head(f"Content-Length: {LIMITS.max_upload_bytes}") + head)
-        send_all(peer, b"x" * 65536, 4 * MB)
+        send_until_answered(peer, b"x" * 65536, 4 * MB)
         answer = read_all(peer)
     assert status_of(answer) == 400 and error_of(answer)["param"] == "name"
 
@@ -180,10 +173,16 @@ def test_lengths_that_lie_are_refused_and_free_everything(api: WholeApi) -> None
     body = form(*GOOD)
     short = api.post_raw(body, f"Content-Length: {len(body) - 100}")
     assert status_of(short) == 400
-    stalled = api.post_raw(body, f"Content-Length: {len(body) + 100}")
-    assert status_of(stalled) == 408
     wait_for_empty_staging(api)
     assert api.http.get("/v1/adapters").json()["data"] == []
+
+
+def test_a_length_that_never_comes_ends_in_time_and_frees_everything(model_dir: Path, tmp_path: Path) -> None:
+    body, hasty = form(*GOOD), replace(LIMITS, body_timeout_s=0.5, min_upload_bytes_per_s=1 << 20)
+    with whole_api(model_dir, tmp_path / "store", limits=hasty) as api:
+        assert status_of(api.post_raw(body, f"Content-Length: {len(body) + 100}")) == 408
+        wait_for_empty_staging(api)
+        assert api.store.list() == []
 
 
 def test_an_upload_in_chunks_of_one_byte_arrives_whole(api: WholeApi) -> None:
@@ -210,7 +209,7 @@ def test_more_uploads_than_places_are_told_to_come_again_and_other_routes_stay_q
         for peer in peers:
             # more than a megabyte: what is smaller waits in memory, and is no upload yet
             peer.sendall(upload_head("Content-Length: 5000000") + name_part("slow") + config)
-        deadline_s = time.monotonic() + 60
+        deadline_s = time.monotonic() + 120
         while api.num_staged < 16 and time.monotonic() < deadline_s:
             time.sleep(0.01)
         refused = api.upload("poet")
@@ -219,7 +218,7 @@ def test_more_uploads_than_places_are_told_to_come_again_and_other_routes_stay_q
         assert "x-ratelimit-limit-requests" not in refused.headers
         started_s = time.monotonic()
         assert api.http.get("/v1/adapters").status_code == 200
-        assert time.monotonic() - started_s < 20
+        assert time.monotonic() - started_s < 60
     finally:
         for peer in peers:
             peer.close()
@@ -242,7 +241,7 @@ def test_uploads_of_one_name_at_once_are_all_whole_versions(api: WholeApi) -> No
 
 
 def wait_for_empty_staging(api: WholeApi) -> None:
-    deadline_s = time.monotonic() + 60
+    deadline_s = time.monotonic() + 120
     while api.num_staged and time.monotonic() < deadline_s:
         time.sleep(0.01)
     assert api.num_staged == 0

@@ -23,7 +23,8 @@ from tests.api_guard.wire import Served, served
 from tests.store.folders import TINY, lora_config, lora_tensors, open_store, safetensors_bytes
 
 BASE = "base-model"
-LIMITS = LimitsConfig(header_timeout_s=1, body_timeout_s=1, max_upload_bytes=64 << 20)
+# no time limit that a busy machine could meet
+LIMITS = LimitsConfig(header_timeout_s=120, body_timeout_s=120, max_upload_bytes=64 << 20)
 CONFIG_BYTES = json.dumps(lora_config()).encode()
 BOUNDARY = "b0undary"
 
@@ -93,7 +94,7 @@ def whole_api(
             states.append(app.state.api)
         with (
             served(limits, app) as server,
-            httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=30) as http,
+            httpx.Client(base_url=f"http://127.0.0.1:{server.port}", timeout=60) as http,
         ):
             yield WholeApi(server, http, engine, store, store_dir)
     finally:

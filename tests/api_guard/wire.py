@@ -1,6 +1,7 @@
 """A real uvicorn on a loopback port with the guarded protocol, and raw sockets to hurt it with."""
 
 import json
+import select
 import socket
 import threading
 import time
@@ -18,6 +19,8 @@ from serve.api.http_guard import guarded_protocol
 from serve.config import LimitsConfig
 
 GET = b"GET /ok HTTP/1.1\r\nHost: t\r\n\r\n"
+# only a hang takes so long
+HANG_S = 60.0
 
 
 @dataclass
@@ -28,8 +31,8 @@ class Served:
     seen: list[tuple[str, int]]
 
     def connect(self) -> socket.socket:
-        """Open a socket to the server; reads time out after 10 s."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=10)
+        """Open a socket to the server; reads time out when it hangs."""
+        return socket.create_connection(("127.0.0.1", self.port), timeout=HANG_S)
 
     def ask(self, data: bytes) -> bytes:
         """Send bytes, read until the server closes, return all of it."""
@@ -39,7 +42,7 @@ class Served:
 
 
 @contextmanager
-def served(limits: LimitsConfig, app: ASGIApp | None = None, *, keep_alive_s: int = 2) -> Iterator[Served]:
+def served(limits: LimitsConfig, app: ASGIApp | None = None, *, keep_alive_s: int = 60) -> Iterator[Served]:
     """Serve `app` (default: one that reads its body and answers its length) until the block ends."""
     seen: list[tuple[str, int]] = []
     is_whole_api = isinstance(app, FastAPI)
@@ -57,13 +60,13 @@ def served(limits: LimitsConfig, app: ASGIApp | None = None, *, keep_alive_s: in
     thread = threading.Thread(target=server.run)
     thread.start()
     try:
-        deadline_s = time.monotonic() + 10
-        while not server.started and time.monotonic() < deadline_s:
+        deadline_s = time.monotonic() + HANG_S
+        while not server.started and thread.is_alive() and time.monotonic() < deadline_s:
             time.sleep(0.01)
         yield Served(server.servers[0].sockets[0].getsockname()[1], seen)
     finally:
         server.should_exit = True
-        thread.join(timeout=10)
+        thread.join(timeout=HANG_S)
 
 
 def _counting_app(seen: list[tuple[str, int]]) -> ASGIApp:
@@ -93,6 +96,17 @@ def read_all(peer: socket.socket) -> bytes:
     except ConnectionResetError:
         pass
     return data
+
+
+def send_until_answered(peer: socket.socket, block: bytes, num_bytes: int) -> None:
+    """Send at most so many bytes; stop as soon as the server has said something, or has closed."""
+    try:
+        for _ in range(num_bytes // len(block)):
+            if select.select([peer], [], [], 0)[0]:
+                return
+            peer.sendall(block)
+    except (BrokenPipeError, ConnectionResetError):
+        pass
 
 
 def status_of(answer: bytes) -> int:
