@@ -7,7 +7,7 @@ the file's own hash, and neither name, version nor time.
 
 import hashlib
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from adapters_store.base import SITE_PATHS, SITES, BaseDims
 from adapters_store.errors import CorruptUpload, LimitExceeded
@@ -90,7 +90,8 @@ class Manifest:
 
     `base_dependent`: the conversion used the base's weights, so only a base of the same fingerprint may serve it.
     `experts` names those of a mixture, in the gates' order; empty otherwise. `activation`: the token ids from whose
-    last occurrence on the adapter acts; empty: it acts always.
+    last occurrence on the adapter acts; empty: it acts always. `provenance` is how its maker says that it was made
+    (`made_by.py`); empty: it says nothing.
     """
 
     family: str
@@ -104,6 +105,7 @@ class Manifest:
     experts: tuple[str, ...] = ()
     model_ops: ModelOps = NO_MODEL_OPS
     activation: tuple[int, ...] = ()
+    provenance: dict[str, Json] = field(default_factory=dict)
 
     @property
     def rank(self) -> int:
@@ -141,6 +143,8 @@ class Manifest:
         younger: dict[str, Json] = {"experts": [*self.experts]} if self.experts else {}
         if self.activation:
             younger["activation"] = {"mode": _FROM_LAST_MATCH, "tokens": [*self.activation]}
+        if self.provenance:
+            younger["provenance"] = self.provenance
         return canonical_json(
             {
                 "format": "chorale-adapter",
@@ -208,6 +212,7 @@ def _from_json(value: dict[str, Json]) -> Manifest:
         experts=tuple(text(name) for name in json_list(value.get("experts", []))),
         model_ops=parse_model_ops(json_list(value.get("model_ops", [])), json_object(value.get("gates", {}))),
         activation=_activation(value),
+        provenance=json_object(value.get("provenance", {})),
     )
 
 
@@ -218,7 +223,7 @@ def _activation(value: dict[str, Json]) -> tuple[int, ...]:
 
 
 def _base(value: dict[str, Json]) -> BaseDims:
-    names = [field.name for field in fields(BaseDims)]
+    names = [each.name for each in fields(BaseDims)]
     if value.keys() != {*names, "base_dependent"}:
         raise ValueError("base")
     return BaseDims(

@@ -19,6 +19,7 @@ from adapters_store.errors import AdapterNotFound, NameTaken, StoreError, storag
 from adapters_store.file_system import FileSystem
 from adapters_store.formats import Declared
 from adapters_store.locks import StoreLock
+from adapters_store.made_by import keep_provenance
 from adapters_store.manifest import Manifest
 from adapters_store.names import check_stored_name, owner_of
 from adapters_store.proof import NotProbed, Probe, Proof, Staged
@@ -111,11 +112,14 @@ class Publication:
     def _commit(self, upload: Upload, name: str, declared: Declared) -> AdapterVersion:
         self.check_name(name)
         signature = self.signatures.check_upload(owner_of(name), upload.sent())
+        made_by = upload.provenance()
         options = replace(self._options, declared=declared)
         self._convert(upload.source, upload.object, options)
         limits = (options.largest_rank, options.dense_budget_bytes)
         with storage_errors():
             manifest = check_adapter(upload.object, options.base, options.dtype, *limits)
+            if made_by:
+                manifest = keep_provenance(upload.object, manifest, made_by, self._files)
             self._blobs.make_durable(upload.object)
         new = NewVersion.of(name, manifest, created=int(self._clock()))
         new = replace(new, by=upload.wish.by, staged=upload.wish.staged, signature=signature)

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from adapters_store.base import BaseDims
 from adapters_store.canary import StickyId, place_of
+from adapters_store.made_by import summarised
 from adapters_store.manifest import Manifest, Report
 from adapters_store.names import parse_selector
 from adapters_store.pointers import Choose, Decide, Move, Pointers, What
@@ -77,6 +78,8 @@ class AdapterVersion:
     staged: bool = False
     # what was found of its signature, with the bundle itself; None: none was sent, none was asked for
     signature: dict[str, Json] | None = None
+    # how its maker says that it was made, without the curves, which the manifest has; None: it says nothing
+    provenance: dict[str, Json] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,7 @@ class NewVersion:
     by: str = ""
     staged: bool = False
     signature: dict[str, Json] | None = None
+    provenance: dict[str, Json] | None = None
 
     @classmethod
     def of(cls, name: str, manifest: Manifest, *, created: int) -> "NewVersion":
@@ -115,6 +119,7 @@ class NewVersion:
             dtype=manifest.dtype,
             num_virtual_tokens=manifest.num_virtual_tokens,
             invocation_tokens=manifest.activation,
+            provenance=summarised(manifest.provenance),
         )
 
 

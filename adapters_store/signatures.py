@@ -29,10 +29,11 @@ class Status(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Sent:
-    """The files of an upload as the client named them, and its signature."""
+    """The files of an upload as the client named them, its signature, and what is said of how it was made."""
 
     files: Mapping[str, Path] = field(default_factory=dict)
     bundle: bytes | None = None
+    provenance: Path | None = None
 
 
 class SignatureGate(Protocol):

@@ -17,15 +17,19 @@ from adapters_store.errors import CorruptUpload, UnsupportedAdapter, UploadTooLa
 from adapters_store.file_system import FileSystem, open_regular
 from adapters_store.formats import Declared, check_parts, is_config_part, parts_in, refuse_name
 from adapters_store.locks import lock_folder
+from adapters_store.made_by import MAX_PROVENANCE_PART_BYTES, PROVENANCE_PART, read_provenance
 from adapters_store.parts import staged_name
 from adapters_store.proof import NO_ENGINE, Proving
 from adapters_store.registry import AdapterVersion
 from adapters_store.signatures import Sent
 from adapters_store.signing.bundle import MAX_BUNDLE_BYTES, SIGNATURE_PART
+from adapters_store.strict_json import Json
 
 # the same limit as the config's reader: refused before it is stored
 _MAX_CONFIG_BYTES = 1 << 20
 _COPY_CHUNK_BYTES = 1 << 20
+# what is said about the files; no converter reads it
+_ASIDE = {SIGNATURE_PART: MAX_BUNDLE_BYTES, PROVENANCE_PART: MAX_PROVENANCE_PART_BYTES}
 
 
 class PartWriter:
@@ -97,7 +101,7 @@ class Upload:
         self._num_bytes = 0
         self._publish = publish
         self._parts: dict[str, PartWriter] = {}
-        self._signature: PartWriter | None = None
+        self._aside: dict[str, PartWriter] = {}
         with storage_errors():
             files.make_dir(self.folder)
             self._lock = lock_folder(self.folder)
@@ -129,11 +133,13 @@ class Upload:
         Raises:
             UnsupportedFormat: a pickle that nothing restricts. CorruptUpload: an unknown name, or a part sent twice.
         """
-        if filename == SIGNATURE_PART:
-            return self._open_signature()
-        refuse_name(filename)
-        if filename in self._parts:
+        if filename in self._parts or filename in self._aside:
             raise CorruptUpload(f"{filename} was sent twice", param="files")
+        if filename in _ASIDE:
+            aside = PartWriter(self, self.folder / filename, _ASIDE[filename])
+            self._aside[filename] = aside
+            return aside
+        refuse_name(filename)
         cap = _MAX_CONFIG_BYTES if is_config_part(filename) else self._max_bytes
         part = PartWriter(self, self.source / staged_name(filename), cap)
         self._parts[filename] = part
@@ -142,11 +148,18 @@ class Upload:
     def sent(self) -> Sent:
         """Return the files as the client named them, and the signature over them."""
         files = {filename: self.source / staged_name(filename) for filename in self._parts}
-        if self._signature is None:
-            return Sent(files)
-        self._signature.close()
+        provenance = self.folder / PROVENANCE_PART if PROVENANCE_PART in self._aside else None
+        if SIGNATURE_PART not in self._aside:
+            return Sent(files, provenance=provenance)
         with storage_errors(), (self.folder / SIGNATURE_PART).open("rb") as file:
-            return Sent(files, file.read())
+            return Sent(files, file.read(), provenance)
+
+    def provenance(self) -> dict[str, Json]:
+        """Return what came along about how the adapter was made, nothing without it; raises CorruptUpload."""
+        if PROVENANCE_PART not in self._aside:
+            return {}
+        with storage_errors():
+            return read_provenance(self.folder / PROVENANCE_PART)
 
     def count(self, num_bytes: int) -> None:
         """Add to the upload's size; raises UploadTooLarge at the limit."""
@@ -172,23 +185,18 @@ class Upload:
             StoreError: the subclass says why; nothing was published. Or what the probe raised.
         """
         self.proving, self.wish = proving, wish if wish is not None else Wish()
-        for part in self._parts.values():
+        for part in (*self._parts.values(), *self._aside.values()):
             part.close()
         declared = declared if declared is not None else Declared()
         check_parts(self._parts.keys(), declared.format)
         return self._publish(self, name, declared)
 
-    def _open_signature(self) -> PartWriter:
-        if self._signature is not None:
-            raise CorruptUpload(f"{SIGNATURE_PART} was sent twice", param="files")
-        self._signature = PartWriter(self, self.folder / SIGNATURE_PART, MAX_BUNDLE_BYTES)
-        return self._signature
-
     def close(self) -> None:
         """Remove the staging folder; further calls do nothing. What cannot be removed is left to the next sweep."""
-        for part in (*self._parts.values(), *filter(None, [self._signature])):
+        for part in (*self._parts.values(), *self._aside.values()):
             part.close()
         self._parts.clear()
+        self._aside.clear()
         try:
             self.files.remove_tree(self.folder)
         except FileNotFoundError:
@@ -218,12 +226,15 @@ def copy_parts(folder: Path, upload: Upload, declared: Declared, *, trusted: boo
     refuse_foreign_parts(folder)
     with storage_errors():
         names = parts_in(folder, declared.format)
-    # a signature covers what is sent here
-    signature = [SIGNATURE_PART] if os.path.lexists(folder / SIGNATURE_PART) else []
-    for filename in [*names, *signature]:
+    for filename in [*names, *aside_in(folder)]:
         with open_part_file(folder, filename, trusted=trusted) as file, upload.open_part(filename) as part:
             while chunk := file.read(_COPY_CHUNK_BYTES):
                 part.write(chunk)
+
+
+def aside_in(folder: Path) -> list[str]:
+    """Return the names of what lies beside an adapter's files and is sent with them."""
+    return [name for name in _ASIDE if os.path.lexists(folder / name)]
 
 
 def open_part_file(folder: Path, filename: str, *, trusted: bool) -> BinaryIO:

@@ -14,12 +14,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from adapters_store.errors import storage_errors
+from adapters_store.made_by import read_provenance
 from adapters_store.names import owner_of
 from adapters_store.registry import AdapterVersion
 from adapters_store.signatures import Facts, Sent, Status
-from adapters_store.signing.bundle import SIGNATURE_PART, Bundle, read_bundle
+from adapters_store.signing.bundle import SIGNATURE_PART, Bundle, Statement, read_bundle
 from adapters_store.signing.keys import TrustedKey
 from adapters_store.signing.trust import TrustFolder
+from adapters_store.strict_json import Json
 from adapters_store.version_errors import SignatureInvalid
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ class TrustedKeysGate:
         try:
             bundle = read_bundle(sent.bundle)
             key = find_signer(bundle, self._trust.roots().of(owner))
-            check_files(bundle.statement.files, sent.files)
+            check_sent(bundle.statement, sent)
         except SignatureInvalid as error:
             return self._failed(Status.INVALID, error.message)
         statement = bundle.statement
@@ -116,6 +118,23 @@ def check_files(signed: Mapping[str, str], sent: Mapping[str, Path]) -> None:
     for name, path in sorted(sent.items()):
         if sha256_of(path) != signed[name]:
             raise SignatureInvalid(f"{name!a} is not the file that was signed", param=SIGNATURE_PART)
+
+
+def check_sent(statement: Statement, sent: Sent) -> None:
+    """Refuse files, or a word on how they were made, that are not what was signed; raises SignatureInvalid."""
+    if sent.provenance is not None and sent.provenance.name in statement.files:
+        check_files(statement.files, {**sent.files, sent.provenance.name: sent.provenance})
+        return
+    check_files(statement.files, sent.files)
+    check_provenance(statement.provenance, sent.provenance)
+
+
+def check_provenance(signed: Mapping[str, Json], sent: Path | None) -> None:
+    """Refuse a provenance that is not the one that was signed, itself or by its hash; raises SignatureInvalid."""
+    if sent is None or signed == {"sha256": sha256_of(sent)}:
+        return
+    if signed != read_provenance(sent):
+        raise SignatureInvalid(f"{sent.name} is not the one that was signed", param=SIGNATURE_PART)
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 
 from adapters_store.errors import InvalidOption, storage_errors
-from adapters_store.formats import AUTO, Declared, parts_in
+from adapters_store.formats import AUTO, EXPORT_PART, Declared, parts_in
+from adapters_store.made_by import PROVENANCE_PART
 from adapters_store.signing.bundle import (
     MAX_BUNDLE_BYTES,
     MAX_PROVENANCE_BYTES,
@@ -33,12 +34,20 @@ def sign_export(folder: Path, key: SigningKey) -> None:
         StoreError: the folder is not such a one, or the disk fails.
     """
     with storage_errors():
-        upload = read_json((folder / "upload.json").read_bytes(), "upload.json", max_bytes=MAX_BUNDLE_BYTES)
-        raw = (folder / "provenance.json").read_bytes()
-    provenance: dict[str, Json] = {"sha256": hashlib.sha256(raw).hexdigest()}
+        upload = read_json((folder / EXPORT_PART).read_bytes(), EXPORT_PART, max_bytes=MAX_BUNDLE_BYTES)
+    sign_folder(folder, key, declared=Declared(str(upload.get("format", AUTO))))
+
+
+def _provenance_of(folder: Path) -> dict[str, Json]:
+    """Return what is signed of a folder's provenance; nothing where it has none."""
+    path = folder / PROVENANCE_PART
+    if not path.is_file():
+        return {}
+    with storage_errors():
+        raw = path.read_bytes()
     if len(raw) <= MAX_PROVENANCE_BYTES:
-        provenance = read_json(raw, "provenance.json", max_bytes=MAX_PROVENANCE_BYTES)
-    sign_folder(folder, key, declared=Declared(str(upload.get("format", AUTO))), provenance=provenance)
+        return read_json(raw, PROVENANCE_PART, max_bytes=MAX_PROVENANCE_BYTES)
+    return {"sha256": hashlib.sha256(raw).hexdigest()}
 
 
 def sign_folder(
@@ -48,7 +57,7 @@ def sign_folder(
 
     Args:
         declared: the folder's format, where its files' names do not tell.
-        provenance: how the adapter was made; signed with it and shown with the version.
+        provenance: how the adapter was made; signed with it and shown with the version. None: as the folder says.
     Raises:
         StoreError: the folder holds no adapter, or the disk fails.
     """
@@ -58,7 +67,12 @@ def sign_folder(
     if missing or not names:
         raise InvalidOption(f"{folder}: {missing[0] if missing else 'an adapter'} is missing", param="folder")
     files = {name: sha256_of(folder / name) for name in sorted(names)}
-    statement = Statement(folder.resolve().name, root_digest([*files.values()]), files, provenance or {})
+    statement = Statement(
+        folder.resolve().name,
+        root_digest([*files.values()]),
+        files,
+        _provenance_of(folder) if provenance is None else provenance,
+    )
     payload = write_statement(statement)
     bundle = write_bundle(payload, key.sign(pre_authentication(payload)), key.public.hint)
     target, temporary = folder / SIGNATURE_PART, folder / f".{SIGNATURE_PART}.new"

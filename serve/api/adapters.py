@@ -138,6 +138,7 @@ def adapter_card(version: AdapterVersion) -> Json:
         "proof": version.proof,
         "not_probed": version.not_probed if version.proof is None else None,
         "signature": shown(version.signature),
+        "provenance": version.provenance,
     }
 
 

@@ -32,6 +32,7 @@ class AdapterRow(TypedDict):
     proof: dict[str, Json] | None
     not_probed: str | None
     signature: dict[str, Json]
+    provenance: dict[str, Json] | None
 
 
 def show_rows(rows: Sequence[AdapterRow], *, as_json: bool) -> None:
@@ -85,6 +86,13 @@ def signature_line(row: AdapterRow) -> str:
     if facts["status"] == "verified":
         return f"signature: verified, by {facts['signer']} ({facts['key']}) over {facts['files_digest']}"
     return f"signature: {facts['status']}" + (f" ({facts['reason']})" if "reason" in facts else "")
+
+
+def provenance_lines(row: AdapterRow) -> list[str]:
+    """Return what people read of how an adapter was made, as its maker says; nothing where it says nothing."""
+    # a server of an older release does not say
+    said = row.get("provenance")
+    return [] if said is None else [f"made, by its own word, of: {json.dumps(said, sort_keys=True)}"]
 
 
 def _size_lines(proof: dict[str, Json]) -> list[str]:

@@ -12,7 +12,7 @@ import typer
 from adapters_store.formats import AUTO, FORMATS, Declared
 from serve.cli import adapters_offline
 from serve.cli.adapter_options import Signatures, SignaturesOption, TrustRoots
-from serve.cli.adapter_rows import AdapterRow, proof_lines, show_rows, signature_line
+from serve.cli.adapter_rows import AdapterRow, proof_lines, provenance_lines, show_rows, signature_line
 from serve.cli.adapters_memory import add_memory_commands
 from serve.cli.adapters_place import place_of
 from serve.cli.adapters_remote import RemoteAdapters
@@ -159,5 +159,5 @@ def verify(
 def _show_report(row: AdapterRow) -> None:
     for title, modules in row["report"].items():
         typer.echo(f"{title}: {', '.join(modules) if modules else 'none'}")
-    for line in (*proof_lines(row), signature_line(row)):
+    for line in (*proof_lines(row), signature_line(row), *provenance_lines(row)):
         typer.echo(line)

@@ -127,6 +127,7 @@ def row_of(version: AdapterVersion) -> AdapterRow:
         proof=version.proof,
         not_probed=version.not_probed if version.proof is None else None,
         signature=shown(version.signature),
+        provenance=version.provenance,
     )
 
 

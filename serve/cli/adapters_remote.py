@@ -14,7 +14,7 @@ import httpx
 
 from adapters_store.formats import AUTO, Declared, parts_in
 from adapters_store.object_files import OBJECT_FILES
-from adapters_store.signing.bundle import SIGNATURE_PART
+from adapters_store.upload import aside_in
 from serve.cli.adapter_rows import AdapterRow
 from serve.errors import StartError
 
@@ -112,8 +112,7 @@ def _open_parts(folder: Path, declared: Declared) -> Iterator[list[Part]]:
         parts: list[Part] = []
         try:
             names = [*parts_in(folder, declared.format)]
-            # a signature covers what is sent here
-            names += [SIGNATURE_PART] if (folder / SIGNATURE_PART).exists() else []
+            names += aside_in(folder)
         except OSError as error:
             raise StartError(f"{folder}: {error.strerror}") from error
         for filename in names:

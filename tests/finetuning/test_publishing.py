@@ -96,7 +96,9 @@ def test_an_export_becomes_its_tenants_adapter_and_its_folder_goes(desk: Desk) -
     done = desk.training.jobs.get(job.id, "acme")
     assert done.state is JobState.SUCCEEDED and done.fine_tuned_model == job.model_name
     assert desk.view.resolve(job.model_name) is not None
-    assert [version.name for version in desk.store.list()] == [f"acme/{job.model_name}"]
+    (version,) = desk.store.list()
+    # with the word of how it was made
+    assert (version.name, version.provenance) == (f"acme/{job.model_name}", {"seed": 1})
     (result,) = done.result_files
     assert desk.training.files.get(result, "acme").filename == "step_metrics.csv"
     desk.state.training.sweep()

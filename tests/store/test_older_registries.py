@@ -29,7 +29,7 @@ CREATE TABLE numbers (folded TEXT PRIMARY KEY, last INTEGER NOT NULL) WITHOUT RO
 CREATE TABLE retired (digest TEXT PRIMARY KEY, since INTEGER NOT NULL) WITHOUT ROWID;
 """
 # what an older release did not know
-_NEWER = ("by", "staged", "signature")
+_NEWER = ("by", "staged", "signature", "provenance")
 
 
 def facts(digest: str) -> dict[str, object]:
