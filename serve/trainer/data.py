@@ -31,11 +31,13 @@ class Data:
     num_cut: int
     task_ids: dict[str, int]
     pad_id: int
+    # of every training row, where rows are balanced by it
+    kinds: tuple[str | None, ...] = ()
 
     def order(self, spec: TrainSpec, epoch: int) -> list[int]:
         """Return the epoch's order of training rows."""
         if spec.family == "meteora" and spec.balanced:
-            return balanced_order([task_of(row) for row in self.train], spec.seed, epoch)
+            return balanced_order(self.kinds, spec.seed, epoch)
         return epoch_order(len(self.train), spec.seed, epoch)
 
     def rows_of_step(self, spec: TrainSpec, schedule: Schedule, step: int) -> list[Row]:
@@ -87,6 +89,7 @@ def load_data(job: TrainingRun) -> Data:
         num_cut=sum(cut for _, cut in encoded) + valid_cut,
         task_ids={name.partition("@")[0]: index for index, name in enumerate(spec.experts)},
         pad_id=0,
+        kinds=tuple(task_of(row) for row in train),
     )
 
 
