@@ -24,7 +24,7 @@ def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
         env=server_environment(),
         capture_output=True,
         text=True,
-        timeout=60.0,
+        timeout=600.0,
     )
 
 

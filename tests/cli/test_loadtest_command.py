@@ -14,7 +14,7 @@ from tests.live_server import REPO_ROOT, server_environment
 @pytest.mark.parametrize(("argument", "status", "shown"), [("--help", 0, "--verify"), ("nowhere", 2, "nowhere")])
 def test_every_argument_reaches_the_tester(argument: str, status: int, shown: str) -> None:
     command = [sys.executable, "-m", "serve", "loadtest", argument]
-    done = subprocess.run(command, cwd=REPO_ROOT, env=server_environment(), capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=REPO_ROOT, env=server_environment(), capture_output=True, text=True, timeout=600)
     assert done.returncode == status
     assert shown in done.stdout + done.stderr
 

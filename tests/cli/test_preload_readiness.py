@@ -13,7 +13,7 @@ import pytest
 from tests.live_server import READY_LINE, REPO_ROOT, server_environment
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
-TIMEOUT_S = 60.0
+TIMEOUT_S = 240.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 

@@ -73,7 +73,7 @@ def _asked() -> list[tuple[str, str]]:
 
 def run_demo(url: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "scripts/demo.py", "--url", url]
-    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240)
 
 
 def test_a_server_that_is_not_there_is_one_clear_line_and_status_one() -> None:

@@ -96,7 +96,7 @@ def use_one_split(executor: DeviceExecutor) -> None:
 def load(executor: Executor, digest: str, slot: int) -> None:
     """Load an adapter to the end."""
     executor.start_load(digest, slot)
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         if results := executor.poll_loads():
             assert results[0].error is None, results[0].error

@@ -50,7 +50,7 @@ class Loads:
     def load(self, image: AdapterImage, slot: int = 0) -> LoadResult:
         self.images.images["digest"] = image
         self.arena.start_load("digest", slot)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if results := self.arena.poll():
                 return results[0]

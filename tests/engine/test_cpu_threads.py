@@ -27,7 +27,7 @@ def report(num_threads: int) -> list[list[int]]:
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}"}
     environment.pop("OMP_NUM_THREADS", None)
     command = [sys.executable, "-c", REPORT, str(num_threads)]
-    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=120).stdout
+    output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, timeout=600).stdout
     result: list[list[int]] = json.loads(output)
     return result
 

@@ -79,7 +79,7 @@ class Served:
 
     def load(self, digest: str, slot: int) -> LoadResult:
         self.executor.start_load(digest, slot)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if results := self.executor.poll_loads():
                 return results[0]

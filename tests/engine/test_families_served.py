@@ -163,7 +163,7 @@ class Served:
 
     def _load(self, digest: str, slot: int) -> None:
         self.executor.start_load(digest, slot)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             if results := self.executor.poll_loads():
                 assert results[0].error is None, results[0].error

@@ -83,7 +83,7 @@ class Served:
     def logprobs(self, digest: str) -> tuple[list[float], list[float]]:
         """Log-probabilities of the prompt's tokens by the base and by an adapter, in one step."""
         self.executor.start_load(digest, 0)
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 120
         while not (results := self.executor.poll_loads()) and time.monotonic() < deadline:
             time.sleep(0.001)
         assert results and results[0].error is None

@@ -96,7 +96,7 @@ def executor(tmp_path_factory: pytest.TempPathFactory) -> Iterator[TorchExecutor
     for slot, name in enumerate(FAMILIES):
         executor.start_load(name, slot)
     loaded = 0
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while loaded < len(FAMILIES) and time.monotonic() < deadline:
         for result in executor.poll_loads():
             assert result.error is None, result.error

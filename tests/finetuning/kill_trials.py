@@ -145,7 +145,7 @@ class Trials:
 
 def survivors(session: int) -> list[int]:
     """Return the processes of our session that are neither this one nor gone; they get time to die."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while True:
         found = []
         for name in os.listdir("/proc"):

@@ -66,7 +66,7 @@ def test_the_peak_is_the_model_and_one_site(dtype: str, share: float, tmp_path: 
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=600,
         cwd=REPO_ROOT,
         env={"PYTHONPATH": f"{REPO_ROOT}:{REPO_ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"},
     )

@@ -91,12 +91,21 @@ def test_a_child_that_dies_or_babbles_is_a_failed_conversion(
 
 
 def test_a_child_that_hangs_is_stopped(good_folder: Path, target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "executable", stand_in(target.parent, f"echo $$ > {target.parent}/pid; exec sleep 60"))
+    started: list[subprocess.Popen[bytes]] = []
+    begin = subprocess.Popen.__init__
+
+    def noted(process: subprocess.Popen[bytes], *arguments: object, **options: object) -> None:
+        begin(process, *arguments, **options)  # type: ignore[call-overload]
+        started.append(process)
+
+    monkeypatch.setattr(subprocess.Popen, "__init__", noted)
+    monkeypatch.setattr(sys, "executable", stand_in(target.parent, "exec sleep 3600"))
     monkeypatch.setattr(converter, "_START_SECONDS", 1)
     with pytest.raises(ConversionFailed, match="1 s"):
         convert_in_child(good_folder, target, OPTIONS)
+    (child,) = started
     with pytest.raises(ProcessLookupError):
-        os.kill(int((target.parent / "pid").read_text()), 0)
+        os.kill(child.pid, 0)
 
 
 def test_the_child_gets_no_environment_no_input_and_no_descriptors(
@@ -127,7 +136,7 @@ def test_a_disk_error_of_the_child_becomes_the_stores_own(
 
 def run_child(source: Path, target: Path, *limits: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "adapters_store.convert", str(source), str(target), OPTIONS.to_json(), *limits]
-    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 def test_the_child_cannot_write_more_than_its_limit(good_folder: Path, target: Path) -> None:
@@ -142,5 +151,5 @@ def test_the_child_imports_neither_torch_nor_a_network_client(good_folder: Path,
         "print(sorted({'torch', 'ssl', 'http.client', 'urllib.request', 'multiprocessing'} & sys.modules.keys()))"
     )
     command = [sys.executable, "-c", script, str(good_folder), str(target), OPTIONS.to_json(), str(1 << 30), "60"]
-    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
+    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240, check=True)
     assert finished.stdout.endswith("}[]\n") and "code" not in finished.stdout

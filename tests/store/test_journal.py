@@ -305,11 +305,11 @@ def test_kill_9_loses_no_acknowledged_version_and_damages_nothing(tmp_path: Path
     finally:
         zygote.stdin.close()
         zygote.stdout.close()
-        zygote.wait(10)
+        zygote.wait(120)
 
 
 def _kill_after(pids: list[int], log: Path, num_lines: int, delay_s: float) -> None:
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while log.read_bytes().count(b"\n") < num_lines:
         assert time.monotonic() < deadline, "the worker hangs"
         time.sleep(0.0003)

@@ -38,7 +38,7 @@ class Cell(SimpleNamespace):
         """Start the attacks in a process of their own."""
         command = [sys.executable, "-m", "tests.store.sandbox_attacks"]
         command += [str(self.source), str(self.target), str(self.outside), name]
-        return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def test_root_becomes_nobody_only_where_nobody_may_work(mode: int, cell: Cell) -
         "print(become_nobody([Path(sys.argv[1])], Path(sys.argv[2])), *os.getresuid(), *os.getresgid())"
     )
     command = [sys.executable, "-c", script, str(cell.source), str(cell.target)]
-    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
+    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240, check=True)
     is_open = mode == 0o777
     assert finished.stdout.split() == [str(is_open), *(["65534"] * 6 if is_open else ["0"] * 6)]
 
@@ -105,7 +105,7 @@ def test_what_stays_root_has_no_capabilities(cell: Cell) -> None:
     )
     cell.target.chmod(0o700)
     command = [sys.executable, "-c", script, str(cell.target)]
-    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=60, check=True)
+    finished = subprocess.run(command, cwd=REPO_ROOT, capture_output=True, text=True, timeout=240, check=True)
     permitted, effective, no_new_privs, seccomp_mode, *_ = finished.stdout.split()
     assert (int(permitted, 16), int(effective, 16), no_new_privs, seccomp_mode) == (0, 0, "1", "2")
 

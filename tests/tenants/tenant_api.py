@@ -94,6 +94,6 @@ def tenant_api(folder: Path, *, tenant_limits: TenantLimits | None = None) -> It
             headers = {"authorization": f"Bearer {text}"}
             # on a busy machine the server may close an idle connection just as the next request leaves
             fresh = httpx.Limits(max_keepalive_connections=0)
-            http = httpx.Client(base_url=str(api.http.base_url), headers=headers, timeout=30, limits=fresh)
+            http = httpx.Client(base_url=str(api.http.base_url), headers=headers, timeout=120, limits=fresh)
             clients[name] = Client(stack.enter_context(closing(http)), api)
         yield TenantApi(api, clients, store_dir)

@@ -118,7 +118,7 @@ def test_what_was_acknowledged_is_there_after_the_process_died(tmp_path: Path) -
     path, (text, record) = tmp_path / "keys.sqlite", new_key()
     code = "import sys, os; from tests.tenants.test_key_store import add_and_die; add_and_die(*sys.argv[1:])"
     facts = [str(path), record.key_id, record.mac.hex()]
-    child = subprocess.run([sys.executable, "-c", code, *facts], cwd=REPO_ROOT, timeout=60)
+    child = subprocess.run([sys.executable, "-c", code, *facts], cwd=REPO_ROOT, timeout=240)
     assert child.returncode == -signal.SIGKILL
     reopened = SqliteKeyStore(path, PEPPER)
     assert reopened.snapshot().records == (record,)

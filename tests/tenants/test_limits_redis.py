@@ -19,7 +19,7 @@ from serve.tenants.redis_accounts import COMMANDS, AccountsAway, RedisAccounts, 
 from tests.redis_server import RedisServer
 
 # generous: what is awaited here happens at once on an idle machine
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 
 
 @pytest.fixture

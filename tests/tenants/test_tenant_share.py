@@ -58,7 +58,7 @@ def shared_api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LimitedApi]
     fresh = httpx.Limits(max_keepalive_connections=0)
     with (
         whole_api(write_model_dir(folder / "model"), folder / "store", tenant_limits=LIMITS, states=states) as api,
-        httpx.Client(base_url=api.http.base_url, timeout=30, limits=fresh) as http,
+        httpx.Client(base_url=api.http.base_url, timeout=120, limits=fresh) as http,
     ):
         api.http = http
         yield LimitedApi(api, states[0])
