@@ -16,6 +16,7 @@ from tests.import_graph import (
     executed_edges,
     find_cycle,
     imported_names,
+    nodes,
     other_modules,
     path_to,
     product_modules,
@@ -154,7 +155,7 @@ def torch_stays_behind_the_engine(root: Path) -> Iterator[str]:
 def imports_are_absolute(root: Path) -> Iterator[str]:
     """No relative import; the folder `kernels` is no package and is never imported by that name."""
     for module in _all(root):
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if isinstance(node, ast.ImportFrom) and node.level > 0:
                 yield f"{module.path}:{node.lineno}: relative import"
         if "kernels" in _tops(module):
@@ -174,7 +175,7 @@ def files_and_functions_are_short(root: Path) -> Iterator[str]:
         if module.num_lines > limit:
             yield f"{module.path}: {module.num_lines} lines; the wall is {limit}"
         limit = MAX_LAUNCHER_LINES if module.path.startswith("kernels/") else MAX_FUNCTION_LINES
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 num_lines = (node.end_lineno or node.lineno) - node.lineno + 1
                 if num_lines > limit:
@@ -186,7 +187,7 @@ def names_say_what_it_is(root: Path) -> Iterator[str]:
     for module in _all(root):
         if Path(module.path).stem in FORBIDDEN_STEMS and module.path != BASE_EXCEPTION:
             yield f"{module.path}: a file name that says nothing"
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if isinstance(node, ast.ClassDef) and FORBIDDEN_CLASS.search(node.name):
                 yield f"{module.path}:{node.lineno}: class {node.name}: name what it is"
 
@@ -200,7 +201,7 @@ def nothing_foreign_is_executed(root: Path) -> Iterator[str]:
         for name in imported_names(module.tree):
             if name.split(".")[0] in FORBIDDEN_MODULES or name in FORBIDDEN_CALLS:
                 yield f"{module.path}: imports {name}"
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
                 if called in FORBIDDEN_CALLS and not (called == "torch.load" and _may_unpickle(module, node)):
@@ -218,7 +219,7 @@ def environment_is_read_at_the_root(root: Path) -> Iterator[str]:
         if any(module.name == name or module.name.startswith(f"{name}.") for name in ENVIRONMENT_READERS):
             continue
         names = set(imported_names(module.tree))
-        used = {ast.unparse(node) for node in ast.walk(module.tree) if isinstance(node, ast.Attribute)}
+        used = {ast.unparse(node) for node in nodes(module.tree) if isinstance(node, ast.Attribute)}
         for reader in sorted((names | used) & {"os.environ", "os.environb", "os.getenv", "os.putenv"}):
             yield f"{module.path}: reads {reader}; configuration comes by argument"
 
@@ -245,7 +246,7 @@ def modules_say_what_they_own(root: Path) -> Iterator[str]:
 def modules_hold_no_state(root: Path) -> Iterator[str]:
     """No `global`, and no module-level list, dict or set but an upper-case constant; metrics are the exception."""
     for module in product_modules(root).values():
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if isinstance(node, ast.Global):
                 yield f"{module.path}:{node.lineno}: global {', '.join(node.names)}"
         if module.name == "serve.metrics":
@@ -263,7 +264,7 @@ def modules_hold_no_state(root: Path) -> Iterator[str]:
 def errors_are_never_swallowed(root: Path) -> Iterator[str]:
     """No bare `except:` and no `except Exception: pass`."""
     for module in _all(root):
-        for node in ast.walk(module.tree):
+        for node in nodes(module.tree):
             if not isinstance(node, ast.ExceptHandler):
                 continue
             is_broad = node.type is None or ast.unparse(node.type) in {"Exception", "BaseException"}

@@ -5,7 +5,7 @@ it stands: at the top, inside a function, under TYPE_CHECKING.
 """
 
 import ast
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -24,16 +24,32 @@ class Module:
     num_lines: int
 
 
-def parse(root: Path, path: Path, name: str) -> Module:
-    """Read one file."""
-    source = path.read_text(encoding="utf-8")
-    return Module(name, path.relative_to(root).as_posix(), _parse_source(source), len(source.splitlines()))
-
-
-# every rule reads the whole tree: parse each text once
+# every rule reads the whole tree: each file once
 @cache
-def _parse_source(source: str) -> ast.Module:
-    return ast.parse(source)
+def parse(root: Path, path: Path, name: str) -> Module:
+    """Read one file, which does not change while the tests run."""
+    source = path.read_text(encoding="utf-8")
+    return Module(name, path.relative_to(root).as_posix(), ast.parse(source), len(source.splitlines()))
+
+
+# what rules look for; a planted violation shows a kind that is missing here
+_KINDS = (
+    ast.Attribute,
+    ast.Call,
+    ast.ClassDef,
+    ast.ExceptHandler,
+    ast.AsyncFunctionDef,
+    ast.FunctionDef,
+    ast.Global,
+    ast.Import,
+    ast.ImportFrom,
+)
+
+
+@cache
+def nodes(tree: ast.Module) -> tuple[ast.AST, ...]:
+    """Return the nodes that rules look for, in the order of `ast.walk`; every rule goes through every tree."""
+    return tuple(node for node in ast.walk(tree) if isinstance(node, _KINDS))
 
 
 def product_modules(root: Path) -> dict[str, Module]:
@@ -52,13 +68,16 @@ def other_modules(root: Path, folders: Iterable[str]) -> list[Module]:
     return [parse(root, path, path.stem) for folder in folders for path in sorted((root / folder).rglob("*.py"))]
 
 
-def imported_names(tree: ast.Module) -> Iterator[str]:
-    """Yield every absolute name that an import statement names, `from a import b` as `a.b`."""
-    for node in ast.walk(tree):
+@cache
+def imported_names(tree: ast.Module) -> tuple[str, ...]:
+    """Return every absolute name that an import statement names, `from a import b` as `a.b`."""
+    names: list[str] = []
+    for node in nodes(tree):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module is not None:
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return tuple(names)
 
 
 def resolve(name: str, modules: dict[str, Module]) -> str | None:
