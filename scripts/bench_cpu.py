@@ -76,12 +76,13 @@ def main() -> None:
                 peft[repeat] = _peft(base, adapters)
             report["peak_memory_mib"] = {s.name: s.server.peak_memory_mib() for s in systems if s.server is not None}
             _write(args.out, report, cells, floors, peft)
-    engine_ms = _host(args.concurrency) if "host" in args.parts else {}
-    _write(args.out, report | {"engine_ms_per_step": engine_ms}, cells, floors, peft)
+    engine_ms, whole_ms = (_host(args.concurrency), _host_http(args.concurrency)) if "host" in args.parts else ({}, {})
+    host = {"engine_ms_per_step": engine_ms, "without_a_model": whole_ms}
+    _write(args.out, report | host, cells, floors, peft)
     print(table(cells))
     for line in [*of_floor(cells, floors, PROMPT_TOKENS, OUTPUT_TOKENS), *against_others(cells)]:
         print(line)
-    for line in [*_against_peft(cells, peft), *host_lines(cells, engine_ms)]:
+    for line in [*_against_peft(cells, peft), *host_lines(cells, engine_ms), *_without_a_model(engine_ms, whole_ms)]:
         print(line)
 
 
@@ -189,6 +190,22 @@ def _peft(base: Path, adapters: Sequence[Path]) -> float:
 def _host(concurrency: Sequence[int]) -> dict[int, float]:
     found = _child("bench_host", ["--sequences", *map(str, concurrency)])
     return {int(count): cast(dict[str, float], parts)["total_ms"] for count, parts in found.items()}
+
+
+def _host_http(concurrency: Sequence[int]) -> dict[int, dict[str, list[float]]]:
+    found = _child("bench_host_http", ["--samples", "3", "--sequences", *map(str, concurrency)])
+    return {int(count): cast(dict[str, list[float]], parts) for count, parts in found.items() if count != "0"}
+
+
+def _without_a_model(engine_ms: Mapping[int, float], whole_ms: Mapping[int, dict[str, list[float]]]) -> list[str]:
+    lines = []
+    for count, parts in whole_ms.items():
+        (api, least, most), total = parts["api_ms"], engine_ms[count] + parts["api_ms"][0]
+        lines.append(
+            f"host per step at concurrency {count} without a model: {total:.2f} ms: engine {engine_ms[count]:.2f} "
+            f"(schedule + batch + frame), API {api:.2f} ({least:.2f} to {most:.2f}; read + detokenise + SSE)"
+        )
+    return lines
 
 
 def _against_peft(cells: Sequence[Cell], peft: Mapping[int, float]) -> list[str]:

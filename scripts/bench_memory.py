@@ -66,10 +66,14 @@ def main() -> None:
     args = parser.parse_args()
     base = args.cache / "bench-base"
     build_base(base, Shape())
-    report: dict[str, object] = {"environment": read_environment(sys.argv[1:], "scripts.bench_memory")}
-    report["runs"] = [_measure(args, base, count) for count in args.adapters]
-    args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(report, indent=1))
+    report = {"environment": read_environment(sys.argv[1:], "scripts.bench_memory")}
+    print(json.dumps(report["environment"], indent=1))
+    runs = []
+    for count in args.adapters:
+        runs.append(_measure(args, base, count))
+        print(json.dumps(runs[-1]), flush=True)
+        # a run that is stopped loses only its last part
+        args.out.write_text(json.dumps(report | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace, base: Path, num_adapters: int) -> dict[str, object]:
