@@ -72,22 +72,24 @@ class Site:
 
 
 class Client:
-    """What a client sees of one job at one server."""
+    """What a client sees of one job at one server; each call on a connection of its own, as they come minutes apart."""
 
     def __init__(self, server: LiveServer, job_id: str) -> None:
-        self._http = server.client()
+        self._server = server
         self._url = f"/v1/fine_tuning/jobs/{job_id}"
 
     def job(self) -> dict[str, object]:
         """Return the job."""
-        return dict(self._http.get(self._url).raise_for_status().json())
+        with self._server.client() as http:
+            return dict(http.get(self._url).raise_for_status().json())
 
     def events(self) -> list[dict[str, object]]:
         """Return all events, oldest first, read page by page."""
         found: list[dict[str, object]] = []
         while True:
             params = {"limit": 7} | ({"after": str(found[-1]["id"])} if found else {})
-            page = self._http.get(f"{self._url}/events", params=params).raise_for_status().json()
+            with self._server.client() as http:
+                page = http.get(f"{self._url}/events", params=params).raise_for_status().json()
             found += page["data"]
             if not page["has_more"]:
                 return found[::-1]
@@ -103,11 +105,8 @@ class Client:
 
     def post(self, action: str) -> httpx.Response:
         """Cancel, pause or resume."""
-        return self._http.post(f"{self._url}/{action}")
-
-    def close(self) -> None:
-        """Give back the connections."""
-        self._http.close()
+        with self._server.client() as http:
+            return http.post(f"{self._url}/{action}")
 
 
 @pytest.fixture
@@ -162,7 +161,6 @@ def test_a_job_of_one_replica_is_trained_anywhere_followed_and_served_on_all(
     other = create_job(a)
     for client, action, status in ((Client(b, other), "pause", "queued"), (Client(a, other), "cancel", "cancelled")):
         assert client.post(action).json()["status"] == status
-        client.close()
     until(lambda: on_b.has_been_told("Training finished"), "the end of the training without Redis")
     assert len(on_b.steps()) >= before and on_b.job()["status"] == "running"
     redis_server.thaw()
@@ -173,8 +171,6 @@ def test_a_job_of_one_replica_is_trained_anywhere_followed_and_served_on_all(
     assert on_b.steps() == list(range(1, NUM_STEPS + 1))
     name = str(done["fine_tuned_model"])
     check_served(site, name, on_b)
-    for each in (on_a, on_b):
-        each.close()
 
 
 def check_served(site: Site, name: str, on_b: Client) -> None:

@@ -80,6 +80,17 @@ def run(client: httpx.Client, model: str, user: str | None = None) -> tuple[int,
     return int(answer.headers["x-adapter-version"]), answer.json()["choices"][0]["token_ids"]
 
 
+def ask(server: LiveServer, model: str) -> tuple[int, list[int]]:
+    with server.client() as client:
+        return run(client, model)
+
+
+def canary_of(server: LiveServer) -> int | None:
+    with server.client() as client:
+        version: int | None = client.get("/v1/adapters/voice/canary").json()["version"]
+    return version
+
+
 class Watcher:
     """Asks one replica all the time, and notes which version answered a request that was sent when."""
 
@@ -130,22 +141,23 @@ def move(servers: list[LiveServer], alone: dict[int, list[int]], act: Callable[[
 
 def test_a_move_at_one_replica_is_obeyed_by_all_within_a_second(servers: list[LiveServer]) -> None:
     a, b, c = servers
-    with a.client() as on_a, b.client() as on_b, c.client() as on_c:
-        alone = {number: run(on_a, f"voice@{number}")[1] for number in range(1, NUM_VERSIONS + 1)}
-        assert len({tuple(tokens) for tokens in alone.values()}) == NUM_VERSIONS
+    alone = {number: ask(a, f"voice@{number}")[1] for number in range(1, NUM_VERSIONS + 1)}
+    assert len({tuple(tokens) for tokens in alone.values()}) == NUM_VERSIONS
 
-        def post(client: httpx.Client, action: str, **body: object) -> int:
+    def post(server: LiveServer, action: str, **body: object) -> int:
+        # on a connection of its own: the last call was long ago
+        with server.client() as client:
             answer = client.post(f"/v1/adapters/voice/{action}", json=body)
-            assert answer.status_code == 200, answer.text
-            return int(answer.json()["version"])
+        assert answer.status_code == 200, answer.text
+        return int(answer.json()["version"])
 
-        delays_s = [
-            move(servers, alone, lambda: post(on_b, "promote", version=1), 3),
-            move(servers, alone, lambda: post(on_c, "promote", version=2), 1),
-            # each step back from another replica than the one that went there
-            move(servers, alone, lambda: post(on_a, "rollback"), 2),
-            move(servers, alone, lambda: post(on_b, "rollback"), 1),
-        ]
+    delays_s = [
+        move(servers, alone, lambda: post(b, "promote", version=1), 3),
+        move(servers, alone, lambda: post(c, "promote", version=2), 1),
+        # each step back from another replica than the one that went there
+        move(servers, alone, lambda: post(a, "rollback"), 2),
+        move(servers, alone, lambda: post(b, "rollback"), 1),
+    ]
     print(f"obeyed by all after {', '.join(f'{delay_s:.2f}' for delay_s in delays_s)} s")
     assert max(delays_s) <= OBEYED_S
 
@@ -155,36 +167,42 @@ def test_a_users_arm_of_a_canary_is_the_same_at_every_replica(
 ) -> None:
     a, b, c = servers
     users = [f"user-{number}" for number in range(NUM_USERS)]
-    with a.client() as on_a, b.client() as on_b, c.client() as on_c:
-        clients = (on_a, on_b, on_c)
-        alone = {number: run(on_a, f"voice@{number}")[1] for number in (1, 3)}
-        answer = on_b.post("/v1/adapters/voice/canary", json={"version": 1, "percent": PERCENT})
-        set_s = time.monotonic()
-        assert answer.status_code == 200, answer.text
-        for client in clients:
-            wait_until(lambda client=client: client.get("/v1/adapters/voice/canary").json()["version"] == 1)  # type: ignore[misc]
-        seen_s = time.monotonic() - set_s
-        digest = digest_of(on_c, 1)
-        expected = {user: 1 if is_canarys(digest, user) else 3 for user in users}
-        assert set(expected.values()) == {1, 3}
-        for _ in range(2):
-            for client in clients:
+    alone = {number: ask(a, f"voice@{number}")[1] for number in (1, 3)}
+    with b.client() as client:
+        answer = client.post("/v1/adapters/voice/canary", json={"version": 1, "percent": PERCENT})
+    set_s = time.monotonic()
+    assert answer.status_code == 200, answer.text
+    wait_until(lambda: [canary_of(server) for server in servers] == [1, 1, 1])
+    seen_s = time.monotonic() - set_s
+    digest = digest_of(c, 1)
+    expected = {user: 1 if is_canarys(digest, user) else 3 for user in users}
+    assert set(expected.values()) == {1, 3}
+    for _ in range(2):
+        for server in servers:
+            with server.client() as client:
                 arms = {user: run(client, "voice", user) for user in users}
-                assert {user: number for user, (number, _) in arms.items()} == expected
-                assert all(tokens == alone[number] for number, tokens in arms.values())
-            # what all know holds without Redis
-            redis_server.freeze()
-        redis_server.thaw()
-        wait_until(lambda: on_c.delete("/v1/adapters/voice/canary").status_code == 200)
-        for client in clients:
-            wait_until(lambda client=client: client.get("/v1/adapters/voice/canary").json()["version"] is None)  # type: ignore[misc]
+            assert {user: number for user, (number, _) in arms.items()} == expected
+            assert all(tokens == alone[number] for number, tokens in arms.values())
+        # what all know holds without Redis
+        redis_server.freeze()
+    redis_server.thaw()
+    wait_until(lambda: delete_canary(c) == 200)
+    wait_until(lambda: [canary_of(server) for server in servers] == [None, None, None])
+    for server in servers:
+        with server.client() as client:
             assert {run(client, "voice", user)[0] for user in users} == {3}
     print(f"the canary was known to all after {seen_s:.2f} s")
     assert seen_s <= OBEYED_S
 
 
-def digest_of(client: httpx.Client, version: int) -> str:
-    rows = client.get("/v1/adapters/voice/versions").json()["data"]
+def delete_canary(server: LiveServer) -> int:
+    with server.client() as client:
+        return client.delete("/v1/adapters/voice/canary").status_code
+
+
+def digest_of(server: LiveServer, version: int) -> str:
+    with server.client() as client:
+        rows = client.get("/v1/adapters/voice/versions").json()["data"]
     return next(str(row["digest"]).removeprefix("sha256:") for row in rows if row["version"] == version)
 
 

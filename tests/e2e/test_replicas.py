@@ -71,15 +71,22 @@ class Replicas:
 
     def versions_of(self, server: LiveServer) -> dict[str, int]:
         """Return what a replica lists."""
-        rows = self._client_of(server).get("/v1/adapters").raise_for_status().json()["data"]
+        rows = self._get(server, "/v1/adapters").raise_for_status().json()["data"]
         return {row["name"]: row["version"] for row in rows}
 
     def _wait_for(self, server: LiveServer, name: str, version: int) -> None:
         def is_there() -> bool:
-            row = self._client_of(server).get(f"/v1/adapters/{name}")
+            row = self._get(server, f"/v1/adapters/{name}")
             return row.status_code == 200 and row.json()["version"] >= version
 
         until(is_there, VISIBLE_S + SLACK_S)
+
+    def _get(self, server: LiveServer, path: str) -> httpx.Response:
+        try:
+            return self._client_of(server).get(path)
+        except httpx.RemoteProtocolError:
+            # the server closed a connection that was idle for long just when it was used again
+            return self._client_of(server).get(path)
 
     def _client_of(self, server: LiveServer) -> httpx.Client:
         """Return a client whose connection is there already: what is timed is not the asking."""
