@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 _HERE = Path(__file__).parent
+TIMEOUT_S = 1800
 # the one that `make test-long` runs, too
 _NEEDS_NO_HELM = "test_rolling_restarts.py"
 collect_ignore_glob = (
@@ -20,7 +21,9 @@ collect_ignore_glob = (
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark everything in this folder."""
+    """Mark everything in this folder, and let nothing in it be a matter of time."""
     for item in items:
         if _HERE in item.path.parents:
             item.add_marker(pytest.mark.deploy)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(TIMEOUT_S))

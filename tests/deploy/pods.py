@@ -36,7 +36,10 @@ class ServerPod:
         paths = [mount["mountPath"] for mount in self._container["volumeMounts"]]
         self._mounts = {path: files.get(path, folder / path.strip("/")) for path in paths}
         for path in self._mounts.values():
-            path.mkdir(parents=True, exist_ok=True)
+            if not path.is_dir():
+                path.mkdir(parents=True)
+                # as a volume with an fsGroup is
+                path.chmod(0o2775)
         (config,) = (item["data"] for item in found if item["kind"] == "ConfigMap" and "CHORALE_MODEL" in item["data"])
         given = {**config, **{entry["name"]: _value(entry, secrets) for entry in self._container["env"]}}
         self.environment = {name: self._mapped(value) for name, value in given.items()}

@@ -29,7 +29,7 @@ def promtool(*arguments: str, folder: Path = RULES.parent) -> "subprocess.Comple
         env=debian_tools.environment(),
         capture_output=True,
         text=True,
-        timeout=250,
+        timeout=1500,
         check=False,
     )
 
