@@ -10,15 +10,16 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 from tests.live_server import DEVICES, REPO_ROOT, LiveServer, missing_device, start_server, stop_server
 
 # before anything imports triton: kernels run on CPU tensors; what compiles them does so in a process of its own
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # the same examples in every run, on slow machines too; HYPOTHESIS_PROFILE=search looks for new ones
-settings.register_profile("search", deadline=None)
-settings.register_profile("same", deadline=None, derandomize=True)
+_TIMELESS = [HealthCheck.too_slow]
+settings.register_profile("search", deadline=None, suppress_health_check=_TIMELESS)
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=_TIMELESS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
 
 

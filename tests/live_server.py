@@ -61,8 +61,13 @@ class LiveServer:
     log_path: Path
 
     def client(self, timeout_s: float = 120.0) -> httpx.Client:
-        """Return an HTTP client for this server; the caller closes it."""
-        return httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=False)
+        """Return an HTTP client for this server; the caller closes it.
+
+        Each request has a connection of its own: the server closes one that was idle for seconds, which on a busy
+        machine may be just when the next request leaves.
+        """
+        fresh = httpx.Limits(max_keepalive_connections=0)
+        return httpx.Client(base_url=self.url, timeout=timeout_s, limits=fresh, trust_env=False)
 
     def metrics(self) -> dict[str, float]:
         """Return every series of /metrics by its full name, labels included."""

@@ -45,7 +45,7 @@ def _status(server: LiveServer, name: str) -> dict[str, object]:
 
 def _eventually(server: LiveServer, name: str, claim: Callable[[dict[str, object]], bool]) -> dict[str, object]:
     """Return the status that the claim holds of; heartbeats carry it."""
-    deadline = time.monotonic() + 20.0
+    deadline = time.monotonic() + 120.0
     while not claim(status := _status(server, name)):
         assert time.monotonic() < deadline, status
         time.sleep(0.05)
@@ -96,7 +96,7 @@ def test_a_pinned_adapter_stays_while_all_others_come_and_go(server: LiveServer)
     _command(server, "pin", "voice-1")
     refused = CliRunner().invoke(app, ["adapters", "pin", "voice-2", "--url", server.url])
     assert refused.exit_code == 1 and "half of the adapter bytes" in " ".join(refused.output.split())
-    in_use = httpx.post(f"{server.url}/v1/adapters/voice-0:evict", trust_env=False)
+    in_use = httpx.post(f"{server.url}/v1/adapters/voice-0:evict", timeout=120.0, trust_env=False)
     assert in_use.status_code == 409 and in_use.json()["error"]["code"] == "adapter_in_use"
     for name in ("voice-0", "voice-1"):
         _command(server, "unpin", name)
@@ -113,25 +113,26 @@ def test_an_eviction_frees_the_bytes_that_the_status_named(server: LiveServer) -
 
 def test_the_picker_sees_one_true_series_while_adapters_load_and_leave(server: LiveServer) -> None:
     with _scraping(server) as states:
-        for _ in range(3):
+        deadline = time.monotonic() + 120.0
+        # until adapters were seen to come and go, which a picker that gets no processor time may miss
+        while len({state.running for state in states}) <= 2:
+            assert time.monotonic() < deadline, states
             with ThreadPoolExecutor(len(NAMES)) as pool:
                 list(pool.map(lambda name: _use(server, name, max_tokens=20), NAMES))
             with server.client() as client:
                 client.post("/v1/adapters/voice-3:evict")
         _use(server, "voice-4")
         _eventually(server, "voice-4", lambda status: status["state"] == "ready")
-        deadline = time.monotonic() + 20.0
+        deadline = time.monotonic() + 120.0
         # the page is a tenth of a second old at most, the scrape twice a tenth
-        while "voice-4" not in states[-1].running:
-            assert time.monotonic() < deadline, states[-1]
+        while not states or "voice-4" not in states[-1].running:
+            assert time.monotonic() < deadline, states[-1:]
             time.sleep(SCRAPE_S)
     last = states[-1]
     assert {state.num_lora_series for state in states} == {1}
     assert all(len(state.running) <= NUM_FITTING for state in states)
     assert all(state.running | state.waiting <= set(NAMES) for state in states)
     assert all(a.updated_at <= b.updated_at for a, b in pairwise(states))
-    # as adapters came and went, so did what the picker saw
-    assert len({state.running for state in states}) > 2
     assert score(last, "voice-4") == 1.0
     absent = next(name for name in NAMES if name not in last.running)
     # bytes bind here, not slots, of which there is room

@@ -48,7 +48,7 @@ def test_cuda_without_a_gpu_is_one_line_with_the_way_out(tmp_path: Path) -> None
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
     )
     assert ended.returncode == 2
     last_line = ended.stderr.strip().splitlines()[-1]

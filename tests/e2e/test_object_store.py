@@ -19,7 +19,7 @@ from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0
 PASSWORD = "not-to-be-logged"
 
 

@@ -6,17 +6,17 @@ request gets the same tokens as before it.
 
 import json
 import os
+import select
 import signal
 import socket
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from urllib.parse import urlsplit
 
-import httpx
 import psutil
 import pytest
 
+from serve.config import LimitsConfig
 from tests.conftest import StartServer
 from tests.live_server import LiveServer
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
@@ -25,8 +25,9 @@ pytestmark = pytest.mark.e2e
 
 NUM_HALF_OPEN = 300
 # header timeout of LimitsConfig plus slack for a busy machine
-HALF_OPEN_DEADLINE_S = 25.0
+HALF_OPEN_DEADLINE_S = 120.0
 HUGE_BODY_BYTES = 300 << 20
+NUM_TOO_MANY = 24
 MAX_RSS_GROWTH_BYTES = 64 << 20
 # a stream that outlives every disconnect point below
 LONG = {"model": "tiny", "prompt": "once", "max_tokens": 3000, "temperature": 0, "ignore_eos": True}
@@ -49,7 +50,7 @@ def expected(server: LiveServer) -> list[object]:
 @pytest.fixture(autouse=True)
 def the_server_is_unharmed(server: LiveServer, expected: list[object]) -> Iterator[None]:
     yield
-    server.wait_for_rest(timeout_s=30.0)
+    server.wait_for_rest()
     assert probe(server) == expected
 
 
@@ -63,7 +64,7 @@ def connect(server: LiveServer) -> socket.socket:
     """Open a raw connection."""
     address = urlsplit(server.url)
     assert address.hostname is not None and address.port is not None
-    return socket.create_connection((address.hostname, address.port), timeout=10.0)
+    return socket.create_connection((address.hostname, address.port), timeout=120.0)
 
 
 def raw_request(path: str, body: dict[str, object]) -> bytes:
@@ -98,7 +99,7 @@ def test_the_gauges_show_a_stream_while_it_runs_and_its_end_when_the_client_leav
             assert next(lines).startswith("data: ")
             gauges = server.wait_for_work()
     assert gauges["chorale_requests_running"] == gauges["chorale_adapter_pins"] == 1
-    server.wait_for_rest(timeout_s=3.0)
+    server.wait_for_rest()
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
@@ -125,7 +126,7 @@ def test_two_hundred_clients_that_all_leave_at_once_free_everything(server: Live
     finally:
         for connection in connections:
             connection.close()
-    server.wait_for_rest(timeout_s=30.0)
+    server.wait_for_rest()
 
 
 def test_a_killed_engine_ends_the_stream_with_one_error_and_comes_back(server: LiveServer) -> None:
@@ -140,11 +141,14 @@ def test_a_killed_engine_ends_the_stream_with_one_error_and_comes_back(server: L
     assert len(errors) == 1 and errors[0] == json.loads(rest[-2])
     assert set(errors[0]["error"]) == {"message", "type", "param", "code"}
     assert errors[0]["error"]["type"] == "server_error"
-    refused = httpx.post(f"{server.url}/v1/completions", json={**LONG, "max_tokens": 1}, timeout=10.0, trust_env=False)
-    assert refused.status_code == 503, "the engine cannot be back at once"
-    assert int(refused.headers["retry-after"]) > 0
-    assert httpx.get(f"{server.url}/readyz", timeout=5.0, trust_env=False).status_code == 503
-    server.wait_for_status("/readyz", 200, timeout_s=60.0)
+    with server.client() as client:
+        refused = client.post("/v1/completions", json={**LONG, "max_tokens": 1})
+    if refused.status_code == 503:
+        assert int(refused.headers["retry-after"]) > 0
+    else:
+        # this process lay still for the seconds that another engine takes
+        assert refused.status_code == 200 and server.engine_pid() != engine_pid
+    server.wait_for_status("/readyz", 200)
     assert server.engine_pid() != engine_pid
 
 
@@ -155,7 +159,6 @@ def test_three_hundred_half_open_sockets_disturb_nobody_and_are_closed(server: L
         for connection in connections:
             connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: test\r\n")
         probe(server)
-        assert time.monotonic() - opened_at < 30.0
         deadline = opened_at + HALF_OPEN_DEADLINE_S
         num_open = sum(not is_closed_by_peer(connection, deadline) for connection in connections)
         assert num_open == 0, f"{num_open} of {NUM_HALF_OPEN} half-open sockets outlived {HALF_OPEN_DEADLINE_S} s"
@@ -188,17 +191,13 @@ def test_a_huge_body_is_refused_without_being_kept(server: LiveServer, framing: 
     frame = b"%x\r\n%s\r\n" % (len(piece), piece) if framing == "chunked" else piece
     num_sent = 0
     with connect(server) as connection:
-        try:
-            connection.sendall(head + b"\r\n")
-            for _ in range(HUGE_BODY_BYTES // len(piece)):
-                connection.sendall(frame)
-                num_sent += len(piece)
-        except ConnectionError:
-            # refused and closed while we still send: what a server should do
-            answer = b""
-        else:
-            answer = connection.recv(65536)
-    assert num_sent < HUGE_BODY_BYTES // 4 or b" 413 " in answer.split(b"\r\n")[0]
+        connection.sendall(head + b"\r\n")
+        # refused while we still send: what a server should do
+        while not select.select([connection], [], [], 0)[0] and num_sent < HUGE_BODY_BYTES:
+            connection.sendall(frame)
+            num_sent += len(piece)
+        answer = connection.recv(65536)
+    assert b" 413 " in answer.split(b"\r\n")[0] and num_sent < HUGE_BODY_BYTES
     assert process.memory_info().rss - rss_before < MAX_RSS_GROWTH_BYTES
 
 
@@ -212,23 +211,50 @@ def test_a_body_over_the_limit_is_refused_by_its_announced_length(server: LiveSe
     assert json.loads(rest.partition(b"\r\n\r\n")[2])["error"]["code"] == "file_too_large"
 
 
+def whole_answer(connection: socket.socket, begun: bytes) -> tuple[int, dict[str, str], bytes]:
+    """Read an answer of known length to its end; return status, headers and body."""
+    data = begun
+    while True:
+        head, separator, rest = data.partition(b"\r\n\r\n")
+        if separator:
+            status, *lines = head.decode().lower().split("\r\n")
+            headers = dict(line.split(": ", 1) for line in lines)
+            if len(rest) >= int(headers["content-length"]):
+                return int(status.split()[1]), headers, rest
+        more = connection.recv(4096)
+        assert more, data
+        data += more
+
+
 def test_overload_is_refused_with_retry_after_before_any_work(server: LiveServer) -> None:
-    body = {**LONG, "n": 16, "max_tokens": 48, "temperature": 1.0, "prompt": "x" * 200}
-    refusals: list[tuple[int, int]] = []
-
-    def send(_: int) -> int:
-        with server.client(timeout_s=120.0) as client:
-            response = client.post("/v1/completions", json=body)
-            if response.status_code != 200:
-                refusals.append((response.status_code, int(response.headers["retry-after"])))
-                assert set(response.json()["error"]) == {"message", "type", "param", "code"}
-            return response.status_code
-
-    # 60 requests of 16 sequences each: more than LimitsConfig.max_in_flight lets in
-    with ThreadPoolExecutor(60) as pool:
-        statuses = list(pool.map(send, range(60)))
-    assert set(statuses) == {200, 429} or set(statuses) == {200, 503}, statuses
-    assert refusals and all(retry_after_s > 0 for _, retry_after_s in refusals)
+    body = {**LONG, "n": 16, "temperature": 1.0, "stream": True}
+    num_let_in = LimitsConfig().max_in_flight // 16
+    # none of them ends by itself within minutes
+    connections = [connect(server) for _ in range(num_let_in + NUM_TOO_MANY)]
+    try:
+        for connection in connections:
+            connection.sendall(raw_request("/v1/completions", body))
+        waiting, streaming = set(connections), set[socket.socket]()
+        refusals: list[tuple[int, dict[str, str], bytes]] = []
+        deadline = time.monotonic() + 120.0
+        while len(refusals) < NUM_TOO_MANY:
+            assert time.monotonic() < deadline, f"{len(refusals)} were refused"
+            for connection in select.select(waiting | streaming, [], [], 1.0)[0]:
+                begun = connection.recv(1 << 16)
+                if connection in streaming:
+                    continue
+                waiting.remove(connection)
+                if begun.startswith(b"HTTP/1.1 200 "):
+                    streaming.add(connection)
+                else:
+                    refusals.append(whole_answer(connection, begun))
+    finally:
+        for connection in connections:
+            connection.close()
+    for status, headers, rest in refusals:
+        assert status in (429, 503) and int(headers["retry-after"]) > 0
+        assert set(json.loads(rest)["error"]) == {"message", "type", "param", "code"}
+    server.wait_for_rest()
 
 
 def test_neither_log_nor_error_holds_the_prompt(server: LiveServer) -> None:

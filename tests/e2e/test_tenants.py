@@ -29,9 +29,9 @@ def test_one_tenant_hits_no_prefix_of_another(any_server: StartServer, tmp_path:
     def ask(tenant: str) -> httpx.Response:
         body = {"model": "model", "prompt": PROMPT, "max_tokens": 4, "ignore_eos": True}
         headers = {"authorization": f"Bearer {keys[tenant]}"}
-        return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=60, trust_env=False)
+        return httpx.post(f"{server.url}/v1/completions", json=body, headers=headers, timeout=120, trust_env=False)
 
     usages = [ask(tenant).json()["usage"] for tenant in ("acme", "bob", "acme", "bob")]
     cached = [usage["prompt_tokens_details"]["cached_tokens"] for usage in usages]
     assert cached[:2] == [0, 0] and min(cached[2:]) >= 64
-    assert httpx.get(f"{server.url}/v1/models", timeout=60, trust_env=False).status_code == 401
+    assert httpx.get(f"{server.url}/v1/models", timeout=120, trust_env=False).status_code == 401
