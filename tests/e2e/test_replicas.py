@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 VISIBLE_S = 1.0
 CONVERGED_S = 5.0
 # what a busy machine may add to either
-SLACK_S = 50.0
+SLACK_S = 120.0
 PASSWORD = "not-to-be-logged"
 
 
@@ -62,6 +62,17 @@ class Replicas:
             assert response.json()["error"]["code"] == "registry_unavailable", response.text
             assert int(response.headers["retry-after"]) > 0
         return response
+
+    def publish(self, server: LiveServer, name: str, source: int = 0) -> int:
+        """Send an adapter until it is taken, and return its version: a Redis that a busy machine holds up is away."""
+        answers: list[httpx.Response] = []
+
+        def is_taken() -> bool:
+            answers.append(self.upload(server, name, source))
+            return answers[-1].status_code == 201
+
+        until(is_taken, CONVERGED_S + SLACK_S)
+        return int(answers[-1].json()["version"])
 
     def wait_visible(self, name: str, version: int) -> None:
         """Return once every replica serves that version; note how long after the last answer to an upload that was."""
@@ -183,7 +194,7 @@ def test_two_replicas_serve_through_the_loss_of_redis_and_agree_afterwards(
 ) -> None:
     both = replicas(2)
     a, b = both.servers
-    assert both.upload(a, "known").status_code == 201
+    both.publish(a, "known")
     both.wait_visible("known", 1)
     expected = ask(a, "known")
     assert expected != ask(a, "tiny") and ask(b, "known") == expected
@@ -194,22 +205,22 @@ def test_two_replicas_serve_through_the_loss_of_redis_and_agree_afterwards(
         with a.client() as client:
             assert client.delete("/v1/adapters/known").status_code == 503
         redis_server.start()
-        until(lambda: both.upload(b, "new").status_code == 201, CONVERGED_S + SLACK_S)
+        both.publish(b, "new")
         both.wait_visible("new", 1)
         redis_server.freeze()
         assert both.upload(a, "new", 1).status_code == 503
         redis_server.thaw()
-        until(lambda: both.upload(a, "new", 1).status_code == 201, CONVERGED_S + SLACK_S)
+        both.publish(a, "new", 1)
         both.wait_visible("new", 2)
         with redis_server.client() as client_of_redis:
             client_of_redis.flushall()
-        assert both.upload(b, "other").status_code == 201
+        both.publish(b, "other")
         both.wait_converged()
+        until(lambda: all(asker.num_answers > 5 for asker in askers), SLACK_S)
     finally:
         for asker in askers:
             asker.stop()
     assert [asker.wrong for asker in askers] == [[], []]
-    assert all(asker.num_answers > 5 for asker in askers)
     assert both.versions_of(a) == {"known": 1, "new": 2, "other": 1} == both.acknowledged
     print(f"visible on all after {both.delays_s} s")
 
@@ -244,7 +255,7 @@ class Campaign:
     def run(self, num_faults: int, *, kill_a_replica_at: set[int]) -> None:
         """Let so many faults happen; those numbers take a replica with them."""
         replicas = self.replicas
-        assert replicas.upload(replicas.servers[0], "known").status_code == 201
+        replicas.publish(replicas.servers[0], "known")
         replicas.wait_visible("known", 1)
         expected = ask(replicas.servers[0], "known")
         askers = [Asker(server, expected) for server in replicas.servers]
@@ -257,11 +268,11 @@ class Campaign:
                 # Redis is just back: whoever acknowledges now must be heard by all at once
                 self._publish_at_once()
                 assert [asker.wrong for asker in askers] == [[], [], []], f"after fault {number}"
+            until(lambda: all(asker.num_answers > 0 for asker in askers), SLACK_S)
         finally:
             for asker in askers:
                 asker.stop()
         assert [asker.wrong for asker in askers] == [[], [], []]
-        assert all(asker.num_answers > 0 for asker in askers)
         self._report(num_faults, sum(asker.num_answers for asker in askers))
 
     def _fail_once(self, name: str) -> None:
@@ -290,14 +301,7 @@ class Campaign:
 
     def _publish_at_once(self) -> None:
         server = self._choose.choice(self.replicas.servers)
-        answers: list[httpx.Response] = []
-
-        def is_published() -> bool:
-            answers.append(self.replicas.upload(server, "last"))
-            return answers[-1].status_code == 201
-
-        until(is_published, CONVERGED_S + SLACK_S)
-        self.replicas.wait_visible("last", answers[-1].json()["version"])
+        self.replicas.wait_visible("last", self.replicas.publish(server, "last"))
 
     def _report(self, num_faults: int, num_answers: int) -> None:
         delays_s = sorted(self.replicas.delays_s)
