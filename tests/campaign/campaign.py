@@ -19,7 +19,7 @@ from tests.campaign.catalog import Catalog, percentiles
 from tests.campaign.changes import Publisher
 from tests.campaign.clients import Client, Tally
 from tests.campaign.plan import MAX_TOKENS, PROMPTS, Plan
-from tests.campaign.resources import Held, busy, differences, held, unlogged, wait_for_rest
+from tests.campaign.resources import Held, busy, differences, held, settled, unlogged, wait_for_rest
 from tests.campaign.solo import SoloModel
 from tests.campaign.wire import Wire
 from tests.live_server import LiveServer, start_server, stop_server
@@ -43,7 +43,7 @@ class Scale:
     seed: int = 1
     server_options: tuple[str, ...] = ()
     # how long after its last request the server may take to come to rest
-    rest_timeout_s: float = 60.0
+    rest_timeout_s: float = 120.0
     # what is run as the server; tests plant bugs in theirs
     module: str = "serve"
 
@@ -104,7 +104,7 @@ def run_campaign(folder: Path, scale: Scale, on_progress: Progress = lambda stag
             asyncio.run(wave.delete_all(tally))
         series = wait_for_rest(server, scale.rest_timeout_s, is_empty=True)
         rests += [busy(series, is_empty=True)]
-        after = held(server, store_dir)
+        after = settled(server, store_dir, before, scale.rest_timeout_s)
     unseen = unlogged(server.log_path, tally.outcomes["exact"])
     median, p99 = percentiles(tally.seconds, 0.5, 0.99)
     return Report(

@@ -73,6 +73,19 @@ def held(server: LiveServer, store_dir: Path) -> Held:
     )
 
 
+def settled(server: LiveServer, store_dir: Path, before: Held, timeout_s: float) -> Held:
+    """Return what the server holds once that is no more than before, or what it still holds after that time.
+
+    A connection whose client left lingers for a moment; what leaks stays.
+    """
+    deadline = time.monotonic() + timeout_s
+    while (now := held(server, store_dir)) and time.monotonic() < deadline:
+        if not _more(before, now):
+            break
+        time.sleep(0.1)
+    return now
+
+
 def unlogged(log: Path, num_answered: int) -> list[str]:
     """Say what the log lacks: one JSON line for each of so many answered completions, with the version's digest."""
     num_found = 0
@@ -103,16 +116,21 @@ def _engine_of(api: psutil.Process, timeout_s: float = 60.0) -> psutil.Process:
 
 def differences(before: Held, after: Held, series: dict[str, float]) -> list[str]:
     """Say in words what did not come back to its base."""
-    found = []
-    for name, now in asdict(after).items():
-        base = asdict(before)[name]
-        allowed = {"bytes": MAX_GROWTH_BYTES, "threads": _MAX_MORE_THREADS}.get(name.rsplit("_", 1)[1], 0)
-        if now > base + allowed:
-            found.append(f"{name} was {base} and is {now}")
+    found = _more(before, after)
     for tier in ("host", "device"):
         came, went = (_swapped(series, tier, direction) for direction in ("in", "out"))
         if came != went:
             found.append(f"{came} bytes of adapters came into the {tier} tier, {went} went")
     if series["chorale_engine_restarts_total"]:
         found.append(f"the engine was lost {series['chorale_engine_restarts_total']:g} times")
+    return found
+
+
+def _more(before: Held, after: Held) -> list[str]:
+    found = []
+    for name, now in asdict(after).items():
+        base = asdict(before)[name]
+        allowed = {"bytes": MAX_GROWTH_BYTES, "threads": _MAX_MORE_THREADS}.get(name.rsplit("_", 1)[1], 0)
+        if now > base + allowed:
+            found.append(f"{name} was {base} and is {now}")
     return found
