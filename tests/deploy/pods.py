@@ -17,6 +17,8 @@ from tests.deploy.proxies import Address
 from tests.live_server import SERVER_PYTHON, server_environment
 
 TIMEOUT_S = 600.0
+# a connection that was idle may be closed by the server just when it is used again
+FRESH = httpx.Limits(max_keepalive_connections=0)
 
 
 class ServerPod:
@@ -64,9 +66,8 @@ class ServerPod:
 
     def client(self, key: str) -> httpx.Client:
         """Return a client with a key; the caller closes it."""
-        return httpx.Client(
-            base_url=self._url, timeout=TIMEOUT_S, trust_env=False, headers={"authorization": f"Bearer {key}"}
-        )
+        headers = {"authorization": f"Bearer {key}"}
+        return httpx.Client(base_url=self._url, timeout=TIMEOUT_S, trust_env=False, headers=headers, limits=FRESH)
 
     def stop(self) -> int:
         """End it as the kubelet does and return its status."""

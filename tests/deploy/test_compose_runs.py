@@ -13,6 +13,7 @@ import pytest
 
 from tests.deploy.chart import read
 from tests.deploy.compose_stack import DEPLOY, TIMEOUT_S, Stack
+from tests.deploy.pods import FRESH
 from tests.deploy.policies import Item
 
 pytestmark = pytest.mark.timeout(1800)
@@ -36,7 +37,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 @pytest.fixture(scope="module")
 def client(stack: Stack) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=stack.url("server"), timeout=TIMEOUT_S, trust_env=False) as client:
+    with httpx.Client(base_url=stack.url("server"), timeout=TIMEOUT_S, trust_env=False, limits=FRESH) as client:
         yield client
 
 
@@ -74,7 +75,7 @@ def test_a_job_is_trained_by_the_trainer_and_its_adapter_served(stack: Stack, cl
 
 
 def test_prometheus_scrapes_the_server_with_the_shipped_configuration(stack: Stack) -> None:
-    with httpx.Client(base_url=stack.url("prometheus"), timeout=TIMEOUT_S, trust_env=False) as client:
+    with httpx.Client(base_url=stack.url("prometheus"), timeout=TIMEOUT_S, trust_env=False, limits=FRESH) as client:
 
         def has(expression: str) -> bool:
             try:

@@ -19,6 +19,7 @@ import yaml
 
 from scripts import debian_tools
 from scripts.make_dashboards import GRAFANA, RULES, WHERE
+from tests.deploy.pods import FRESH
 from tests.deploy.proxies import own_address, program
 from tests.deploy.redis_beside import redis_beside
 from tests.live_server import REPO_ROOT, LiveServer, start_server, stop_server
@@ -118,7 +119,7 @@ def loaded(server: LiveServer) -> Iterator[None]:
     is_over = False
 
     def send(number: int) -> None:
-        with server.client(TIMEOUT_S) as client:
+        with httpx.Client(base_url=server.url, timeout=TIMEOUT_S, trust_env=False, limits=FRESH) as client:
             while not is_over:
                 for model in ("voice", "other", "third", "tiny"):
                     body = {"model": model, "prompt": f"{number} abcabcabcabcabcabcabc", "max_tokens": 8, "n": 1}

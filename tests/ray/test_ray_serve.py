@@ -11,17 +11,14 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import httpx
 import psutil
 import pytest
 import ray
-import yaml
 from ray import serve
-from ray.serve.schema import ServeDeploySchema
 
-from chorale.ray import Settings, app
+from chorale.ray import app
 from tests.deploy.proxies import own_address
 from tests.live_server import server_environment
 from tests.redis_server import RedisServer
@@ -269,37 +266,3 @@ def test_refusals_of_the_server_come_through(url: str) -> None:
     answer = httpx.post(f"{url}/v1/completions", json={"model": "nobody", "prompt": "a"}, timeout=TIMEOUT_S)
     assert answer.status_code == 404 and answer.json()["error"]["code"] == "model_not_found"
     assert httpx.post(f"{url}/v1/completions", content=b"{", timeout=TIMEOUT_S).status_code == 400
-
-
-@pytest.mark.parametrize(
-    ("args", "says"),
-    [
-        ({"model": "m"}, "'store' is missing"),
-        ({"model": "m", "store": "s"}, "give redis_url"),
-        ({"model": "m", "store": "s", "replica": "2"}, "unknown argument 'replica'"),
-        ({"model": "m", "store": "s", "max_replicas": "two"}, "two"),
-    ],
-)
-def test_arguments_that_cannot_work_say_so(args: dict[str, str], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        Settings.read(args)
-
-
-def test_numbers_may_come_as_text() -> None:
-    settings = Settings.read({"model": "m", "store": "s", "max_replicas": "1", "num_gpus": "0.5"})
-    assert settings.max_replicas == 1 and settings.num_gpus == 0.5
-
-
-def test_the_manifest_is_what_serve_and_the_application_take() -> None:
-    manifest = Path(__file__).resolve().parents[2] / "deploy" / "ray" / "rayservice.yaml"
-    config = yaml.safe_load(yaml.safe_load(manifest.read_text(encoding="utf-8"))["spec"]["serveConfigV2"])
-    schema = ServeDeploySchema.model_validate(config)
-    (application,) = schema.applications
-    assert application.import_path == "chorale.ray:app"
-    settings = Settings.read(application.args)
-    assert (settings.min_replicas, settings.max_replicas, settings.num_gpus) == (2, 8, 1.0)
-    # what Serve does not know it passes over without a word
-    taken = schema.model_dump(exclude_unset=True)
-    for given, known in ((config, taken), (config["applications"][0], taken["applications"][0])):
-        assert set(given) == set(known)
-    assert config["http_options"] == taken["http_options"]
