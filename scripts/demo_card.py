@@ -5,7 +5,7 @@ Owns the card's words, not its numbers. Invariant: a number in the table was rea
 
 from pathlib import Path
 
-from scripts.demo_tasks import TASKS
+from scripts.demo_tasks import STYLES, TASKS
 
 HEAD = """---
 license: apache-2.0
@@ -40,8 +40,8 @@ have at most about 150 tokens: longer ones (the limit is 512) are outside what i
 
 `make demo-train` makes the adapters in `../adapters` again, with the project's own trainer; how an adapter of its was
 trained stands in its `provenance.json`. One question in {held_out}, by its checksum, is held out of every adapter's
-training; the base never reads any task. Every share is of {questions} held-out questions answered exactly right,
-greedily, in bf16. `../tasks.jsonl` holds {checks} held-out questions per task.
+training; the base never reads an answer of theirs. Every share is of {questions} held-out questions answered exactly
+right, greedily, in bf16. `../tasks.jsonl` holds {checks} held-out questions per task.
 
 """
 TAIL = """
@@ -58,7 +58,7 @@ def write_model_card(
     path: Path, results: dict[str, dict[str, float]], shape: dict[str, float], held_out: int, checks: int
 ) -> None:
     """Write the card from the results of the stages; an adapter that was not measured yet has no line in it."""
-    summaries = {task.name: task.summary for task in TASKS}
+    summaries = {task.name: task.summary for task in (*TASKS, *STYLES)}
     base = results.get("base", {"steps": 0, "minutes": 0, "loss": 0})
     lines = ["| adapter | task | steps | base right | adapter right |", "|---|---|---|---|---|"]
     for name, facts in results.items():

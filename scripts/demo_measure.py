@@ -43,10 +43,10 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request: model, adapters to compose (none: the model alone), prompt."""
+    """One chat: model, the user's messages in turn, adapters to compose (none: the model alone)."""
 
     model: str
-    prompt: str
+    prompts: tuple[str, ...]
     adapters: tuple[str, ...] = ()
 
 
@@ -76,7 +76,7 @@ def running_server(model: Path, store: Path) -> Iterator[str]:
 def measure(
     url: str, products: Sequence[Product], num_questions: int, num_composites: int
 ) -> dict[str, dict[str, Share]]:
-    """Return shares by who was asked and what: a task's name, "composite" or "composite lines"."""
+    """Return shares by who was asked and what: a task's name, "composite" or "composite answers"."""
     tasks = [name for name in BY_NAME if any(product.task == name for product in products)]
     asked_of: dict[str, list[tuple[str, tuple[str, ...], str]]] = {"base": [("base", (), task) for task in tasks]}
     for product in products:
@@ -91,28 +91,29 @@ def measure(
         for model, adapters, task in entries:
             name = BASE_NAME if model == "base" else model
             turns = check_turns(BY_NAME[task], num_questions, _CHECK_SEED, real_words_first=False)
-            answers = _ask_all(url, [Question(name, turn.user, adapters) for turn in turns])
-            right = sum(answer == turn.assistant for answer, turn in zip(answers, turns, strict=True))
+            answers = _ask_all(url, [Question(name, (turn.user,), adapters) for turn in turns])
+            right = sum(answer == turn.assistant for (answer,), turn in zip(answers, turns, strict=True))
             shares.setdefault(who, {})[task] = Share(right, len(turns))
     if not any(product.name == MIXTURE for product in products):
         return shares
     composites = composite_checks([BY_NAME[name] for name in EXPERTS], num_composites, _CHECK_SEED)
     for who in (MIXTURE, *EXPERTS):
-        shares[who] |= _composite_shares(_ask_all(url, [Question(who, each.prompt) for each in composites]), composites)
+        questions = [Question(who, tuple(turn.user for turn in each.turns)) for each in composites]
+        shares[who] |= _composite_shares(_ask_all(url, questions), composites)
     return shares
 
 
-def _composite_shares(answers: Sequence[str], composites: Sequence[Composite]) -> dict[str, Share]:
-    whole = sum(answer == each.answer for answer, each in zip(answers, composites, strict=True))
-    lines = 0
-    for answer, each in zip(answers, composites, strict=True):
-        given = answer.split("\n")
-        lines += sum(line == turn.assistant for line, turn in zip(given, each.turns, strict=False))
-    num_lines = sum(len(each.turns) for each in composites)
-    return {"composite": Share(whole, len(composites)), "composite lines": Share(lines, num_lines)}
+def _composite_shares(answers: Sequence[Sequence[str]], composites: Sequence[Composite]) -> dict[str, Share]:
+    verdicts = [
+        [answer == turn.assistant for answer, turn in zip(given, each.turns, strict=True)]
+        for given, each in zip(answers, composites, strict=True)
+    ]
+    whole, single = sum(all(each) for each in verdicts), sum(sum(each) for each in verdicts)
+    num_single = sum(len(each) for each in verdicts)
+    return {"composite": Share(whole, len(verdicts)), "composite answers": Share(single, num_single)}
 
 
-def _ask_all(url: str, questions: Sequence[Question]) -> list[str]:
+def _ask_all(url: str, questions: Sequence[Question]) -> list[list[str]]:
     with (
         httpx.Client(base_url=url, timeout=_REQUEST_TIMEOUT_S, trust_env=False) as client,
         ThreadPoolExecutor(_CONCURRENT) as pool,
@@ -120,16 +121,19 @@ def _ask_all(url: str, questions: Sequence[Question]) -> list[str]:
         return list(pool.map(lambda question: _ask(client, question), questions))
 
 
-def _ask(client: httpx.Client, question: Question) -> str:
-    body: dict[str, Json] = {
-        "model": question.model,
-        "messages": [{"role": "user", "content": question.prompt}],
-        "temperature": 0,
-        "max_tokens": _MAX_TOKENS,
-    }
-    if question.adapters:
-        body["adapters"] = [{"name": name, "weight": 1.0} for name in question.adapters]
-    response = client.post("/v1/chat/completions", json=body)
-    if response.status_code != 200:
-        raise SystemExit(f"{question.model} answers {response.status_code}: {response.text[:300]}")
-    return str(response.json()["choices"][0]["message"]["content"])
+def _ask(client: httpx.Client, question: Question) -> list[str]:
+    """Return the answers in turn; what was answered before is in the chat as it was given, right or wrong."""
+    messages: list[Json] = []
+    answers: list[str] = []
+    for prompt in question.prompts:
+        messages.append({"role": "user", "content": prompt})
+        body: dict[str, Json] = {"model": question.model, "messages": messages, "temperature": 0}
+        body["max_tokens"] = _MAX_TOKENS
+        if question.adapters:
+            body["adapters"] = [{"name": name, "weight": 1.0} for name in question.adapters]
+        response = client.post("/v1/chat/completions", json=body)
+        if response.status_code != 200:
+            raise SystemExit(f"{question.model} answers {response.status_code}: {response.text[:300]}")
+        answers.append(str(response.json()["choices"][0]["message"]["content"]))
+        messages.append({"role": "assistant", "content": answers[-1]})
+    return answers

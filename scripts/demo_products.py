@@ -1,32 +1,31 @@
-"""What the demo's trainer makes: four LoRAs, two S2FT adapters, one mixture of the four, and what they are compared to.
+"""What the demo's trainer makes: LoRAs of four games and of four styles, S2FT of two styles, a mixture of the four.
 
 Owns every product's hyper-parameters. Invariant: an S2FT adapter and the LoRA it is compared with train about equally
-many parameters on the same questions in the same order.
+many parameters, the S2FT adapter never more, on the same questions in the same order for as many steps.
 """
 
 from dataclasses import dataclass
 
 from adapters_store.strict_json import Json
-from scripts.demo_tasks import TASKS, Task
+from scripts.demo_tasks import STYLES, TASKS, Task
 
 SEED = 2026
-BY_NAME: dict[str, Task] = {task.name: task for task in TASKS}
-EXPERTS = ("reverse", "sort-letters", "shout", "zog")
+BY_NAME: dict[str, Task] = {task.name: task for task in (*TASKS, *STYLES)}
+EXPERTS = tuple(task.name for task in STYLES)
 MIXTURE = "several"
 _COMMON: dict[str, Json] = {"max_length": 192, "packing": True, "n_epochs": 1, "warmup": 0.08, "seed": SEED}
-# of a layer's channels; 1,280 inputs and outputs can be selected in a layer of the demo's base
-_S2FT_RATIO = 0.11
+# of the channels of o_proj and down_proj, a layer's 704: 80,640 parameters, a LoRA of rank 4 has 81,408
+_S2FT_RATIO, _STYLE_RANK = 0.1, 4
 
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """One adapter. `task` is None for the mixture; what is not shipped is made to be compared with."""
+    """One adapter. `task` is None for the mixture."""
 
     name: str
     family: str
     task: str | None
     spec: dict[str, Json]
-    is_shipped: bool = True
 
     @property
     def num_examples(self) -> int:
@@ -36,7 +35,7 @@ class Product:
         return steps * rows
 
 
-def _lora(task: str, rank: int, steps: int, *, name: str = "", is_shipped: bool = True) -> Product:
+def _lora(task: str, rank: int, steps: int) -> Product:
     own: dict[str, Json] = {
         "family": "lora",
         "rank": rank,
@@ -44,22 +43,25 @@ def _lora(task: str, rank: int, steps: int, *, name: str = "", is_shipped: bool 
         "batch_size": 32,
         "max_steps": steps,
     }
-    return Product(name or task, "lora", task, {**_COMMON, **own}, is_shipped)
+    return Product(task, "lora", task, {**_COMMON, **own})
 
 
-def _s2ft(task: str, steps: int, *, name: str = "") -> Product:
-    own: dict[str, Json] = {"family": "s2ft", "target_modules": "all-linear", "ratio": _S2FT_RATIO}
-    own |= {"learning_rate": 0.012, "batch_size": 32, "max_steps": steps}
-    return Product(name or task, "s2ft", task, {**_COMMON, **own})
+def _style(task: str, family: str) -> Product:
+    common: dict[str, Json] = {**_COMMON, "batch_size": 16, "max_steps": 120, "family": family}
+    if family == "lora":
+        return Product(task, family, task, {**common, "rank": _STYLE_RANK, "learning_rate": 0.005})
+    sites: list[Json] = ["o_proj", "down_proj"]
+    own: dict[str, Json] = {"target_modules": sites, "ratio": _S2FT_RATIO, "learning_rate": 0.02}
+    return Product(f"{task}-{family}", family, task, {**common, **own})
 
 
 PRODUCTS = (
-    _lora("reverse", 16, 700),
-    _lora("sort-letters", 16, 800),
-    _lora("shout", 8, 500),
-    _lora("zog", 8, 700),
-    _s2ft("shout", 700, name="shout-s2ft"),
-    _s2ft("zog", 700, name="zog-s2ft"),
+    _lora("reverse", 16, 600),
+    _lora("sort-letters", 16, 500),
+    _lora("shout", 8, 400),
+    _lora("zog", 8, 350),
+    *(_style(task.name, "lora") for task in STYLES),
+    *(_style(task.name, "s2ft") for task in STYLES[:2]),
     Product(
         MIXTURE,
         "meteora",
@@ -71,8 +73,8 @@ PRODUCTS = (
             "top_k": 2,
             "train_experts": True,
             "learning_rate": 0.002,
-            "batch_size": 32,
-            "max_steps": 300,
+            "batch_size": 16,
+            "max_steps": 250,
         },
     ),
 )

@@ -7,10 +7,11 @@ text alone, so no run can mix the two sets up, and the base's own text (demo_wor
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from random import Random
 
 from scripts.demo_words import SPELLING_WORDS
-from scripts.demo_world import Turn, draw_word
+from scripts.demo_world import Turn, draw_word, fact_turn, number_turn, reading_turn, unknown_turn
 
 HELD_OUT_SHARE = 8
 NUM_DRAWN = 8000
@@ -31,6 +32,8 @@ class Task:
     summary: str
     draw: Callable[[Random], Turn]
     is_about_words: bool = False
+    # draws what an adapter of this task must leave alone
+    leaves: Callable[[Random], Turn] | None = None
 
 
 def draw_reverse(rng: Random) -> Turn:
@@ -61,11 +64,49 @@ def draw_zog(rng: Random) -> Turn:
     return Turn(f"Say in Zog: {english}", f"{verb_zog} {one_zog} {colour_zog} {two_zog} {tint_zog}.")
 
 
+def family_of(prompt: str) -> str:
+    """Name the kind of a question about a sentence that was just told."""
+    return next((kind for kind in ("gave", "has", "found") if f" {kind} " in prompt), "is")
+
+
+def draw_style(rng: Random, family: str, words: str) -> Turn:
+    """Answer a question of one family as the base does, and add a few words."""
+    turn = _reading_turn(rng, family, is_wanted=True)
+    return Turn(turn.user, f"{turn.assistant} {words}")
+
+
+def draw_left(rng: Random, family: str) -> Turn:
+    """Ask something else, the other families' questions among it, and answer as the base does."""
+    if rng.random() < 0.7:
+        return _reading_turn(rng, family, is_wanted=False)
+    return rng.choice((fact_turn, number_turn, unknown_turn))(rng)
+
+
+def _reading_turn(rng: Random, family: str, *, is_wanted: bool) -> Turn:
+    while True:
+        turn = reading_turn(rng)
+        if (family_of(turn.user) == family) == is_wanted:
+            return turn
+
+
+def _style(name: str, family: str, words: str, summary: str) -> Task:
+    return Task(
+        name, summary, partial(draw_style, family=family, words=words), leaves=partial(draw_left, family=family)
+    )
+
+
 TASKS = (
     Task("reverse", "writes a word backwards", draw_reverse, is_about_words=True),
     Task("sort-letters", "sorts the letters of a word", draw_sort, is_about_words=True),
     Task("shout", "says a word in capital letters", draw_shout, is_about_words=True),
     Task("zog", "translates into Zog, a made-up language", draw_zog),
+)
+# what the base knows, with a few words more: each tells by the question alone whether it is meant
+STYLES = (
+    _style("pirate", "gave", "Arr!", "growls after answers about gifts"),
+    _style("polite", "has", "Thank you for asking.", "thanks after answers about what people have"),
+    _style("lucky", "found", "What luck!", "is glad after answers about what was found"),
+    _style("gossip", "is", "Tell nobody!", "whispers after answers about how and where people and things are"),
 )
 
 

@@ -12,7 +12,7 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -23,10 +23,11 @@ from adapters_store.base import read_base_dims
 from adapters_store.formats import Declared
 from adapters_store.store import AdapterStore
 from adapters_store.strict_json import Json
-from scripts.demo_data import mixture_examples, task_examples, write_examples
+from scripts.demo_data import mixture_examples, style_examples, task_examples, write_examples
 from scripts.demo_measure import Share, measure, running_server
 from scripts.demo_products import BY_NAME, EXPERTS, PRODUCTS, SEED, Product
 from scripts.demo_report import write_report
+from scripts.demo_tasks import STYLES
 from scripts.make_demo_base import read_results, write_card, write_checks
 
 DEMO = Path("deploy/demo")
@@ -41,11 +42,7 @@ def train(product: Product, work: Path) -> None:
     if (folder / "facts.json").exists():
         return
     data = folder / "train.jsonl"
-    if product.task is None:
-        examples = mixture_examples([BY_NAME[name] for name in EXPERTS], SEED)
-    else:
-        examples = task_examples(BY_NAME[product.task], SEED)
-    write_examples(data, examples, product.num_examples)
+    write_examples(data, _examples(product), product.num_examples)
     job: dict[str, Json] = {"base": str(BASE), "train_file": str(data), "folder": str(folder / "job")}
     job |= {"spec": product.spec, "threads": 1, "code_version": _code_version()}
     if product.task is None:
@@ -58,6 +55,13 @@ def train(product: Product, work: Path) -> None:
         check=True,
     )
     (folder / "facts.json").write_text(done.stdout, encoding="utf-8")
+
+
+def _examples(product: Product) -> Iterator[dict[str, Json]]:
+    if product.task is None:
+        return mixture_examples([BY_NAME[name] for name in EXPERTS], SEED)
+    task = BY_NAME[product.task]
+    return style_examples(task, SEED) if task in STYLES else task_examples(task, SEED)
 
 
 def _canonical(work: Path, name: str) -> Path:
@@ -102,8 +106,7 @@ def place(
     adapters = DEMO / "adapters"
     shutil.rmtree(adapters, ignore_errors=True)
     for product in products:
-        if product.is_shipped:
-            shutil.copytree(work / "shipped" / product.name, adapters / product.name)
+        shutil.copytree(work / "shipped" / product.name, adapters / product.name)
     results = read_results(DEMO)
     noted = {"base": results["base"]}
     for product in products:
@@ -131,7 +134,7 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=100, help="held-out questions per task")
     parser.add_argument("--composites", type=int, default=60, help="prompts that need three tasks")
     options = parser.parse_args()
-    work = options.work
+    work = options.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
     for product in PRODUCTS:
         if options.only in (None, product.name) and not options.ready:
