@@ -14,6 +14,8 @@ def test_the_document_and_the_routes_agree(api: ApiServer, tmp_path: Path) -> No
     command = [str(Path(sys.executable).with_name("schemathesis")), "run", f"{api.url}/openapi.json"]
     command += ["--phases", "coverage,fuzzing", "-n", "5", "--seed", "7", "--checks", CHECKS]
     command += ["--include-path-regex", ROUTES, "--generation-database", "none"]
+    # a busy machine is no finding
+    command += ["--suppress-health-check", "too_slow", "--request-timeout", "120"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "9 passed" in done.stdout
