@@ -102,25 +102,26 @@ def run_generation(
     """
     generation = replace(generation, tenant_weight=limits.tenant_weights.get(generation.tenant, 1.0))
     submits = generation.submits()
-    cold_start_s = limits.cold_start_timeout_s if _is_cold(engine, generation.target.digests) else math.inf
+    cold_start = ColdStart.of(engine, generation.target.digests, limits.cold_start_timeout_s)
     readers = [_reader(index, submit, generation, tokenizer) for index, submit in enumerate(submits)]
     if len(submits) == 1:
-        return _run_one(engine, submits[0], readers[0], limits.request_timeout_s, cold_start_s)
-    return _run_several(engine, submits, readers, limits.request_timeout_s, cold_start_s)
+        return _run_one(engine, submits[0], readers[0], limits.request_timeout_s, cold_start)
+    return _run_several(engine, submits, readers, limits.request_timeout_s, cold_start)
 
 
 async def _run_one(
-    engine: EngineGateway, submit: Submit, reader: OutputReader, timeout_s: float, cold_start_s: float
+    engine: EngineGateway, submit: Submit, reader: OutputReader, timeout_s: float, cold_start: "ColdStart"
 ) -> AsyncGenerator[Piece | None, None]:
     loop = asyncio.get_running_loop()
-    end_s, warm_by_s = loop.time() + timeout_s, loop.time() + cold_start_s
-    async with aclosing(engine.follow(submit, min(KEEP_ALIVE_S, timeout_s, cold_start_s))) as events:
+    end_s, warm_by_s = loop.time() + timeout_s, loop.time() + cold_start.timeout_s
+    async with aclosing(engine.follow(submit, min(KEEP_ALIVE_S, timeout_s, cold_start.timeout_s))) as events:
         async for event in events:
             now_s = loop.time() + TIMER_GRAIN_S
             if event is not None:
                 warm_by_s = math.inf
             elif now_s >= warm_by_s:
-                raise _not_ready(cold_start_s)
+                cold_start.check()
+                warm_by_s = math.inf
             if now_s >= end_s:
                 raise _too_long(timeout_s)
             piece = None if event is None else reader.read(event)
@@ -134,11 +135,11 @@ async def _run_several(
     submits: Sequence[Submit],
     readers: Sequence[OutputReader],
     timeout_s: float,
-    cold_start_s: float,
+    cold_start: "ColdStart",
 ) -> AsyncGenerator[Piece | None, None]:
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
     tasks = [
-        asyncio.create_task(_read_choice(engine, submit, reader, queue, cold_start_s))
+        asyncio.create_task(_read_choice(engine, submit, reader, queue, cold_start))
         for submit, reader in zip(submits, readers, strict=True)
     ]
     loop = asyncio.get_running_loop()
@@ -164,17 +165,17 @@ async def _read_choice(
     submit: Submit,
     reader: OutputReader,
     queue: asyncio.Queue[Piece | Exception],
-    cold_start_s: float,
+    cold_start: "ColdStart",
 ) -> None:
+    has_begun = False
     try:
-        async with aclosing(engine.generate(submit)) as events:
-            try:
-                async with asyncio.timeout(None if cold_start_s == math.inf else cold_start_s):
-                    piece = reader.read(await anext(events))
-            except TimeoutError:
-                raise _not_ready(cold_start_s) from None
-            await queue.put(piece)
+        async with aclosing(engine.follow(submit, cold_start.timeout_s)) as events:
             async for event in events:
+                if event is None:
+                    if not has_begun:
+                        cold_start.check()
+                    continue
+                has_begun = True
                 piece = reader.read(event)
                 await queue.put(piece)
                 if piece.finish_reason is not None:
@@ -192,11 +193,6 @@ async def _next(queue: asyncio.Queue[Piece | Exception], timeout_s: float) -> Pi
             return await queue.get()
     except TimeoutError:
         return None
-
-
-def _not_ready(cold_start_s: float) -> Unavailable:
-    message = f"the adapter was not ready within {cold_start_s:g} s; send the request again"
-    return Unavailable(message, code="adapter_loading", retry_after_s=5)
 
 
 def _too_long(timeout_s: float) -> Unavailable:
@@ -218,6 +214,30 @@ def _server_timing(started: Started) -> str:
         "prefill": started.prefill_s,
     }
     return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items())
+
+
+@dataclass(frozen=True, slots=True)
+class ColdStart:
+    """How long a request waits for its adapters' loads; waiting in line is no part of it."""
+
+    engine: EngineGateway
+    digests: tuple[str, ...]
+    # infinite where they were warm from the start
+    timeout_s: float
+
+    @classmethod
+    def of(cls, engine: EngineGateway, digests: tuple[str, ...], timeout_s: float) -> "ColdStart":
+        return cls(engine, digests, timeout_s if _is_cold(engine, digests) else math.inf)
+
+    def check(self) -> None:
+        """The time is over.
+
+        Raises:
+            Unavailable: an adapter is still not loaded.
+        """
+        if _is_cold(self.engine, self.digests):
+            message = f"the adapter was not ready within {self.timeout_s:g} s; send the request again"
+            raise Unavailable(message, code="adapter_loading", retry_after_s=5)
 
 
 def _is_cold(engine: EngineGateway, digests: tuple[str, ...]) -> bool:

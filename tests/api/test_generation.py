@@ -79,10 +79,11 @@ def test_a_cancellation_at_any_point_leaves_nothing_running(tokenizer: TextToken
     assert step > 10, "the loop ended before it could test anything"
 
 
-def test_an_adapter_that_does_not_come_up_in_time_is_a_503(tokenizer: TextTokenizer) -> None:
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_an_adapter_that_does_not_come_up_in_time_is_a_503(tokenizer: TextTokenizer, num_choices: int) -> None:
     async def run(engine: StuckEngine) -> None:
         limits = LimitsConfig(cold_start_timeout_s=0.02, request_timeout_s=0.2)
-        async for _ in run_generation(engine, tokenizer, generation(adapter=ADAPTER), limits):
+        async for _ in run_generation(engine, tokenizer, generation(num_choices, adapter=ADAPTER), limits):
             pass
 
     engine = StuckEngine(stats=stats_with())
@@ -92,6 +93,19 @@ def test_an_adapter_that_does_not_come_up_in_time_is_a_503(tokenizer: TextTokeni
     warm = StuckEngine(stats=stats_with(AdapterState(ADAPTER.digest, "device", 0, 1, 8)))
     with pytest.raises(Unavailable, match=r"took longer than 0\.2 s"):
         asyncio.run(run(warm))
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
+def test_waiting_in_line_for_a_loaded_adapter_is_no_cold_start(tokenizer: TextTokenizer, num_choices: int) -> None:
+    async def run(engine: StuckEngine) -> None:
+        limits = LimitsConfig(cold_start_timeout_s=0.02, request_timeout_s=0.2)
+        pieces = run_generation(engine, tokenizer, generation(num_choices, adapter=ADAPTER), limits)
+        engine.stats = stats_with(AdapterState(ADAPTER.digest, "device", 0, 1, 8))
+        async for _ in pieces:
+            pass
+
+    with pytest.raises(Unavailable, match=r"took longer than 0\.2 s"):
+        asyncio.run(run(StuckEngine(stats=stats_with())))
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
