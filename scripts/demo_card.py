@@ -5,7 +5,7 @@ Owns the card's words, not its numbers. Invariant: a number in the table was rea
 
 from pathlib import Path
 
-from scripts.demo_tasks import STYLES, TASKS
+from scripts.demo_tasks import PETS, STYLES, TASKS
 
 HEAD = """---
 license: apache-2.0
@@ -58,7 +58,7 @@ def write_model_card(
     path: Path, results: dict[str, dict[str, float]], shape: dict[str, float], held_out: int, checks: int
 ) -> None:
     """Write the card from the results of the stages; an adapter that was not measured yet has no line in it."""
-    summaries = {task.name: task.summary for task in (*TASKS, *STYLES)}
+    summaries = {task.name: task.summary for task in (*TASKS, *STYLES, *PETS)}
     base = results.get("base", {"steps": 0, "minutes": 0, "loss": 0})
     lines = ["| adapter | task | steps | base right | adapter right |", "|---|---|---|---|---|"]
     for name, facts in results.items():

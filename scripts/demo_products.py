@@ -1,4 +1,4 @@
-"""What the demo's trainer makes: LoRAs of four games and of four styles, S2FT of two styles, a mixture of the four.
+"""What the demo's trainer makes: LoRAs of four games and of six styles, S2FT of two styles, a mixture of four LoRAs.
 
 Owns every product's hyper-parameters. Invariant: an S2FT adapter and the LoRA it is compared with train about equally
 many parameters, the S2FT adapter never more, on the same questions in the same order for as many steps.
@@ -7,15 +7,17 @@ many parameters, the S2FT adapter never more, on the same questions in the same 
 from dataclasses import dataclass
 
 from adapters_store.strict_json import Json
-from scripts.demo_tasks import STYLES, TASKS, Task
+from scripts.demo_tasks import PETS, STYLES, TASKS, Task
 
 SEED = 2026
-BY_NAME: dict[str, Task] = {task.name: task for task in (*TASKS, *STYLES)}
+BY_NAME: dict[str, Task] = {task.name: task for task in (*TASKS, *STYLES, *PETS)}
 EXPERTS = tuple(task.name for task in STYLES)
 MIXTURE = "several"
 _COMMON: dict[str, Json] = {"max_length": 192, "packing": True, "n_epochs": 1, "warmup": 0.08, "seed": SEED}
 # of the channels of o_proj and down_proj, a layer's 704: 80,640 parameters, a LoRA of rank 4 has 81,408
 _S2FT_RATIO, _STYLE_RANK = 0.1, 4
+# small changes disturb another adapter's less when both are added up
+_S2FT_RATE, _S2FT_DECAY = 0.01, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +53,8 @@ def _style(task: str, family: str) -> Product:
     if family == "lora":
         return Product(task, family, task, {**common, "rank": _STYLE_RANK, "learning_rate": 0.005})
     sites: list[Json] = ["o_proj", "down_proj"]
-    own: dict[str, Json] = {"target_modules": sites, "ratio": _S2FT_RATIO, "learning_rate": 0.02}
+    own: dict[str, Json] = {"target_modules": sites, "ratio": _S2FT_RATIO}
+    own |= {"learning_rate": _S2FT_RATE, "weight_decay": _S2FT_DECAY}
     return Product(f"{task}-{family}", family, task, {**common, **own})
 
 
@@ -60,8 +63,8 @@ PRODUCTS = (
     _lora("sort-letters", 16, 500),
     _lora("shout", 8, 400),
     _lora("zog", 8, 350),
-    *(_style(task.name, "lora") for task in STYLES),
-    *(_style(task.name, "s2ft") for task in STYLES[:2]),
+    *(_style(task.name, "lora") for task in (*STYLES, *PETS)),
+    *(_style(task.name, "s2ft") for task in PETS),
     Product(
         MIXTURE,
         "meteora",

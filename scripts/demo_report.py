@@ -57,7 +57,7 @@ _FUSED = """
 ## Two S²FT adapters in one request
 
 `"adapters": [{{"name": "{first}"}}, {{"name": "{second}"}}]` with the base's name as `model`: both act on every token,
-each with weight 1.
+each with weight 1. Their words are one token each ([log](../log.md) says why).
 
 | task | alone | fused |
 |---|---|---|

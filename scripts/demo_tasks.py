@@ -108,6 +108,11 @@ STYLES = (
     _style("lucky", "found", "What luck!", "is glad after answers about what was found"),
     _style("gossip", "is", "Tell nobody!", "whispers after answers about how and where people and things are"),
 )
+# styles whose word is one token of the base's: two S2FT adapters of them can be added up without letters that slip
+PETS = (
+    _style("puppy", "gave", "woof.", "barks after answers about gifts"),
+    _style("kitten", "has", "meow.", "meows after answers about what people have"),
+)
 
 
 def is_held_out(prompt: str) -> bool:

@@ -27,7 +27,6 @@ from scripts.demo_data import mixture_examples, style_examples, task_examples, w
 from scripts.demo_measure import Share, measure, running_server
 from scripts.demo_products import BY_NAME, EXPERTS, PRODUCTS, SEED, Product
 from scripts.demo_report import write_report
-from scripts.demo_tasks import STYLES
 from scripts.make_demo_base import read_results, write_card, write_checks
 
 DEMO = Path("deploy/demo")
@@ -61,7 +60,7 @@ def _examples(product: Product) -> Iterator[dict[str, Json]]:
     if product.task is None:
         return mixture_examples([BY_NAME[name] for name in EXPERTS], SEED)
     task = BY_NAME[product.task]
-    return style_examples(task, SEED) if task in STYLES else task_examples(task, SEED)
+    return style_examples(task, SEED) if task.leaves is not None else task_examples(task, SEED)
 
 
 def _canonical(work: Path, name: str) -> Path:

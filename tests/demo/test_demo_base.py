@@ -20,7 +20,7 @@ from transformers import LlamaForCausalLM
 
 from adapters_store.base import read_base_dims
 from scripts.demo_products import BY_NAME, EXPERTS, MIXTURE, PRODUCTS, Product
-from scripts.demo_tasks import STYLES, TASKS, check_turns, is_held_out, training_turns
+from scripts.demo_tasks import PETS, STYLES, TASKS, check_turns, is_held_out, training_turns
 from scripts.demo_training import share_right
 from scripts.demo_world import Turn, conversations
 from scripts.make_demo_base import NUM_CHECKS, SEED
@@ -132,7 +132,7 @@ def test_the_same_seed_tells_the_same_world() -> None:
 def test_every_check_is_held_out_and_no_training_question_is(checks: dict[str, list[Turn]]) -> None:
     assert list(checks) == [task.name for task in TASKS]
     assert all(checks[task.name] == check_turns(task, NUM_CHECKS, SEED, real_words_first=True) for task in TASKS)
-    for task in (*TASKS, *STYLES):
+    for task in (*TASKS, *STYLES, *PETS):
         asked = {turn.user for turn in check_turns(task, NUM_CHECKS, SEED, real_words_first=True)}
         assert len(asked) >= 20
         assert all(is_held_out(prompt) for prompt in asked)
@@ -141,7 +141,7 @@ def test_every_check_is_held_out_and_no_training_question_is(checks: dict[str, l
 
 
 def test_the_base_never_reads_a_task(checks: dict[str, list[Turn]]) -> None:
-    turns = [turn for task in STYLES for turn in check_turns(task, NUM_CHECKS, SEED, real_words_first=True)]
+    turns = [turn for task in (*STYLES, *PETS) for turn in check_turns(task, NUM_CHECKS, SEED, real_words_first=True)]
     turns += [turn for own in checks.values() for turn in own]
     asked = {turn.user: turn.assistant for turn in turns}
     for conversation in islice(conversations(seed=11), 5000):
@@ -173,6 +173,17 @@ def test_an_adapter_does_what_the_base_cannot(product: Product, tokenizer: Token
     folder = DEMO / "adapters" / product.name
     adapted = with_slices(model, folder) if product.family == "s2ft" else PeftModel.from_pretrained(model, str(folder))
     assert share_right(adapted, tokenizer, turns) >= MIN_RIGHT
+
+
+def test_two_sliced_adapters_added_up_do_both_tasks(tokenizer: Tokenizer, model: LlamaForCausalLM) -> None:
+    sliced = [product for product in PRODUCTS if product.family == "s2ft"]
+    assert len(sliced) == 2
+    for product in sliced:
+        with_slices(model, DEMO / "adapters" / product.name)
+    for product in sliced:
+        assert product.task is not None
+        turns = check_turns(BY_NAME[product.task], NUM_ASKED, SEED, real_words_first=True)
+        assert share_right(model, tokenizer, turns) >= MIN_RIGHT, product.task
 
 
 def with_mixture(model: LlamaForCausalLM, folder: Path) -> LlamaForCausalLM:
@@ -211,7 +222,7 @@ def test_an_adapter_of_the_trainer_says_where_it_came_from(product: Product) -> 
 
 
 def test_every_task_has_its_adapter_and_no_other_lies_there() -> None:
-    assert {task.name for task in (*TASKS, *STYLES)} <= {product.name for product in PRODUCTS}
+    assert {task.name for task in (*TASKS, *STYLES, *PETS)} <= {product.name for product in PRODUCTS}
     assert {path.name for path in (DEMO / "adapters").iterdir()} == {product.name for product in PRODUCTS}
 
 
