@@ -45,17 +45,27 @@ def test_a_send_that_takes_too_long_ends_its_task(work: object) -> None:
 
 
 def test_a_task_that_waits_for_anything_else_goes_on() -> None:
-    asyncio.run(_watched(_wait_elsewhere))
+    async def run() -> bool:
+        task = asyncio.ensure_future(_watched(_wait_elsewhere))
+        await asyncio.wait({task}, timeout=60)
+        return task.done() and not task.cancelled() and task.exception() is None
+
+    assert asyncio.run(run())
 
 
 def test_nothing_is_cancelled_after_the_watch_has_ended() -> None:
-    async def run() -> None:
+    async def work() -> None:
         with contextlib.suppress(RuntimeError), SlowSend(0.01) as slow:
             slow.begins()
             raise RuntimeError("the connection broke")
         await asyncio.sleep(0.1)
 
-    asyncio.run(run())
+    async def run() -> bool:
+        task = asyncio.ensure_future(work())
+        await asyncio.wait({task}, timeout=60)
+        return task.done() and not task.cancelled()
+
+    assert asyncio.run(run())
 
 
 @pytest.mark.parametrize("tail", [{}, {"usage": None}])
