@@ -238,9 +238,7 @@ def test_three_replicas_through_200_faults(
     campaign = Campaign(replicas(3), redis_server, seed=seed, max_pause_s=2.5)
     campaign.run(40, kill_a_replica_at={9, 19, 29, 39})
     assert max(campaign.converged_s) <= CONVERGED_S
-    # one that the machine held up, which does much else, is no fault of theirs; all are printed
-    delays_s = sorted(campaign.replicas.delays_s)
-    assert delays_s[int(0.9 * len(delays_s))] <= VISIBLE_S and delays_s[-1] <= CONVERGED_S
+    assert max(campaign.replicas.delays_s) <= VISIBLE_S
 
 
 class Campaign:
