@@ -49,6 +49,9 @@ class ObjectJournal:
         except CorruptUpload as error:
             raise StorageFailed(error.message) from error
         if line is None:
+            if number <= self._checkpoint:
+                # folded away: there is a newer one
+                self._asked_s = None
             return None
         claimed, _, payload = line.partition(b" ")
         if hashlib.sha256(payload).hexdigest().encode() != claimed:

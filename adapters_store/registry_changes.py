@@ -85,6 +85,11 @@ class Entry:
     before: str
     change: Change
 
+    @property
+    def is_everything(self) -> bool:
+        """Return whether readers may begin here."""
+        return isinstance(self.change, Everything)
+
 
 def write_entry(entry: Entry) -> bytes:
     """Return an entry's payload."""

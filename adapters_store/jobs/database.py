@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from adapters_store.durable_sqlite import connect, transaction
 from adapters_store.errors import StorageFailed, StoreFull, storage_errors
@@ -44,6 +44,8 @@ CREATE TABLE IF NOT EXISTS files (
 CREATE INDEX IF NOT EXISTS files_by_tenant ON files (tenant);
 """
 
+Answer = TypeVar("Answer")
+
 
 class TrainingRows(Protocol):
     """The tables, wherever their truth lies. Thread-safe; any number of processes may have the same ones open."""
@@ -54,11 +56,13 @@ class TrainingRows(Protocol):
         """Let the block see all that was changed before, by whomever; raises StorageFailed."""
         ...
 
-    def write(self) -> AbstractContextManager[sqlite3.Connection]:
-        """Run the block as one transaction, durable at its end, with nobody else's in between.
+    def write(self, change: Callable[[sqlite3.Connection], Answer]) -> Answer:
+        """Run a change as one transaction, durable when this returns, with nobody else's in between.
 
+        Args:
+            change: may run more than once, each time on the rows as they are then; only the last time counts.
         Raises:
-            StorageFailed, StoreFull: nothing was changed, or it may have been.
+            StorageFailed, StoreFull: nothing was changed, or it may have been. What `change` raises: nothing was.
         """
         ...
 
@@ -91,11 +95,10 @@ class TrainingDatabase:
         with self._lock, sqlite_errors():
             yield self._connection
 
-    @contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
-        """Run the block as one transaction; raises StorageFailed, StoreFull."""
+    def write(self, change: Callable[[sqlite3.Connection], Answer]) -> Answer:
+        """Run a change as one transaction; raises StorageFailed, StoreFull, what `change` raises."""
         with self._lock, sqlite_errors(), transaction(self._connection) as db:
-            yield db
+            return change(db)
 
     def close(self) -> None:
         """Give back the connection."""

@@ -179,16 +179,18 @@ class DataFiles:
     def delete(self, file_id: str, tenant: str | None) -> None:
         """Forget a file; jobs that were made with it keep theirs. Raises DataFileNotFound."""
         found = self.get(file_id, tenant)
-        with self._database.write() as db:
-            db.execute("DELETE FROM files WHERE id = ?", (found.id,))
+        self._database.write(lambda db: db.execute("DELETE FROM files WHERE id = ?", (found.id,)))
         with suppress(OSError):
             self._files.unlink(self._folders.data_files / found.id)
 
     def known_ids(self) -> set[str]:
         """Return all ids, those of expired files left out, which are forgotten by this."""
-        with self._database.write() as db:
+
+        def forget(db: sqlite3.Connection) -> set[str]:
             db.execute("DELETE FROM files WHERE expires <= ?", (self._database.clock(),))
             return {row["id"] for row in db.execute("SELECT id FROM files").fetchall()}
+
+        return self._database.write(forget)
 
     def _insert(self, path: Path, new: DataFile, max_tenant_bytes: int | None) -> DataFile:
         file_id, now = new.id or new_id("file-"), self._database.clock()
@@ -199,11 +201,14 @@ class DataFiles:
         facts = {"filename": new.filename, "summary": None if new.summary is None else asdict(new.summary)}
         expires = None if new.expires is None else now + new.expires
         values = (file_id, new.tenant, now, new.purpose, new.num_bytes, expires, json.dumps(facts))
+
+        def insert(db: sqlite3.Connection) -> None:
+            _check_room(db, new, max_tenant_bytes)
+            columns = "id, tenant, created, purpose, num_bytes, expires, facts"
+            db.execute(f"INSERT INTO files ({columns}) VALUES (?,?,?,?,?,?,?)", values)
+
         try:
-            with self._database.write() as db:
-                _check_room(db, new, max_tenant_bytes)
-                columns = "id, tenant, created, purpose, num_bytes, expires, facts"
-                db.execute(f"INSERT INTO files ({columns}) VALUES (?,?,?,?,?,?,?)", values)
+            self._database.write(insert)
         except BaseException:
             with suppress(OSError):
                 self._files.unlink(target)

@@ -27,9 +27,10 @@ class SqliteJobs:
     def create(self, new: NewJob, *, job_id: str | None = None, max_unfinished: int | None = None) -> Job:
         """Queue a job; raises TooManyJobs."""
         most = _MAX_UNFINISHED if max_unfinished is None else max_unfinished
-        job_id = job_id or new_id("ftjob-")
+        given = job_id or new_id("ftjob-")
         now = self._database.clock()
-        with self._database.write() as db:
+
+        def insert(db: sqlite3.Connection) -> Job:
             marks = ",".join("?" * len(_UNENDED))
             query = f"SELECT count(*) FROM jobs WHERE tenant = ? AND state IN ({marks})"
             num_unfinished = db.execute(query, (new.tenant, *_UNENDED)).fetchone()[0]
@@ -39,12 +40,14 @@ class SqliteJobs:
                 )
             db.execute(
                 "INSERT INTO jobs (id, tenant, base, state, created, model_name, facts) VALUES (?,?,?,?,?,?,?)",
-                (job_id, new.tenant, new.base, JobState.QUEUED, now, model_name(new, job_id), facts_of(new)),
+                (given, new.tenant, new.base, JobState.QUEUED, now, model_name(new, given), facts_of(new)),
             )
-            told = [f"Created fine-tuning job: {job_id}", f"Validating training file: {new.training_file}"]
+            told = [f"Created fine-tuning job: {given}", f"Validating training file: {new.training_file}"]
             told.append("Files validated, moving job to queued state")
-            add_events(db, job_id, [NewEvent(message) for message in told], now)
-            return job_of(_row(db, job_id, new.tenant))
+            add_events(db, given, [NewEvent(message) for message in told], now)
+            return job_of(_row(db, given, new.tenant))
+
+        return self._database.write(insert)
 
     def get(self, job_id: str, tenant: str | None) -> Job:
         """Return a job; raises JobNotFound."""
@@ -143,7 +146,8 @@ class SqliteJobs:
 
     def _change(self, job_id: str, tenant: str | None, state: JobState, sources: set[JobState], event: NewEvent) -> Job:
         now = self._database.clock()
-        with self._database.write() as db:
+
+        def move(db: sqlite3.Connection) -> Job:
             found = JobState(_row(db, job_id, tenant)["state"])
             if found not in sources:
                 wanted = " or ".join(sorted(sources))
@@ -154,6 +158,8 @@ class SqliteJobs:
                 db.execute("UPDATE jobs SET state = ?, worker = NULL, lease_until = NULL WHERE id = ?", (state, job_id))
                 add_events(db, job_id, [event], now)
             return job_of(_row(db, job_id, tenant))
+
+        return self._database.write(move)
 
 
 def _row(db: sqlite3.Connection, job_id: str, tenant: str | None, *, param: str | None = None) -> sqlite3.Row:

@@ -6,6 +6,7 @@ the outbox once.
 
 import json
 import sqlite3
+from collections.abc import Callable
 
 from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.job import JobError, JobState, NewEvent, Parcel
@@ -16,12 +17,25 @@ SELECT c.step AS step, c.export AS export, j.id AS job FROM checkpoints AS c JOI
 WHERE c.state = 'exported' AND j.base = ? AND j.state NOT IN ('cancelled', 'failed') ORDER BY c.number
 """
 
+# of the tables and a job's id
+CheckTurn = Callable[[sqlite3.Connection, str], None]
+
+
+def _hold_lock(_db: sqlite3.Connection, _job_id: str) -> None:
+    """Do nothing: a lock of the job's folder cannot be lost."""
+
 
 class SqliteOutbox:
     """An `Outbox`."""
 
-    def __init__(self, database: TrainingRows) -> None:
+    def __init__(self, database: TrainingRows, check: CheckTurn = _hold_lock) -> None:
+        """Use these tables.
+
+        Args:
+            check: raises LeaseLost, inside the change, if it is not this process's turn to publish a job any more.
+        """
         self._database = database
+        self._check = check
 
     def parcels(self, base: str) -> list[Parcel]:
         """Return what waits to be published, a job's checkpoints before its result."""
@@ -47,12 +61,13 @@ class SqliteOutbox:
     def published(self, parcel: Parcel, *, result_files: tuple[str, ...] = ()) -> None:
         """Note that the adapter can be asked for; for the job's own, that the job has succeeded."""
         job_id, now = parcel.job.id, self._database.clock()
-        with self._database.write() as db:
+
+        def note(db: sqlite3.Connection) -> None:
+            self._check(db, job_id)
             if parcel.step is not None:
                 _close(db, parcel, "published")
-                add_events(
-                    db, job_id, [NewEvent(f"Checkpoint created at step {parcel.step}: {parcel.model_name}")], now
-                )
+                told = NewEvent(f"Checkpoint created at step {parcel.step}: {parcel.model_name}")
+                add_events(db, job_id, [told], now)
                 return
             db.execute(
                 "UPDATE jobs SET fine_tuned_model = ?, result_files = ? WHERE id = ?",
@@ -61,10 +76,14 @@ class SqliteOutbox:
             add_events(db, job_id, [NewEvent(f"New fine-tuned model created: {parcel.model_name}")], now)
             end_job(db, job_id, JobState.SUCCEEDED, now, NewEvent("The job has successfully completed"))
 
+        self._database.write(note)
+
     def refused(self, parcel: Parcel, error: JobError) -> None:
         """Note that the adapter cannot be published; the job fails if it was its own."""
         job_id, now = parcel.job.id, self._database.clock()
-        with self._database.write() as db:
+
+        def note(db: sqlite3.Connection) -> None:
+            self._check(db, job_id)
             if parcel.step is not None:
                 _close(db, parcel, "refused")
                 message = f"The checkpoint of step {parcel.step} was not published: {error.message}"
@@ -73,10 +92,16 @@ class SqliteOutbox:
             event = NewEvent(f"Fine-tuning job failed: {error.message}", level="error")
             end_job(db, job_id, JobState.FAILED, now, event, error)
 
+        self._database.write(note)
+
     def tell(self, job_id: str, event: NewEvent) -> None:
         """Add an event to a job that is published or ended."""
-        with self._database.write() as db:
+
+        def add(db: sqlite3.Connection) -> None:
+            self._check(db, job_id)
             add_events(db, job_id, [event], self._database.clock())
+
+        self._database.write(add)
 
 
 def _close(db: sqlite3.Connection, parcel: Parcel, state: str) -> None:

@@ -32,22 +32,32 @@ class SqliteJobQueue:
 
     def claim(self, worker: str, base: str, *, lease_s: float) -> Claim | None:
         """Take the next job of this base; None: nothing to do."""
-        with self._database.write() as db:
+
+        def take(db: sqlite3.Connection) -> Claim | None:
             # inside: whoever had to wait for the lock must not judge leases by an older time
             now = self._database.clock()
-            while (row := db.execute(_NEXT, {"base": base, "now": now}).fetchone()) is not None:
+            while (row := _next(db, base, now)) is not None:
                 num_lost = row["num_lost"] + (row["state"] == JobState.RUNNING)
                 if num_lost > MAX_LOST:
                     _give_up(db, row["id"], num_lost, now)
                     continue
                 return self._take(db, row, worker, num_lost, now, lease_s)
-        return None
+            return None
+
+        # most of the time there is nothing, and a look costs less than a change
+        with self._database.read() as db:
+            if _next(db, base, self._database.clock()) is None:
+                return None
+        return self._database.write(take)
 
     def renew(self, claim: Claim, *, lease_s: float) -> None:
         """Hold on for so long from now."""
-        with self._database.write() as db:
+
+        def renew(db: sqlite3.Connection) -> None:
             now = self._check(db, claim)
             db.execute("UPDATE jobs SET lease_until = ? WHERE id = ?", (now + lease_s, claim.job.id))
+
+        self._database.write(renew)
 
     def check(self, claim: Claim) -> None:
         """Raise LeaseLost unless the claim holds; writes nothing."""
@@ -62,8 +72,10 @@ class SqliteJobQueue:
 
     def report(self, claim: Claim, events: Iterable[NewEvent], progress: Progress | None = None) -> None:
         """Add events, and say how far the job is."""
-        with self._database.write() as db:
-            add_events(db, claim.job.id, events, self._check(db, claim))
+        told = tuple(events)
+
+        def add(db: sqlite3.Connection) -> None:
+            add_events(db, claim.job.id, told, self._check(db, claim))
             if progress is not None:
                 # further than ever: whatever killed earlier workers did not do it here
                 db.execute(
@@ -72,9 +84,12 @@ class SqliteJobQueue:
                     (dumps(progress), progress.step, progress.step, claim.job.id),
                 )
 
+        self._database.write(add)
+
     def add_checkpoint(self, claim: Claim, step: int, export: str, metrics: dict[str, Json]) -> None:
         """Hand over an exported checkpoint; the same step again changes nothing."""
-        with self._database.write() as db:
+
+        def add(db: sqlite3.Connection) -> None:
             now = self._check(db, claim)
             db.execute(
                 "INSERT OR IGNORE INTO checkpoints (id, job, step, created, export, metrics, state) "
@@ -82,9 +97,12 @@ class SqliteJobQueue:
                 (new_id("ftckpt_"), claim.job.id, step, now, export, json.dumps(metrics)),
             )
 
+        self._database.write(add)
+
     def hand_over(self, claim: Claim, trained: Trained) -> None:
         """Give the finished adapter to who publishes; the claim ends."""
-        with self._database.write() as db:
+
+        def give(db: sqlite3.Connection) -> None:
             now = self._check(db, claim)
             db.execute(
                 "UPDATE jobs SET state = ?, trained = ?, worker = NULL, lease_until = NULL WHERE id = ?",
@@ -92,22 +110,30 @@ class SqliteJobQueue:
             )
             add_events(db, claim.job.id, [NewEvent("Training finished, the adapter is checked and published")], now)
 
+        self._database.write(give)
+
     def fail(self, claim: Claim, error: JobError) -> None:
         """End the job; the claim ends."""
-        with self._database.write() as db:
+
+        def end(db: sqlite3.Connection) -> None:
             now = self._check(db, claim)
             event = NewEvent(f"Fine-tuning job failed: {error.message}", level="error")
             end_job(db, claim.job.id, JobState.FAILED, now, event, error)
 
+        self._database.write(end)
+
     def give_back(self, claim: Claim, *, was_lost: bool = False) -> None:
         """Queue the job again, in its old place, for any worker; the claim ends."""
-        with self._database.write() as db:
+
+        def queue(db: sqlite3.Connection) -> None:
             now = self._check(db, claim)
             query = "UPDATE jobs SET state = ?, worker = NULL, lease_until = NULL, num_lost = num_lost + ? WHERE id = ?"
             db.execute(query, (JobState.QUEUED, int(was_lost), claim.job.id))
             told = "The training process was killed" if was_lost else "The worker stops"
             event = NewEvent(f"{told}; the job waits to be resumed", level="warn" if was_lost else "info")
             add_events(db, claim.job.id, [event], now)
+
+        self._database.write(queue)
 
     def _take(
         self, db: sqlite3.Connection, row: sqlite3.Row, worker: str, num_lost: int, now: float, lease_s: float
@@ -129,6 +155,11 @@ class SqliteJobQueue:
         if db.execute(query, (claim.job.id, claim.token, now)).fetchone() is None:
             raise LeaseLost(f"job {claim.job.id} is no longer this worker's")
         return now
+
+
+def _next(db: sqlite3.Connection, base: str, now: float) -> sqlite3.Row | None:
+    found: sqlite3.Row | None = db.execute(_NEXT, {"base": base, "now": now}).fetchone()
+    return found
 
 
 def _give_up(db: sqlite3.Connection, job_id: str, num_lost: int, now: float) -> None:

@@ -52,6 +52,11 @@ class RowEntry:
     before: str
     changes: RowChanges
 
+    @property
+    def is_everything(self) -> bool:
+        """Return whether readers may begin here."""
+        return self.changes.is_everything
+
 
 def watch_changes(db: sqlite3.Connection) -> None:
     """Let a connection note from now on which rows it changes."""
@@ -104,7 +109,8 @@ def apply(db: sqlite3.Connection, changes: RowChanges) -> None:
 def write_entry(entry: RowEntry, db: sqlite3.Connection) -> bytes:
     """Return an entry's payload; the tables say which columns their rows have."""
     tables: dict[str, Json] = {}
-    for name, rows in entry.changes.rows.items():
+    # servers that do not know a table can read a journal that never had a row of it
+    for name, rows in ((name, rows) for name, rows in entry.changes.rows.items() if rows):
         numbered: list[Json] = [[number, None if row is None else [*row]] for number, row in rows.items()]
         tables[name] = {"columns": [*columns(db, name)], "rows": numbered}
     everything = entry.changes.is_everything

@@ -37,6 +37,11 @@ class KeyEntry:
     before: str
     change: KeyChange
 
+    @property
+    def is_everything(self) -> bool:
+        """Return whether readers may begin here."""
+        return self.change.is_everything
+
 
 def write_entry(entry: KeyEntry) -> bytes:
     """Return an entry's payload."""

@@ -6,7 +6,6 @@ journal and never answers from memory; a journal made with another pepper is ref
 takes away what a replica that looks every second was to read next.
 """
 
-import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +13,7 @@ from dataclasses import replace
 
 from adapters_store.change_log import ChangeLog
 from adapters_store.errors import StorageFailed, StoreError
+from adapters_store.followed_journal import FollowedJournal
 from adapters_store.journal import NOTHING_BEFORE
 from serve.errors import Unavailable
 from serve.tenants.key_changes import KeyChange, KeyEntry, read_entry, write_entry
@@ -50,7 +50,7 @@ class JournalKeyStore:
         self._journal = journal
         self._following = threading.Lock()
         self._fold_changes = fold_changes
-        self._number, self._last = -1, NOTHING_BEFORE
+        self._place = FollowedJournal(journal, what="the store's keys", read=read_entry, take=self._take)
         # the newest entry that holds everything before it
         self._fold = 0
         self._mark = ""
@@ -66,16 +66,16 @@ class JournalKeyStore:
     def version(self) -> int:
         """Return a number that every change raises; looks into the journal."""
         with _storage_errors(), self._following:
-            self._catch_up()
-            return self._number
+            self._place.catch_up()
+            return self._place.number
 
     def snapshot(self) -> KeySnapshot:
         """Return all keys and grants, and the version they are of, read at once."""
         with _storage_errors(), self._following:
-            self._catch_up()
+            self._place.catch_up()
             records = sorted(self._records.values(), key=lambda record: (record.created, record.key_id))
             grants = sorted(self._grants, key=lambda grant: (grant.adapter, grant.tenant))
-            return KeySnapshot(self._number, tuple(records), tuple(grants))
+            return KeySnapshot(self._place.number, tuple(records), tuple(grants))
 
     def add(self, record: KeyRecord) -> None:
         """Keep a new key."""
@@ -122,62 +122,31 @@ class JournalKeyStore:
         """Let `decide` see everything, write down what it says and follow it; what changes nothing is not written."""
         with _storage_errors(), self._journal.lock.held(), self._following:
             while True:
-                self._catch_up()
-                if max(self._journal.numbers(), default=-1) > self._number:
-                    raise StorageFailed(f"change {self._number + 1} of the store's keys is missing; restore the folder")
-                entry = KeyEntry(self._number + 1, self._last, decide())
+                self._place.catch_up_wholly()
+                entry = KeyEntry(self._place.number + 1, self._place.last, decide())
                 if entry.change == KeyChange():
                     return entry.change
                 if self._journal.append(entry.number, write_entry(entry)):
-                    self._catch_up()
+                    self._place.catch_up()
                     self._fold_if_long()
                     return entry.change
 
-    def _catch_up(self) -> None:
-        while self._follow() or self._jump():
-            continue
-
-    def _follow(self) -> bool:
-        payload = self._journal.read(self._number + 1)
-        if payload is None:
-            return False
-        entry = read_entry(payload, self._number + 1)
-        if entry.before != self._last:
-            raise StorageFailed(f"change {entry.number} of the store's keys does not follow the one before it")
-        self._take(entry, payload)
-        return True
-
-    def _jump(self) -> bool:
-        """Go on at a fold, if the changes up to there are gone."""
-        number = self._journal.checkpoint()
-        if number <= self._number:
-            return False
-        payload = self._journal.read(number)
-        if payload is None and self._journal.checkpoint() > number:
-            # folded once more in between
-            return True
-        entry = None if payload is None else read_entry(payload, number)
-        if payload is None or entry is None or not entry.change.is_everything:
-            raise StorageFailed(
-                f"change {number} of the store's keys, their checkpoint, is missing; restore the folder"
-            )
-        self._take(entry, payload)
-        return True
-
     def _fold_if_long(self) -> None:
         """Write everything as one entry; what came before the last such entry goes, so that nobody lacks the next."""
-        before = self._fold
-        if self._number - before < max(self._fold_changes, (len(self._records) + len(self._grants)) // _FOLD_SHARE):
+        before, place = self._fold, self._place
+        least = max(self._fold_changes, (len(self._records) + len(self._grants)) // _FOLD_SHARE)
+        if place.number - before < least:
             return
         everything = KeyChange(tuple(self._records.values()), tuple(self._grants), (), self._mark, is_everything=True)
+        entry = KeyEntry(place.number + 1, place.last, everything)
         with suppress(StoreError):
             # the change itself is durable; the next one tries again
-            if self._journal.append(self._number + 1, write_entry(KeyEntry(self._number + 1, self._last, everything))):
-                self._catch_up()
+            if self._journal.append(entry.number, write_entry(entry)):
+                place.catch_up()
                 if before > self._journal.checkpoint():
                     self._journal.forget_before(before)
 
-    def _take(self, entry: KeyEntry, payload: bytes) -> None:
+    def _take(self, entry: KeyEntry) -> None:
         change = entry.change
         changed = {record.key_id: record for record in change.records}
         if change.is_everything:
@@ -187,7 +156,6 @@ class JournalKeyStore:
             self._records.update(changed)
             self._grants = (self._grants | set(change.granted)) - set(change.withdrawn)
         self._mark = change.pepper_mark or self._mark
-        self._number, self._last = entry.number, hashlib.sha256(payload).hexdigest()
 
     def _known(self, key_id: str) -> KeyRecord:
         record = self._records.get(key_id)

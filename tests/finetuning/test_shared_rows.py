@@ -77,11 +77,15 @@ def test_a_change_that_could_not_be_written_is_none_and_one_that_was_written_aft
 def test_a_block_that_raises_leaves_nothing_in_the_journal(tmp_path: Path) -> None:
     with closing(replica(tmp_path)) as rows:
         before = entries(tmp_path)
-        with pytest.raises(ZeroDivisionError), rows.write() as db:
+
+        def broken(db: sqlite3.Connection) -> None:
             db.execute(
                 "INSERT INTO files (id, tenant, created, purpose, num_bytes, facts) VALUES ('a','b',1,'c',2,'d')"
             )
             raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            rows.write(broken)
         with rows.read() as db:
             assert db.execute("SELECT count(*) FROM files").fetchone()[0] == 0
         assert entries(tmp_path) == before
@@ -148,8 +152,7 @@ def test_many_rows_in_each_entry_are_folded_as_well(store: TrainingStore) -> Non
 
 def test_numbers_are_not_given_twice_after_a_fold_so_the_order_of_pages_holds(store: TrainingStore) -> None:
     store.jobs.create(new_job())
-    with store.rows().write() as db:
-        db.execute("DELETE FROM jobs")
+    store.rows().write(lambda db: db.execute("DELETE FROM jobs"))
     ids = [store.jobs.create(new_job()).id for _ in range(2 * FOLD_ENTRIES)]
     with closing(replica(store.root)) as fresh:
         ids.append(SqliteJobs(fresh).create(new_job()).id)
