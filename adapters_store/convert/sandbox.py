@@ -18,6 +18,7 @@ from pathlib import Path
 from adapters_store.convert.kernel_calls import prctl, syscall
 from adapters_store.convert.landlock import restrict_files
 from adapters_store.convert.seccomp import refuse_calls
+from adapters_store.priority import step_back
 
 # what a layer's absence means, for the server's log; the keys are what `confine` returns
 LAYERS = {
@@ -31,6 +32,8 @@ _SET_NO_NEW_PRIVS, _SET_DUMPABLE = 38, 4
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITIES_VERSION_3 = 0x20080522
 _NOBODY = 65534
+# as far as the engine's own loaders: an upload takes what the steps leave, and a part of what they want
+_NICENESS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +62,9 @@ def confine(limits: Limits, *, readable: Iterable[Path], writable: Path) -> tupl
     """
     folders = [path.resolve(strict=True) for path in readable]
     target = writable.resolve(strict=True)
+    if not limits.may_compute:
+        # one that trains has been told its priority already
+        step_back(_NICENESS)
     _limit(limits)
     prctl(_SET_NO_NEW_PRIVS, 1)
     # no other process of the same user may attach to it or read its memory

@@ -6,11 +6,11 @@ be resumed by another worker at once.
 
 import os
 import signal
-from contextlib import suppress
 from dataclasses import replace
 
 import typer
 
+from adapters_store.priority import step_back
 from serve.cli import options
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.serve_command import start_logging
@@ -49,8 +49,7 @@ def train_worker(
         )
         if signing_key is not None:
             config = replace(config, sign=signer_of_exports(signing_key))
-        with suppress(OSError):
-            os.nice(nice)
+        step_back(nice)
         parent = os.getppid()
 
         def is_orphaned() -> bool:
