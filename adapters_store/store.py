@@ -81,12 +81,15 @@ class AdapterStore(Publication):
         Raises:
             StorageFailed, StoreFull: the folder cannot be used.
         """
+        # the processes that read foreign files work in folders of their own
+        root = root.absolute()
         with storage_errors():
             for folder in (root, root / "objects", root / "staging"):
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         files = files if files is not None else FileSystem()
         options = ConvertOptions(base=base, dtype=image_dtype, max_rank=max_rank, max_product_rank=max_product_rank)
-        options = replace(options, dense_budget_bytes=dense_budget_bytes, base_dir=str(base_dir) if base_dir else None)
+        weights = None if base_dir is None else str(base_dir.absolute())
+        options = replace(options, dense_budget_bytes=dense_budget_bytes, base_dir=weights)
         store = cls(
             root,
             options,

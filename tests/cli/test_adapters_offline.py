@@ -1,6 +1,7 @@
 """`chorale adapters` on a store's folder, with no server running."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,15 @@ def test_an_adapter_is_added_shown_verified_and_removed(store_dir: Path, base: P
     assert run("verify", "--store", store_dir).stdout == "intact voice\n"
     assert run("rm", "voice", "--store", store_dir).stdout == "removed voice\n"
     assert run_json("list", "--store", store_dir) == []
+
+
+def test_paths_may_be_relative(
+    store_dir: Path, base: Path, voice: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    store, folder, model = (os.path.relpath(path, tmp_path) for path in (store_dir, voice, base))
+    (added,) = run_json("add", "voice", folder, "--store", store, "--base", model)
+    assert run_json("list", "--store", store_dir) == [added]
 
 
 def test_the_table_for_people_names_every_adapter(store_dir: Path, base: Path, voice: Path) -> None:
