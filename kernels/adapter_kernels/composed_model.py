@@ -9,10 +9,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from adapter_kernels.composed import KnownBase, Pass, weighted_sum
-from adapter_kernels.delta import BaseLinear, BaseNorm, BaseProduct, ModelDelta
+from adapter_kernels.delta import BaseLinear, BaseNorm, BaseProduct, BaseTable, ModelDelta
 
 
 class ComposedModelDelta:
@@ -23,10 +22,10 @@ class ComposedModelDelta:
         self._begin = begin
         self._passes = tuple(part for part in passes if part.model is not None)
 
-    def look_up(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def look_up(self, token_ids: Tensor, table: BaseTable) -> Tensor:
         """Embed tokens; see `ModelDelta.look_up`."""
         plain = self._plain
-        x = functional.embedding(token_ids, table) if plain is None else plain.look_up(token_ids, table)
+        x = table(token_ids) if plain is None else plain.look_up(token_ids, table)
         own_ids, own_x = token_ids[self._begin :], x[self._begin :]
         own_x.copy_(weighted_sum(self._passes, own_x, lambda part: _model(part).look_up(own_ids, table)))
         return x

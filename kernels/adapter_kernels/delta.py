@@ -19,6 +19,8 @@ FUSED_SITES: dict[str, tuple[str, ...]] = {
 
 
 BaseProduct = Callable[[Tensor], Tensor]
+# the base's embeddings: [T] int64 within its vocabulary -> [T, D], fresh
+BaseTable = Callable[[Tensor], Tensor]
 
 
 class BaseLinear(Protocol):
@@ -43,11 +45,11 @@ class BaseNorm(Protocol):
 class ModelDelta(Protocol):
     """What the adapters of one step do outside the linear layers of the decoder's layers."""
 
-    def look_up(self, token_ids: Tensor, table: Tensor) -> Tensor:
-        """Embed tokens: x[t] = table[id] or the adapter's own row, + AT[id] @ BT; the family's factor comes later.
+    def look_up(self, token_ids: Tensor, table: BaseTable) -> Tensor:
+        """Embed tokens: x[t] = table(id) or the adapter's own row, + AT[id] @ BT; the family's factor comes later.
 
         Args:
-            token_ids: [T] int64; virtual ids (below -1) get zeros. table: [V, D].
+            token_ids: [T] int64; virtual ids (below -1) get zeros.
         """
         ...
 

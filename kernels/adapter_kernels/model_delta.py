@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from adapter_kernels.delta import BaseLinear, BaseNorm, BaseProduct
+from adapter_kernels.delta import BaseLinear, BaseNorm, BaseProduct, BaseTable
 from adapter_kernels.mlp_mixture import MlpRun, run_mlp
 from adapter_kernels.model_image import ModelTensors, TokenRows
 from adapter_kernels.route import Route, Run
@@ -63,9 +63,9 @@ class CpuModelDelta:
         assert num_virtual == num_placed, f"{num_virtual - num_placed} virtual tokens belong to no adapter of the step"
         return cls(found)
 
-    def look_up(self, token_ids: Tensor, table: Tensor) -> Tensor:
+    def look_up(self, token_ids: Tensor, table: BaseTable) -> Tensor:
         """Embed tokens; see `ModelDelta.look_up`."""
-        x = functional.embedding(token_ids.clamp(min=0), table)
+        x = table(token_ids.clamp(min=0))
         for run in self._runs:
             own_ids, own_x, model = run.own(token_ids), run.own(x), run.model
             if model.embed_rows is not None:

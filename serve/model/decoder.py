@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from adapter_kernels.attention_plan import AttentionPlan
 from adapter_kernels.delta import AdapterDelta, ModelDelta
@@ -20,6 +19,7 @@ from serve.model.kv_cache import KvCache
 from serve.model.layers import Activation, Linear
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
+from serve.model.token_table import TokenTable
 
 
 class Mlp:
@@ -80,17 +80,17 @@ class Decoder:
     def __init__(
         self,
         spec: ModelSpec,
-        embedding: Tensor,
+        table: TokenTable,
         ropes: tuple[Rotary, ...],
         layers: tuple[DecoderLayer, ...],
         final_norm: AdaptedNorm,
         lm_head: Linear,
     ) -> None:
         self.spec = spec
-        self.dtype = embedding.dtype
-        self.device = embedding.device
-        self._embedding = embedding
-        self._embedding_scale = embedding_scale(spec, embedding.dtype)
+        self.dtype = table.dtype
+        self.device = table.device
+        self._table = table
+        self._embedding_scale = embedding_scale(spec, table.dtype)
         self._ropes = ropes
         self._layers = layers
         self._final_norm = final_norm
@@ -128,8 +128,7 @@ class Decoder:
             return finish_logits(product, self.spec)
 
     def _embed(self, token_ids: Tensor, model: ModelDelta | None) -> Tensor:
-        table = self._embedding
-        x = functional.embedding(token_ids, table) if model is None else model.look_up(token_ids, table)
+        x = self._table(token_ids) if model is None else model.look_up(token_ids, self._table)
         if self._embedding_scale != 1.0:
             x = x * self._embedding_scale
         if model is not None:

@@ -120,7 +120,7 @@ class PackedLinear:
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_ROWS)
+        self.packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), _PACKING_ROWS)
         self.bias = bias
         self._linear = torch.ops.mkldnn._linear_pointwise.default
         # oneDNN sums a lone fp32 row in another order: such a row travels in company
@@ -129,7 +129,7 @@ class PackedLinear:
     def __call__(self, x: Tensor) -> Tensor:
         if x.shape[0] < self._min_rows:
             return self(x.expand(self._min_rows, -1).contiguous())[: x.shape[0]]
-        y: Tensor = self._linear(x, self._packed, self.bias, "none", [], "")
+        y: Tensor = self._linear(x, self.packed, self.bias, "none", [], "")
         return y
 
 

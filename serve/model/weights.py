@@ -19,6 +19,7 @@ from serve.model.families import QkNorm
 from serve.model.layers import Linear, PlainLinear, can_pack, make_activation, make_linear, make_norm
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
+from serve.model.token_table import PlainTable, TokenTable, tie
 from serve.model.weight_names import WeightNames, block_norm_names
 from serve.model.weight_source import CheckpointWeights, WeightSource
 
@@ -53,14 +54,15 @@ class _Loader:
 
     def load(self, max_model_len: int) -> Decoder:
         source = self.source
-        embedding = source.embedding()
+        # first: while it is packed the table is there twice, and nothing else yet
+        table, head = self._tables()
         return Decoder(
             spec=self.spec,
-            embedding=embedding,
+            table=table,
             ropes=tuple(Rotary(rope, max_model_len, source.dtype, source.device) for rope in self.spec.ropes),
             layers=tuple(self._layer(i) for i in range(self.spec.dims.num_hidden_layers)),
             final_norm=self._adapted(source.final_norm(), -1, "norm"),
-            lm_head=self._lm_head(embedding),
+            lm_head=head,
         )
 
     def _layer(self, layer: int) -> DecoderLayer:
@@ -75,14 +77,14 @@ class _Loader:
         weights = self.source.site(layer, site)
         return AdaptedLinear(make_linear(weights.weight, weights.bias), layer, site)
 
-    def _lm_head(self, embedding: Tensor) -> Linear:
-        weight = self.source.lm_head()
-        if weight is not None:
-            return make_linear(weight, None)
+    def _tables(self) -> tuple[TokenTable, Linear]:
+        """Make the lookup of tokens and the output head, which may be one table."""
+        table, head = self.source.embedding(), self.source.lm_head()
+        if head is not None:
+            return PlainTable(table), make_linear(head, None)
         if can_pack(self.source.dtype, self.source.device):
-            # the lookup needs the plain table, the product the packed one: tied weights cost their bytes twice
-            return make_linear(embedding, None)
-        return PlainLinear(embedding, None)
+            return tie(table)
+        return PlainTable(table), PlainLinear(table, None)
 
     def _split_heads(self, layer: int) -> SplitHeads:
         dims = self.spec.dims

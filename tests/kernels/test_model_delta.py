@@ -65,7 +65,7 @@ def close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 def test_tokens_are_embedded_by_each_rows_own_adapter(dtype: torch.dtype) -> None:
     models, table = adapters(dtype), Maker(9, dtype).normal(VOCAB, HIDDEN)
     delta = delta_of(models, OWNERS, COUNTS, TOKEN_IDS)
-    x = delta.look_up(TOKEN_IDS, table) * 2.0
+    x = delta.look_up(TOKEN_IDS, table.__getitem__) * 2.0
     delta.place_prompts(x, 3.0)
     for row, owner in enumerate(ROWS):
         token = int(TOKEN_IDS[row])
@@ -222,7 +222,7 @@ def poisoned(model: ModelTensors) -> ModelTensors:
 
 
 def runs_of(delta: CpuModelDelta, token_ids: Tensor, base: Head) -> dict[str, Tensor]:
-    x = delta.look_up(token_ids, base.weight)
+    x = delta.look_up(token_ids, base.weight.__getitem__)
     delta.place_prompts(x, 1.0)
     y, k_cache = x.clone(), torch.zeros(len(token_ids) + 5, 1, 2, 4)
     delta.norm(0, "input_layernorm", x, y, base)
@@ -295,7 +295,7 @@ def check_random_step(seed: int) -> None:
     token_ids[token_ids == -1] = 0
     table = Maker(seed + 9).normal(VOCAB, HIDDEN)
     delta = delta_of(models, owners, counts, token_ids)
-    x = delta.look_up(token_ids, table)
+    x = delta.look_up(token_ids, table.__getitem__)
     delta.place_prompts(x, 1.0)
     asked = draw(0, 2, len(rows)).nonzero()[:, 0].tolist()
     logits = delta.head(x[asked], asked, Head(table))
