@@ -67,7 +67,7 @@ def _running(
     name: str, command: list[str], port: int, ready_path: str, environment: dict[str, str]
 ) -> Iterator[Server]:
     begin = time.perf_counter()
-    with Path(f"bench-{name}.log").open("wb") as log:
+    with Path(f"bench-{name}-{port}.log").open("wb") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
         try:
             url = f"http://127.0.0.1:{port}"

@@ -11,18 +11,18 @@ import signal
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import httpx
 import numpy as np
-from safetensors.numpy import save_file
 
-from loadtest.adapter_changes import read_source
 from loadtest.environment import read_environment
 from scripts.bench_load import LoadResult, Workload, run_load
 from scripts.bench_model import Shape, build_adapters, build_base
 from scripts.bench_servers import Server, chorale
+from scripts.sweep_registered import stock
 
 PROMPT_TOKENS, OUTPUT_TOKENS, CONCURRENCY = 128, 64, 32
 
@@ -156,19 +156,23 @@ def _over_prompt(args: argparse.Namespace, base: Path) -> list[Point]:
 
 
 def _over_registered(args: argparse.Namespace, base: Path) -> list[Point]:
+    """One server per number, all at once and asked in turns: a start alone moves a server's figures by percents."""
     busy = build_adapters(args.cache / "adapters", Shape(), 8)
-    idle = read_source(_small_adapter(args.cache / "idle"))
-    points = []
-    # a store of its own: what other axes registered would count
-    with chorale(base, args.cache / "store-registered", args.port, ["--probe", "off"]) as server:
-        names = [_register(server, folder, folder.name) for folder in busy]
-        num_registered = len(busy)
-        for x in args.registered:
-            for index in range(num_registered - len(busy), x - len(busy)):
-                _upload(server, f"idle-{index:05d}", idle.files(index))
-            num_registered = max(num_registered, x)
-            points.append(_point(args, server, x, names, CONCURRENCY))
-    return points
+    names = [folder.name for folder in busy]
+    found: dict[int, list[LoadResult]] = {x: [] for x in args.registered}
+    with ExitStack() as servers:
+        running = {}
+        for port, x in enumerate(args.registered, args.port):
+            store = args.cache / f"store-registered-{x}"
+            stock(store, base, "bench-base", busy, x, args.cache)
+            running[x] = servers.enter_context(chorale(base, store, port, ["--probe", "off"]))
+        for repeat in range(args.repeats):
+            for x, server in running.items():
+                # the same prompts for all
+                found[x].append(
+                    _once(server, Workload(names, CONCURRENCY, CONCURRENCY, PROMPT_TOKENS, OUTPUT_TOKENS, repeat))
+                )
+    return [Point(x, results) for x, results in found.items()]
 
 
 AXES: dict[str, Callable[[argparse.Namespace, Path], list[Point]]] = {
@@ -190,12 +194,16 @@ def _point(
     prompt: int = PROMPT_TOKENS,
     output: int = OUTPUT_TOKENS,
 ) -> Point:
-    vocab = Shape().vocab
-    for model in models:
-        run_load(server.url, Workload([model], 1, 1, 16, 2, seed=0), vocab)
     seeds = [1 + 7919 * repeat + x for repeat in range(args.repeats)]
     work = [Workload(list(models), clients, clients, prompt, output, seed) for seed in seeds]
-    return Point(x, [run_load(server.url, one, vocab) for one in work])
+    return Point(x, [_once(server, one) for one in work])
+
+
+def _once(server: Server, work: Workload) -> LoadResult:
+    """Run `work` with every model loaded before."""
+    for model in work.models:
+        run_load(server.url, Workload([model], 1, 1, 16, 2, seed=0), Shape().vocab)
+    return run_load(server.url, work, Shape().vocab)
 
 
 def _register(server: Server, folder: Path, name: str) -> str:
@@ -212,30 +220,6 @@ def _upload(server: Server, name: str, contents: Mapping[str, bytes]) -> None:
     response = httpx.post(f"{server.url}/v1/adapters", data={"name": name}, files=files, timeout=300)
     if response.status_code != 201:
         raise SystemExit(f"the upload of {name} answered {response.status_code}: {response.text[:300]}")
-
-
-def _small_adapter(folder: Path) -> Path:
-    """Write a rank-1 adapter of one site: what is registered beside the busy ones only has to be many."""
-    folder.mkdir(parents=True, exist_ok=True)
-    site = "base_model.model.model.layers.0.self_attn.q_proj"
-    out_dim, in_dim = Shape().linears()["self_attn.q_proj"]
-    rng = np.random.default_rng(0)
-    tensors = {
-        f"{site}.lora_A.weight": rng.standard_normal((1, in_dim), dtype=np.float32),
-        f"{site}.lora_B.weight": rng.standard_normal((out_dim, 1), dtype=np.float32),
-    }
-    config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "r": 1,
-        "lora_alpha": 1,
-        "lora_dropout": 0.0,
-        "bias": "none",
-    }
-    config |= {"target_modules": ["q_proj"], "layers_to_transform": [0], "base_model_name_or_path": "bench-base"}
-    (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    return folder
 
 
 if __name__ == "__main__":
