@@ -21,7 +21,8 @@ from serve.api.generation import Generation, run_generation
 from serve.api.output import Piece
 from serve.api.request_log import RequestRecord, record_of
 from serve.api.selection import fingerprint
-from serve.api.sse import KEEP_ALIVE, ChunkFrames, EventStream, data_frame, with_end
+from serve.api.short_way import Outlet
+from serve.api.sse import KEEP_ALIVE, ChunkFrames, EventStream, TextFrames, data_frame, with_end
 from serve.api.state import ApiState
 from serve.api.tenant_share import share_of
 from serve.messages import Started, TokenLogprobs
@@ -63,6 +64,13 @@ class Reply(Protocol):
 
     def chunks(self, piece: Piece) -> Sequence[Json]:
         """Return the stream's choices that a piece amounts to, each for a chunk of its own."""
+        ...
+
+    def plain_chunk(self, index: int) -> Json | None:
+        """Return what `chunks` makes of a later piece with text and without an end, the text left empty.
+
+        None: the first piece of this choice did not come yet, or its pieces show more than their text.
+        """
         ...
 
 
@@ -115,11 +123,13 @@ async def answer_generation(
     limits = state.config.limits
     principal = principal_of(request)
     generation = replace(generation, cache_salt=state.door.salt_of(principal), tenant=principal.tenant)
-    pieces = run_generation(state.engine, state.tokenizer, generation, limits)
     record = record_of(request)
     record.runs(generation.target, generation.prompts)
     usage = Usage(generation, record)
     share_of(request).pay_by(usage.total)
+    chunks = StreamChunks(reply, usage, envelope, include_usage=include_usage)
+    outlet = Outlet(chunks.frames) if stream else None
+    pieces = run_generation(state.engine, state.tokenizer, generation, limits, outlet)
     if not stream:
         outputs = await unless_disconnected(request, _collect(pieces, usage))
         body = {**envelope, "choices": [reply.choice(output) for output in outputs], "usage": usage.body()}
@@ -127,9 +137,9 @@ async def answer_generation(
         return Response(msgspec.json.encode(body), headers=headers, media_type="application/json")
     # an early failure still gets its own status; a long wait gets headers and keep-alive comments
     first = await unless_disconnected(request, _first(pieces))
-    frames = _frames(first, pieces, reply, usage, envelope, include_usage=include_usage)
+    frames = with_end(_frames(first, pieces, chunks), record)
     headers = generation.headers(first.started if first is not None else None)
-    return EventStream(with_end(frames, record), headers, send_timeout_s=limits.slow_client_timeout_s)
+    return EventStream(frames, headers, send_timeout_s=limits.slow_client_timeout_s, outlet=outlet)
 
 
 async def _first(pieces: Pieces) -> Piece | None:
@@ -146,22 +156,50 @@ async def _collect(pieces: Pieces, usage: Usage) -> list[Output]:
     return [outputs[index] for index in sorted(outputs)]
 
 
-async def _frames(
-    first: Piece | None, pieces: Pieces, reply: Reply, usage: Usage, envelope: Json, *, include_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    chunks = ChunkFrames(envelope, {"usage": None} if include_usage else {})
+class StreamChunks:
+    """The events of one stream, whichever way they leave; each piece passes once, and is counted."""
+
+    def __init__(self, reply: Reply, usage: Usage, envelope: Json, *, include_usage: bool) -> None:
+        self._reply = reply
+        self._usage = usage
+        self._envelope = envelope
+        self._include_usage = include_usage
+        self._chunks = ChunkFrames(envelope, {"usage": None} if include_usage else {})
+        # by choice: what its later pieces amount to, where that is their text alone
+        self._plain: dict[int, TextFrames] = {}
+
+    def frames(self, piece: Piece) -> Sequence[bytes]:
+        """Return the events that a piece amounts to."""
+        self._usage.count(piece)
+        plain = self._plain.get(piece.index)
+        if plain is not None and piece.finish_reason is None:
+            return (plain.frame(piece.text),) if piece.text else ()
+        frames = [self._chunks.frame(choice) for choice in self._reply.chunks(piece)]
+        if plain is None:
+            choice = self._reply.plain_chunk(piece.index)
+            if choice is not None:
+                self._plain[piece.index] = self._chunks.text_frames(choice)
+        return frames
+
+    def last_frames(self) -> Sequence[bytes]:
+        """Return what comes when all choices have ended."""
+        if not self._include_usage:
+            return ()
+        return (data_frame({**self._envelope, "choices": [], "usage": self._usage.body()}),)
+
+
+async def _frames(first: Piece | None, pieces: Pieces, chunks: StreamChunks) -> AsyncGenerator[bytes, None]:
     async with aclosing(pieces):
         piece: Piece | None = first
         while True:
             if piece is None:
                 yield KEEP_ALIVE
             else:
-                usage.count(piece)
-                for choice in reply.chunks(piece):
-                    yield chunks.frame(choice)
+                for frame in chunks.frames(piece):
+                    yield frame
             try:
                 piece = await anext(pieces)
             except StopAsyncIteration:
                 break
-    if include_usage:
-        yield data_frame({**envelope, "choices": [], "usage": usage.body()})
+    for frame in chunks.last_frames():
+        yield frame

@@ -180,6 +180,13 @@ class ChatReply:
             chunks.append(_chunk(piece.index, {}) | {"finish_reason": reason})
         return chunks
 
+    def plain_chunk(self, index: int) -> Json | None:
+        """Return a delta of content: where no tools are known and nothing rides on it."""
+        has_more = self._has_logprobs or self._has_token_ids
+        if has_more or index not in self._parsers or self._parsers[index] is not None:
+            return None
+        return _chunk(index, {"content": ""})
+
     def _read(self, parser: ToolParser | None, piece: Piece) -> list[Delta]:
         if parser is None:
             return [ContentDelta(piece.text)] if piece.text else []

@@ -126,6 +126,12 @@ class CompletionReply:
             choice["token_ids"] = list(piece.token_ids)
         return ({**choice, "finish_reason": piece.finish_reason},)
 
+    def plain_chunk(self, index: int) -> Json | None:
+        """Return a later piece's choice where neither logprobs nor ids are asked for."""
+        if index not in self._logprobs or self._body.logprobs is not None or self._body.return_token_ids:
+            return None
+        return self._later(Piece(index))
+
     def _first(self, piece: Piece) -> Json:
         """Return a choice that begins with the echoed prompt, if one is asked for."""
         prompt_ids = self._prompts[piece.index // self._num_choices]

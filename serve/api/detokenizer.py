@@ -5,7 +5,7 @@ not depend on how the ids were split. For valid UTF-8 they equal the tokenizer's
 no character becomes one U+FFFD.
 """
 
-import codecs
+from codecs import utf_8_decode
 from collections.abc import Iterable
 
 from serve.text.token_bytes import TokenBytes
@@ -24,21 +24,30 @@ class Detokenizer:
         self._token_bytes = token_bytes
         self._skipped = skipped
         self._strip_next = at_text_start and token_bytes.strips_leading_space
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        # the beginning of a character
+        self._unfinished = b""
 
     def feed(self, token_ids: Iterable[int]) -> str:
         """Return the text that is certain by now."""
-        return self._strip(self._decoder.decode(b"".join([self.bytes_of(token_id) for token_id in token_ids])))
+        return self._decode(b"".join([self.bytes_of(token_id) for token_id in token_ids]), is_end=False)
+
+    def feed_one(self, token_id: int) -> str:
+        """As `feed`, of one token."""
+        return self._decode(b"" if token_id in self._skipped else self._token_bytes[token_id], is_end=False)
 
     def finish(self) -> str:
         """Return what is left of an unfinished character."""
-        return self._strip(self._decoder.decode(b"", final=True))
+        return self._decode(b"", is_end=True)
 
     def bytes_of(self, token_id: int) -> bytes:
         """Return the bytes that this token adds to the text."""
         return b"" if token_id in self._skipped else self._token_bytes[token_id]
 
-    def _strip(self, text: str) -> str:
+    def _decode(self, data: bytes, *, is_end: bool) -> str:
+        if self._unfinished:
+            data = self._unfinished + data
+        text, num_read = utf_8_decode(data, "replace", is_end)
+        self._unfinished = data[num_read:]
         if self._strip_next and text:
             self._strip_next = False
             return text.removeprefix(" ")

@@ -14,13 +14,13 @@ from collections.abc import AsyncGenerator, Callable
 from serve.adapter_messages import AdapterDone
 from serve.api.adapter_desk import AdapterDesk
 from serve.api.engine_gateway import SequenceEvent
-from serve.api.request_stream import RETRY_AFTER_S, RequestStream, draining, queue_full, stopped
+from serve.api.open_streams import OpenStreams
+from serve.api.request_stream import RETRY_AFTER_S, RequestStream, Take, draining, queue_full, stopped
 from serve.config import EngineConfig, LimitsConfig, WatchdogConfig
 from serve.engine.launch import WORKER_MODULE
 from serve.engine.supervisor import EngineSupervisor
-from serve.errors import Conflict, EngineLoading, RequestTimeout, ServeError
+from serve.errors import Conflict, EngineLoading
 from serve.messages import (
-    Abort,
     Command,
     Embed,
     Embedded,
@@ -54,11 +54,10 @@ class EngineClient:
         self._limits = limits
         self._metrics = metrics
         self._clock = clock
-        self._streams: dict[str, RequestStream] = {}
+        self._streams = OpenStreams(self._send)
         self._reserved: dict[asyncio.Task[object], int] = {}
         self._outbox: list[Command] = []
         self._is_draining = False
-        self._has_emptied = asyncio.Event()
         self._stats: Stats | None = None
         self.desk = AdapterDesk(self._send, self._refuse_if_down)
         self._supervisor = EngineSupervisor(
@@ -121,17 +120,15 @@ class EngineClient:
     async def drain(self, deadline_s: float) -> None:
         """Refuse new sequences and wait for the open ones, at most `deadline_s`; the rest end with an error."""
         self._is_draining = True
-        if self._streams:
-            self._has_emptied.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._has_emptied.wait(), deadline_s)
-        self._fail_all(draining)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._streams.wait_empty(), deadline_s)
+        self._streams.fail_all(draining)
 
     async def close(self) -> None:
         """End the engine and every stream; idempotent."""
         self._is_draining = True
         await self._supervisor.stop()
-        self._fail_all(draining)
+        self._streams.fail_all(draining)
 
     def admit(self, num_sequences: int) -> None:
         """Refuse at once what cannot be taken; called before any tokenising.
@@ -163,9 +160,11 @@ class EngineClient:
                 assert event is not None, "nothing is said about endless silence"
                 yield event
 
-    async def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
-        """As `generate`, with None after each `silence_s` without an event."""
-        stream = self._open(submit)
+    async def follow(
+        self, submit: Submit, silence_s: float, take: Take | None = None
+    ) -> AsyncGenerator[SequenceEvent | None, None]:
+        """As `generate`, with None after each `silence_s` without an event; what `take` takes is not yielded."""
+        stream = self._open(submit, take)
         try:
             while True:
                 event = await stream.read_within(silence_s)
@@ -174,7 +173,7 @@ class EngineClient:
                 if isinstance(event, Finished):
                     return
         finally:
-            self._close(submit.request_id, stream)
+            self._streams.close(submit.request_id, stream)
 
     async def embed(self, embed: Embed) -> list[float]:
         """Run the prompt and return its pooled hidden state.
@@ -191,7 +190,7 @@ class EngineClient:
             assert isinstance(event, Embedded), "an Embed ends with Embedded or an error"
             return event.vector
         finally:
-            self._close(embed.request_id, stream)
+            self._streams.close(embed.request_id, stream)
 
     def load_adapter(self, digest: str) -> None:
         """Ask the engine to bring an adapter into memory; returns at once."""
@@ -202,7 +201,7 @@ class EngineClient:
         self.desk.forget(digest)
         self._send(UnloadAdapter(digest))
 
-    def _open(self, request: Submit | Embed) -> RequestStream:
+    def _open(self, request: Submit | Embed, take: Take | None = None) -> RequestStream:
         self._refuse_if_down()
         if len(self._streams) >= self._limits.max_in_flight:
             self._refuse_if_full(1)
@@ -211,24 +210,10 @@ class EngineClient:
         digests = [digest for digest, _ in request.adapters]
         if request.adapter_digest is not None:
             digests.append(request.adapter_digest)
-        stream = RequestStream(self._clock, self._metrics.open_request(*digests))
-        self._streams[request.request_id] = stream
+        stream = RequestStream(self._clock, self._metrics.open_request(*digests), take)
+        self._streams.add(request.request_id, stream)
         self._send(request)
         return stream
-
-    def _close(self, request_id: str, stream: RequestStream) -> None:
-        """Forget the stream; tell the engine if it still works on it."""
-        stream.stop_timer()
-        if not stream.has_ended:
-            self._send(Abort(request_id))
-            stream.abandon()
-        if self._streams.get(request_id) is stream:
-            self._forget(request_id)
-
-    def _forget(self, request_id: str) -> None:
-        del self._streams[request_id]
-        if not self._streams:
-            self._has_emptied.set()
 
     def _refuse_if_down(self) -> None:
         if self._is_draining:
@@ -258,7 +243,7 @@ class EngineClient:
         for event in events:
             # nearly all of them
             if isinstance(event, Tokens):
-                self._push(event)
+                self._streams.push(event)
             elif isinstance(event, Stats):
                 self._stats = event
                 self.desk.saw_heartbeat(event)
@@ -268,33 +253,14 @@ class EngineClient:
             elif isinstance(event, AdapterDone | Failed) and self.desk.saw(event):
                 continue
             elif isinstance(event, Started | Embedded | Finished | Failed):
-                self._push(event)
-
-    def _push(self, event: Started | Tokens | Embedded | Finished | Failed) -> None:
-        # an unknown id is one that was aborted a moment ago
-        if (stream := self._streams.get(event.request_id)) is not None:
-            stream.push(event)
+                self._streams.push(event)
 
     def _lose_engine(self) -> None:
         self._outbox.clear()
         self._stats = None
         self.desk.engine_lost()
         self._metrics.engine_lost()
-        self._fail_all(draining if self._is_draining else stopped)
-
-    def _fail_all(self, build_error: Callable[[], ServeError]) -> None:
-        for request_id, stream in list(self._streams.items()):
-            if not stream.has_ended:
-                self._send(Abort(request_id))
-                stream.fail(build_error())
-            self._forget(request_id)
+        self._streams.fail_all(draining if self._is_draining else stopped)
 
     def _end_stalled(self) -> None:
-        """Free what slow readers hold: their sequence in the engine and their place among the streams."""
-        timeout_s = self._limits.slow_client_timeout_s
-        for request_id, stream in list(self._streams.items()):
-            if stream.is_stalled(timeout_s):
-                if not stream.has_ended:
-                    self._send(Abort(request_id))
-                stream.cut(RequestTimeout(f"the client read nothing for {timeout_s:g} s; read faster or ask for less"))
-                self._forget(request_id)
+        self._streams.cut_stalled(self._limits.slow_client_timeout_s)

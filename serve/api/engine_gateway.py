@@ -8,6 +8,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from serve.api.adapter_desk import AdapterDesk
+from serve.api.request_stream import Take
 from serve.messages import Embed, Finished, Ready, Started, Stats, Submit, Tokens
 
 # what a sequence that was submitted is told of
@@ -65,8 +66,14 @@ class EngineGateway(Protocol):
         """
         ...
 
-    def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
-        """As `generate`, with None after each `silence_s` without an event."""
+    def follow(
+        self, submit: Submit, silence_s: float, take: Take | None = None
+    ) -> AsyncGenerator[SequenceEvent | None, None]:
+        """As `generate`, with None after each `silence_s` without an event, and without the tokens that `take` takes.
+
+        Args:
+            take: may be offered tokens while the iterator waits for them, in the order of all events.
+        """
         ...
 
     async def embed(self, embed: Embed) -> list[float]:

@@ -17,6 +17,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.output import OutputReader, OutputRules, Piece
 from serve.api.request_stream import TIMER_GRAIN_S
 from serve.api.sampling import choice_seed
+from serve.api.short_way import Outlet, ShortWay
 from serve.api.target import Acts, Target
 from serve.config import LimitsConfig
 from serve.errors import Unavailable
@@ -92,10 +93,16 @@ class Generation:
 
 
 def run_generation(
-    engine: EngineGateway, tokenizer: TextTokenizer, generation: Generation, limits: LimitsConfig
+    engine: EngineGateway,
+    tokenizer: TextTokenizer,
+    generation: Generation,
+    limits: LimitsConfig,
+    outlet: Outlet | None = None,
 ) -> AsyncGenerator[Piece | None, None]:
     """Yield the pieces of all choices as they come, and None after each `KEEP_ALIVE_S` of silence.
 
+    Args:
+        outlet: pieces of a single choice that it takes leave there, in their order among all, and are not yielded.
     Raises:
         ServeError: one choice failed, which ends them all; or the request outlived its time, which is looked at with
             every piece and every silence.
@@ -105,16 +112,23 @@ def run_generation(
     cold_start = ColdStart.of(engine, generation.target.digests, limits.cold_start_timeout_s)
     readers = [_reader(index, submit, generation, tokenizer) for index, submit in enumerate(submits)]
     if len(submits) == 1:
-        return _run_one(engine, submits[0], readers[0], limits.request_timeout_s, cold_start)
+        return _run_one(engine, submits[0], readers[0], limits.request_timeout_s, cold_start, outlet)
     return _run_several(engine, submits, readers, limits.request_timeout_s, cold_start)
 
 
 async def _run_one(
-    engine: EngineGateway, submit: Submit, reader: OutputReader, timeout_s: float, cold_start: "ColdStart"
+    engine: EngineGateway,
+    submit: Submit,
+    reader: OutputReader,
+    timeout_s: float,
+    cold_start: "ColdStart",
+    outlet: Outlet | None,
 ) -> AsyncGenerator[Piece | None, None]:
     loop = asyncio.get_running_loop()
     end_s, warm_by_s = loop.time() + timeout_s, loop.time() + cold_start.timeout_s
-    async with aclosing(engine.follow(submit, min(KEEP_ALIVE_S, timeout_s, cold_start.timeout_s))) as events:
+    way = ShortWay(reader, outlet, loop.time, end_s - TIMER_GRAIN_S)
+    silence_s = min(KEEP_ALIVE_S, timeout_s, cold_start.timeout_s)
+    async with aclosing(engine.follow(submit, silence_s, way.take)) as events:
         async for event in events:
             now_s = loop.time() + TIMER_GRAIN_S
             if event is not None:
@@ -124,7 +138,7 @@ async def _run_one(
                 warm_by_s = math.inf
             if now_s >= end_s:
                 raise _too_long(timeout_s)
-            piece = None if event is None else reader.read(event)
+            piece = None if event is None else way.read(event)
             yield piece
             if piece is not None and piece.finish_reason is not None:
                 return

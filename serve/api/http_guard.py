@@ -8,15 +8,17 @@ connection is at any time idle, in answer, or under a deadline; what breaks a ru
 import asyncio
 import logging
 from collections import Counter, deque
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import httptools
 import orjson
+from starlette.types import Scope
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from serve.api.closing import ClosingTransport
+from serve.api.direct_body import offer
 from serve.api.request_head import MAX_HEADERS, check_head
 from serve.config import LimitsConfig
 from serve.errors import InvalidRequest, RateLimited, RequestTimeout, ServeError
@@ -145,6 +147,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         if error is not None:
             raise error
         super().on_headers_complete()
+        # its task has the same scope, and starts later
+        offer(self.cycle, cast(Scope, self.scope))
         self._open_cycles.append(self.cycle)
         self._in_head = False
         self._in_body = True

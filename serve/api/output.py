@@ -51,19 +51,26 @@ class OutputReader:
         skipped = token_bytes.special_ids - rules.shown_token_ids if rules.skip_special_tokens else frozenset()
         self._detokenizer = Detokenizer(token_bytes, skipped, at_text_start=at_text_start)
         self._stop = StopStrings(rules.stop, include_in_output=rules.include_stop)
+        # no stop string to look for: a token's text is shown as it is
+        self._is_plain = not rules.stop
         # a possible stop token whose text waits for the next event to say whether it was one
         self._held_token: int | None = None
         self._num_tokens = 0
 
     def read(self, event: Started | Tokens | Finished) -> Piece:
         """Return what this event adds."""
+        if isinstance(event, Tokens):
+            return self._take(event)
         if isinstance(event, Started):
             return Piece(self._index, started=event)
-        if isinstance(event, Finished):
-            return self._finish(event)
-        return self._take(event)
+        return self._finish(event)
 
     def _take(self, event: Tokens) -> Piece:
+        if self._is_plain and self._held_token is None and len(event.token_ids) == 1:
+            (token_id,) = event.token_ids
+            if token_id not in self._rules.stop_token_ids:
+                self._num_tokens += 1
+                return Piece(self._index, self._detokenizer.feed_one(token_id), event.token_ids, event.logprobs or ())
         text = ""
         for count, token_id in enumerate(event.token_ids, start=1):
             text += self._release_held()
@@ -91,7 +98,7 @@ class OutputReader:
         return "" if token_id is None else self._show(token_id)
 
     def _show(self, token_id: int) -> str:
-        text = self._detokenizer.feed((token_id,))
+        text = self._detokenizer.feed_one(token_id)
         # text from before `min_tokens` stops nothing
         return text if self._num_tokens <= self._rules.min_tokens else self._stop.feed(text)
 

@@ -4,6 +4,7 @@ Owns the queue between the two, bounded in length and in the time nobody reads i
 in order and then exactly one end: `Finished`, `Embedded` or one `ServeError`; what comes after the end is dropped.
 
 A token costs the reader one wake-up and no timer: one timer per sequence looks, when it comes, how long it was silent.
+While the reader waits for its next event, `take` is offered a token first, and what it takes costs no wake-up either.
 """
 
 import asyncio
@@ -28,6 +29,8 @@ from serve.messages import Embedded, Failed, Finished, Started, Tokens
 from serve.metrics import RequestMeter
 
 StreamEvent = Started | Tokens | Embedded | Finished
+# takes an event in its reader's place, which waits for it; False: it has not, and the reader gets it
+Take = Callable[[Tokens], bool]
 
 # about 64 KiB of plain tokens; a client that is this far behind is not reading
 MAX_UNREAD_EVENTS = 4096
@@ -50,9 +53,10 @@ _ERRORS_BY_STATUS: dict[int, type[ServeError]] = {
 class RequestStream:
     """The events of one sequence, written by the socket's reader and read by one request."""
 
-    def __init__(self, clock: Callable[[], float], meter: RequestMeter) -> None:
+    def __init__(self, clock: Callable[[], float], meter: RequestMeter, take: Take | None = None) -> None:
         self._clock = clock
         self._meter = meter
+        self._take = take
         self._events: deque[StreamEvent] = deque()
         self._error: ServeError | None = None
         self._read_at = clock()
@@ -70,10 +74,12 @@ class RequestStream:
         if isinstance(event, Failed):
             self.fail(error_from(event))
             return
+        self._meter.saw(event)
+        if isinstance(event, Tokens) and self._is_taken(event):
+            return
         if not self._events:
             self._read_at = self._clock()
         self._events.append(event)
-        self._meter.saw(event)
         self.has_ended = isinstance(event, Finished | Embedded)
         self._wake(has_news=True)
 
@@ -143,6 +149,14 @@ class RequestStream:
             return await self._waiter
         finally:
             self._waiter = None
+
+    def _is_taken(self, event: Tokens) -> bool:
+        """Offer tokens to `take`, which is only in order while the reader has seen everything and waits."""
+        if self._take is None or self._waiter is None or self._waiter.done() or not self._take(event):
+            return False
+        assert self._loop is not None, "whoever waits knows its loop"
+        self._waits_from_s = self._loop.time()
+        return True
 
     def _wake(self, *, has_news: bool) -> None:
         if self._waiter is not None and not self._waiter.done():

@@ -14,9 +14,11 @@ import msgspec
 from fastapi.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from serve.api.direct_body import DirectBody, direct_body
 from serve.api.disconnect import wait_for_disconnect
 from serve.api.errors import error_body
 from serve.api.request_log import RequestRecord
+from serve.api.short_way import Outlet
 from serve.api.slow_send import SlowSend
 from serve.errors import ServeError
 
@@ -46,6 +48,25 @@ class ChunkFrames:
         """Return the event of one choice."""
         return self._begin + self._encoder.encode(choice) + self._end
 
+    def text_frames(self, choice: object) -> "TextFrames":
+        """Return the events of a choice that differ in a text only; it stands as "", once, in `choice`."""
+        begin, end = self.frame(choice).removeprefix(self._begin).split(b'""')
+        return TextFrames(self._begin + begin, end)
+
+
+class TextFrames:
+    """The events of one choice that differ in a text only."""
+
+    def __init__(self, begin: bytes, end: bytes) -> None:
+        """Prepare: what stands before the text's JSON, and after it."""
+        self._begin = begin
+        self._end = end
+        self._encode = msgspec.json.Encoder().encode
+
+    def frame(self, text: str) -> bytes:
+        """Return the event with this text."""
+        return b"%b%b%b" % (self._begin, self._encode(text), self._end)
+
 
 def data_frame(value: object) -> bytes:
     """Return one event."""
@@ -71,28 +92,39 @@ class EventStream(Response):
     """Sends frames as they come; closes them when the client leaves or reads nothing for `send_timeout_s`."""
 
     def __init__(
-        self, frames: AsyncGenerator[bytes, None], headers: Mapping[str, str], *, send_timeout_s: float
+        self,
+        frames: AsyncGenerator[bytes, None],
+        headers: Mapping[str, str],
+        *,
+        send_timeout_s: float,
+        outlet: Outlet | None = None,
     ) -> None:
+        """Prepare; frames may leave by `outlet` too, while `frames` is waited for and the connection takes them."""
         super().__init__(headers={**_HEADERS, **headers})
         # the length is not known, and the empty body's one would be wrong
         del self.headers["content-length"]
         self._frames = frames
         self._send_timeout_s = send_timeout_s
+        self._outlet = outlet
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve the stream."""
-        sending = asyncio.ensure_future(self._send_all(send))
+        sending = asyncio.ensure_future(self._send_all(send, direct_body(scope)))
         gone = asyncio.ensure_future(wait_for_disconnect(receive))
         try:
             await asyncio.wait((sending, gone), return_when=asyncio.FIRST_COMPLETED)
         finally:
+            if self._outlet is not None:
+                self._outlet.close()
             sending.cancel()
             gone.cancel()
             await asyncio.gather(sending, gone, return_exceptions=True)
 
-    async def _send_all(self, send: Send) -> None:
+    async def _send_all(self, send: Send, body: DirectBody | None) -> None:
         async with aclosing(self._frames):
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            if self._outlet is not None:
+                self._outlet.open(body)
             # a client that does not read: cancelled here, and uvicorn closes the unfinished answer
             with SlowSend(self._send_timeout_s) as slow:
                 async for frame in self._frames:

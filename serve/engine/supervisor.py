@@ -171,7 +171,8 @@ class EngineSupervisor:
 
     def _events(self, events: list[Event]) -> None:
         self._watchdog.heard()
-        for event in events:
+        # how a start went is told once, before all else
+        for event in events if self._watchdog.state is EngineState.STARTING else ():
             if isinstance(event, StartFailed):
                 self._start_error = event.message
             elif isinstance(event, Ready):

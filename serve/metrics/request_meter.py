@@ -5,10 +5,11 @@ Owns what is observed per request. Invariant: no histogram has an adapter's name
 
 from collections.abc import Callable
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import CollectorRegistry, Counter
 
 from serve.messages import Embedded, Finished, Started, Tokens
 from serve.metrics.adapter_usage import AdapterNames, AdapterUsage
+from serve.metrics.histogram import LoopHistogram
 from serve.metrics.names import REQUEST_BUCKETS, TOKEN_BUCKETS, TTFT_BUCKETS
 
 _SECONDS = (
@@ -32,9 +33,11 @@ class RequestInstruments:
         self.usage = AdapterUsage()
         self.names = AdapterNames(clock)
         self.seconds = {
-            key: Histogram(name, f"Seconds: {key}.", buckets=buckets, registry=registry)
+            key: LoopHistogram(name, f"Seconds: {key}.", buckets=buckets, registry=registry)
             for key, name, buckets in _SECONDS
         }
+        # of every token
+        self.itl = self.seconds["itl"]
         self.finished = Counter(
             "chorale_requests_finished", "Ended sequences by reason.", ["reason"], registry=registry
         )
@@ -56,12 +59,11 @@ class RequestMeter:
     def saw(self, event: Started | Tokens | Embedded | Finished) -> None:
         """Take one event of the sequence as it arrives from the engine."""
         self._to.has_changed = True
-        now = self._to.clock()
-        if isinstance(event, Started):
+        if isinstance(event, Tokens):
+            self._saw_tokens(len(event.token_ids), self._to.clock())
+        elif isinstance(event, Started):
             self._queue_s = event.queue_s
             self._to.seconds["queue"].observe(event.queue_s)
-        elif isinstance(event, Tokens):
-            self._saw_tokens(len(event.token_ids), now)
         else:
             self.close(str(event.reason) if isinstance(event, Finished) else "embed")
 
@@ -89,6 +91,6 @@ class RequestMeter:
             self._to.seconds["ttft"].observe(ttft_s)
             self._to.seconds["prefill"].observe(max(0.0, ttft_s - self._queue_s))
         else:
-            self._to.seconds["itl"].observe(now - self._last_token_at)
+            self._to.itl.observe(now - self._last_token_at)
         self._last_token_at = now
         self._num_tokens += num_tokens

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from serve.adapter_messages import AdapterDone, AskReady, EvictAdapter, PinAdapter, Question, UnpinAdapter
 from serve.api.adapter_desk import AdapterDesk
 from serve.api.engine_gateway import SequenceEvent
+from serve.api.request_stream import Take
 from serve.errors import EngineLoading, ServeError
 from serve.messages import (
     Command,
@@ -157,8 +158,10 @@ class FakeEngine:
             if not has_ended:
                 self.aborted.append(submit.request_id)
 
-    async def follow(self, submit: Submit, silence_s: float) -> AsyncGenerator[SequenceEvent | None, None]:
-        """Yield the scripted tokens, and None after each silence."""
+    async def follow(
+        self, submit: Submit, silence_s: float, take: Take | None = None
+    ) -> AsyncGenerator[SequenceEvent | None, None]:
+        """Yield the scripted tokens but for those that `take` takes, and None after each silence."""
         async with aclosing(self.generate(submit)) as events:
             waiting: asyncio.Future[SequenceEvent] | None = None
             try:
@@ -173,7 +176,9 @@ class FakeEngine:
                         event = done.result()
                     except StopAsyncIteration:
                         return
-                    yield event
+                    # whoever follows waits here, so it has seen everything before
+                    if not (isinstance(event, Tokens) and take is not None and take(event)):
+                        yield event
             finally:
                 if waiting is not None:
                     waiting.cancel()
