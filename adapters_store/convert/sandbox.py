@@ -32,7 +32,7 @@ _SET_NO_NEW_PRIVS, _SET_DUMPABLE = 38, 4
 _CAPSET = {"x86_64": 126, "aarch64": 91}
 _CAPABILITIES_VERSION_3 = 0x20080522
 _NOBODY = 65534
-# as far as the engine's own loaders: an upload takes what the steps leave, and a part of what they want
+# an upload takes what the server's steps leave, and a part of what they want
 _NICENESS = 5
 
 

@@ -17,7 +17,7 @@ import torch
 # large enough that torch splits the addition over all threads, which starts them
 _WAKING_ELEMENTS = 1 << 22
 # how much nicer than the steps their helpers are: a load takes what the steps leave, and a part of what they want
-_HELPER_NICENESS = 5
+_HELPER_NICENESS = 10
 _MAX_NICENESS = 19
 
 
