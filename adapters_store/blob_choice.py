@@ -32,7 +32,7 @@ def open_cache(root: Path, blobs_url: str | None, *, cache_bytes: int) -> "BlobC
     """
     if blobs_url is None:
         return None
-    objects = _open_objects(blobs_url)
+    objects = open_objects(blobs_url)
     # behind the check: it needs the client too
     from adapters_store.blob_cache import BlobCache  # noqa: PLC0415
 
@@ -41,13 +41,14 @@ def open_cache(root: Path, blobs_url: str | None, *, cache_bytes: int) -> "BlobC
 
 def open_journal(blobs_url: str, name: str) -> ChangeLog:
     """Return a journal that lies in an object store; raises InvalidOption."""
-    objects = _open_objects(blobs_url)
+    objects = open_objects(blobs_url)
     from adapters_store.object_journal import ObjectJournal  # noqa: PLC0415
 
     return ObjectJournal(objects, name)
 
 
-def _open_objects(blobs_url: str) -> "ObjectStore":
+def open_objects(blobs_url: str) -> "ObjectStore":
+    """Return an object store; raises InvalidOption if the URL cannot be used or the client is not installed."""
     try:
         from adapters_store.object_store import ObjectStore  # noqa: PLC0415
     except ModuleNotFoundError as error:

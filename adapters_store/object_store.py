@@ -118,6 +118,20 @@ class ObjectStore:
         stamped = self.get(key, max_bytes=max_bytes)
         return None if stamped is None else stamped.rpartition(b"\n")[0]
 
+    def put(self, key: str, data: bytes) -> None:
+        """Write a small object, whatever was there; raises StoreAway."""
+        with _away():
+            obstore.put(self._store, key, data, use_multipart=False)
+
+    def copy(self, source: str, target: str) -> None:
+        """Copy an object inside the store, whatever was there; raises FileNotFoundError, StoreAway."""
+        try:
+            obstore.copy(self._pieces, source, target)
+        except (NotFoundError, FileNotFoundError):
+            raise FileNotFoundError(source) from None
+        except (BaseError, OSError) as error:
+            raise StoreAway() from error
+
     def put_file(self, key: str, path: Path) -> None:
         """Write a file's bytes as an object, whatever was there; raises StoreAway, StorageFailed."""
         with storage_errors(), path.open("rb") as file, _away():

@@ -10,6 +10,7 @@ import re
 import uuid
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import Protocol
 
 from adapters_store.errors import StorageFailed, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
@@ -20,6 +21,27 @@ _MAX_BYTES = 1 << 20
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 
 Pins = tuple[str, ...]
+
+
+class PinStore(Protocol):
+    """The digests of a store's pins, wherever they lie. Thread-safe."""
+
+    def read(self) -> Pins:
+        """Return the pins, oldest first; raises StorageFailed."""
+        ...
+
+    def add(self, digest: str) -> None:
+        """Keep a pin; raises StorageFailed, StoreFull."""
+        ...
+
+    def discard(self, digests: Collection[str]) -> None:
+        """Forget pins, those that there are; raises StorageFailed, StoreFull."""
+        ...
+
+
+def is_digest(text: str) -> bool:
+    """Say whether a text can be an adapter's digest."""
+    return _DIGEST.match(text) is not None
 
 
 class PinsFile:
@@ -79,7 +101,7 @@ class PinsFile:
             with open_regular(self._path) as file:
                 facts = json.loads(file.read(_MAX_BYTES))
             pins = facts.pop("pins")
-            if facts or not all(_DIGEST.match(digest) for digest in pins):
+            if facts or not all(map(is_digest, pins)):
                 raise ValueError("another form")
             return tuple(dict.fromkeys(pins))
         except (ValueError, TypeError, KeyError, AttributeError) as error:

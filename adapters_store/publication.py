@@ -24,12 +24,13 @@ from adapters_store.manifest import Manifest
 from adapters_store.names import check_stored_name, owner_of
 from adapters_store.proof import NotProbed, Probe, Proof, Staged
 from adapters_store.quotas import OwnerQuota, check_quota
-from adapters_store.registry import AdapterVersion, BaseFacts, NewVersion, Registry, base_facts, fits
+from adapters_store.registry import AdapterVersion, BaseFacts, Held, NewVersion, Registry, base_facts, fits
 from adapters_store.seals import Seals
 from adapters_store.signatures import OpenGate, SignatureGate
 from adapters_store.staging import Staging, hold
 from adapters_store.steering import older_than
-from adapters_store.upload import Upload
+from adapters_store.upload import Upload, Wish
+from adapters_store.version_errors import PublishedMeanwhile
 
 # a retired version's bytes stay this long for requests that were already accepted under its digest
 GRACE_S = 3600.0
@@ -139,12 +140,18 @@ class Publication:
                     if new.proof is None:
                         self._blobs.publish(upload.object, new.digest)
                 self.check_name(name)
-                version = self._registry.publish(new, check=partial(check_quota, self.quota, name, new.num_bytes))
+                version = self._registry.publish(new, check=partial(self._check_new, new, upload.wish))
         except BaseException:
             self._abandon(upload, new.digest)
             raise
         self._retire_old(name)
         return version
+
+    def _check_new(self, new: NewVersion, wish: Wish, held: Held) -> None:
+        """Decide with nothing else changing; raises PublishedMeanwhile, OwnerFull."""
+        if wish.once and any(version.digest == new.digest for version in held.versions(new.name)):
+            raise PublishedMeanwhile(f"'{new.name}' has a version of these bytes already")
+        check_quota(self.quota, new.name, new.num_bytes, held)
 
     def _retire_old(self, name: str) -> None:
         if self.keep_versions is not None:

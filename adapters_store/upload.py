@@ -75,10 +75,14 @@ class PartWriter:
 
 @dataclass(frozen=True, slots=True)
 class Wish:
-    """What the uploader wants besides the bytes: `by` names them, `staged` leaves the name where it is."""
+    """What the uploader wants besides the bytes.
+
+    `by` names them, `staged` leaves the name where it is, `once`: no second version of the same bytes.
+    """
 
     by: str = ""
     staged: bool = False
+    once: bool = False
 
 
 class Upload:

@@ -3,7 +3,7 @@
 Owns classes only, of the tree in `errors.py`. Invariant: as there.
 """
 
-from adapters_store.errors import AdapterRefused
+from adapters_store.errors import AdapterRefused, StoreError
 
 
 class AdapterInUse(AdapterRefused):
@@ -18,6 +18,12 @@ class NothingBefore(AdapterRefused):
 
     http_status = 409
     default_code = "no_previous_version"
+
+
+class PublishedMeanwhile(StoreError):
+    """The name has a version of these very bytes, and its uploader wanted one of them only."""
+
+    default_code = "published_meanwhile"
 
 
 class SignatureInvalid(AdapterRefused):

@@ -42,6 +42,9 @@ CREATE TABLE IF NOT EXISTS files (
     purpose TEXT NOT NULL, num_bytes INTEGER NOT NULL, expires REAL, facts TEXT NOT NULL
 );
 CREATE INDEX IF NOT EXISTS files_by_tenant ON files (tenant);
+CREATE TABLE IF NOT EXISTS turns (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, job TEXT NOT NULL UNIQUE, holder TEXT NOT NULL, until REAL NOT NULL
+);
 """
 
 Answer = TypeVar("Answer")

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from adapters_store.errors import UploadTooLarge, storage_errors
-from adapters_store.file_system import FileSystem, open_regular
+from adapters_store.errors import StoreAway, UploadTooLarge, storage_errors
+from adapters_store.file_system import FileSystem
 from adapters_store.jobs.data_check import check_data
 from adapters_store.jobs.database import TrainingRows
 from adapters_store.jobs.folders import TrainingFolders
@@ -170,18 +170,17 @@ class DataFiles:
         return JobPage(tuple(found[:limit]), len(found) > limit)
 
     def open(self, file: DataFile) -> BinaryIO:
-        """Open a file's bytes; raises DataFileNotFound if it was deleted meanwhile."""
+        """Open a file's bytes; raises DataFileNotFound if it was deleted meanwhile, StorageFailed."""
         try:
-            return open_regular(self._folders.data_files / file.id, is_trusted=True)
-        except OSError:
+            return self._folders.open_data(file.id)
+        except FileNotFoundError:
             raise DataFileNotFound(f"there is no file {ascii(file.id)[:80]}") from None
 
     def delete(self, file_id: str, tenant: str | None) -> None:
         """Forget a file; jobs that were made with it keep theirs. Raises DataFileNotFound."""
         found = self.get(file_id, tenant)
         self._database.write(lambda db: db.execute("DELETE FROM files WHERE id = ?", (found.id,)))
-        with suppress(OSError):
-            self._files.unlink(self._folders.data_files / found.id)
+        self._folders.remove_data(found.id)
 
     def known_ids(self) -> set[str]:
         """Return all ids, those of expired files left out, which are forgotten by this."""
@@ -194,10 +193,7 @@ class DataFiles:
 
     def _insert(self, path: Path, new: DataFile, max_tenant_bytes: int | None) -> DataFile:
         file_id, now = new.id or new_id("file-"), self._database.clock()
-        target = self._folders.data_files / file_id
-        with storage_errors():
-            self._files.rename(path, target)
-            self._files.sync_dir(self._folders.data_files)
+        self._folders.keep_data(path, file_id)
         facts = {"filename": new.filename, "summary": None if new.summary is None else asdict(new.summary)}
         expires = None if new.expires is None else now + new.expires
         values = (file_id, new.tenant, now, new.purpose, new.num_bytes, expires, json.dumps(facts))
@@ -209,9 +205,11 @@ class DataFiles:
 
         try:
             self._database.write(insert)
+        except StoreAway:
+            # the row may be there: bytes without one go with a sweep, a row without bytes would stay
+            raise
         except BaseException:
-            with suppress(OSError):
-                self._files.unlink(target)
+            self._folders.remove_data(file_id)
             raise
         return self.get(file_id, new.tenant)
 

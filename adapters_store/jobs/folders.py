@@ -1,4 +1,4 @@
-"""Where the trainer's files lie under the store: data files, what is arriving, and a folder per job.
+"""Where the trainer's files lie: data files, what is arriving, and a folder per job.
 
     training/staging/<random>/       a data file on its way in; gone when its owner is
     training/files/<file id>         a data file, never changed
@@ -6,8 +6,9 @@
     training/jobs/<job id>/run-<n>/  what the worker with fencing token n writes, and nobody else
     training/jobs/<job id>/exports/  adapters that wait to be published
 
-Owns these paths and the moves between them. Invariant: taking over a run renames its folder, so a worker whose token is
-void finds nothing to write to; an export appears whole or not at all.
+Owns these paths and the moves between them; where machines share an object store and no folder, `shared_folders.py` has
+the same moves. Invariant: taking over a run renames its folder, so a worker whose token is void finds nothing to write
+to; an export appears whole or not at all.
 """
 
 import os
@@ -16,17 +17,17 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from adapters_store.errors import StorageFailed, storage_errors
 from adapters_store.file_system import FileSystem, open_regular
+from adapters_store.jobs.foreign_tree import copy_foreign
 from adapters_store.jobs.job import ENDED, JobState
 from adapters_store.locks import lock_folder
 from adapters_store.object_files import OBJECT_FILES
 
 # what no row names and is older than this was left by a crash
-_ORPHAN_S = 3600.0
-_MAX_EXPORT_FILES = 512
-_COPY_BYTES = 1 << 20
+ORPHAN_S = 3600.0
 
 
 class TrainingFolders:
@@ -35,8 +36,8 @@ class TrainingFolders:
     def __init__(self, store_dir: Path, files: FileSystem | None = None) -> None:
         """Create what is missing; raises StorageFailed, StoreFull."""
         self.store_dir = store_dir
-        self.staging, self.data_files = store_dir / "training" / "staging", store_dir / "training" / "files"
-        self.jobs = store_dir / "training" / "jobs"
+        training = store_dir / "training"
+        self.staging, self.data_files, self.jobs = training / "staging", training / "files", training / "jobs"
         self._files = files or FileSystem()
         with storage_errors():
             for folder in (self.staging, self.data_files, self.jobs):
@@ -49,6 +50,24 @@ class TrainingFolders:
     def inputs(self, job_id: str) -> Path:
         """Return the folder of what a job reads."""
         return self.job(job_id) / "inputs"
+
+    def keep_data(self, path: Path, file_id: str) -> None:
+        """Keep a whole data file under its id; durable when this returns. Raises StorageFailed, StoreFull."""
+        with storage_errors():
+            self._files.rename(path, self.data_files / file_id)
+            self._files.sync_dir(self.data_files)
+
+    def open_data(self, file_id: str) -> BinaryIO:
+        """Open a data file; raises FileNotFoundError, StoreError."""
+        try:
+            return open_regular(self.data_files / file_id, is_trusted=True)
+        except OSError as error:
+            raise FileNotFoundError(file_id) from error
+
+    def remove_data(self, file_id: str) -> None:
+        """Remove a data file; what cannot be removed now is left to the next sweep."""
+        with suppress(OSError):
+            self._files.unlink(self.data_files / file_id)
 
     def make_job(self, job_id: str, files: Mapping[str, str], adapters: Mapping[str, str]) -> None:
         """Create a job's folder with what it reads.
@@ -104,7 +123,7 @@ class TrainingFolders:
             if target.is_dir():
                 return f"exports/{name}"
             shutil.rmtree(partial, ignore_errors=True)
-            _copy_tree(exported, partial, self._files)
+            copy_foreign(self.job(job_id), exported, partial, self._files)
             try:
                 os.rename(partial, target)
             except OSError:
@@ -115,12 +134,32 @@ class TrainingFolders:
             self._files.sync_dir(exports)
         return f"exports/{name}"
 
+    def is_run_shared(self, job_id: str, token: int) -> bool:
+        """Return whether `share_run` has nothing to do."""
+        return True
+
+    def share_run(self, job_id: str, token: int) -> None:
+        """See that what a run has saved outlives this machine, as in a shared folder it does; raises StoreError."""
+
+    def share_export(self, job_id: str, export: str) -> None:
+        """See that an export can be published anywhere, as from a shared folder it can; raises StoreError."""
+
+    def bring_export(self, job_id: str, export: str) -> Path:
+        """Return the folder of an export, as it is here; raises FileNotFoundError, StoreError."""
+        return self.job(job_id) / export
+
+    def leave_job(self, job_id: str) -> None:
+        """Say that this process needs nothing of a job any more. Folders that are shared stay until a sweep."""
+
     def lock_job(self, job_id: str) -> int | None:
         """Take a job folder's lock and return the descriptor that holds it; None if somebody else has it."""
         try:
             return lock_folder(self.job(job_id))
         except FileNotFoundError:
             return None
+
+    def close(self) -> None:
+        """Give back what this process alone uses: nothing."""
 
     def remove_job(self, job_id: str) -> None:
         """Remove a job's folder; what cannot be removed now is left to the next sweep."""
@@ -160,7 +199,7 @@ class TrainingFolders:
 
 def _is_old(path: Path) -> bool:
     with suppress(FileNotFoundError):
-        return time.time() - path.stat().st_mtime > _ORPHAN_S
+        return time.time() - path.stat().st_mtime > ORPHAN_S
     return False
 
 
@@ -182,24 +221,3 @@ def _copy(source: Path, target: Path) -> None:
         if isinstance(error.__cause__, FileNotFoundError):
             raise error.__cause__ from None
         raise
-
-
-def _copy_tree(source: Path, target: Path, files: FileSystem) -> None:
-    """Copy a flat or nested folder of regular files durably; raises OSError, StorageFailed."""
-    files.make_dir(target)
-    entries = sorted(os.scandir(source), key=lambda entry: entry.name)
-    if len(entries) > _MAX_EXPORT_FILES:
-        raise StorageFailed(f"the exported adapter has {len(entries)} files; the limit is {_MAX_EXPORT_FILES}")
-    for entry in entries:
-        if entry.is_dir(follow_symlinks=False):
-            _copy_tree(Path(entry.path), target / entry.name, files)
-            continue
-        with open_regular(Path(entry.path)) as file:
-            descriptor = files.create(target / entry.name)
-            try:
-                while chunk := file.read(_COPY_BYTES):
-                    files.write(descriptor, chunk)
-            finally:
-                files.close(descriptor)
-        files.sync_file(target / entry.name)
-    files.sync_dir(target)

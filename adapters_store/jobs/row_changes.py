@@ -13,7 +13,7 @@ from adapters_store.errors import StorageFailed
 from adapters_store.json_values import flag, integer, json_list, json_object, text
 from adapters_store.strict_json import Json, canonical_json
 
-TABLES = ("jobs", "events", "checkpoints", "files")
+TABLES = ("jobs", "events", "checkpoints", "files", "turns")
 # each change of a table leaves its rows' numbers here, until `forget_changes`
 _WATCH = """
 CREATE TEMP TABLE changed (name TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (name, number));

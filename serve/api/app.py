@@ -14,7 +14,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.responses import HTMLResponse
 
-from adapters_store.pins import PinsFile
+from adapters_store.shared_pins import open_pins
 from adapters_store.store import AdapterStore
 from serve.api import (
     adapter_files,
@@ -148,8 +148,8 @@ def _build_state(
         version=_version(),
         started=int(time.time()),
         drain=drain,
-        training=TrainingDesk.open(config.store_dir),
-        pins=PinKeeper(PinsFile(config.store_dir), engine, store.check_digest),
+        training=TrainingDesk.open(config.store_dir, config.blobs_url),
+        pins=PinKeeper(open_pins(config.store_dir, config.blobs_url), engine, store.check_digest),
     )
 
 

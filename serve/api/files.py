@@ -3,7 +3,6 @@
 Owns the JSON of a file. Invariant: a file that can be listed was checked to its last line.
 """
 
-import asyncio
 from collections.abc import AsyncIterator
 from typing import Annotated, BinaryIO, Literal
 
@@ -16,6 +15,7 @@ from serve.api.data_upload import receive_data_file
 from serve.api.errors import error_responses
 from serve.api.multipart import read_boundary
 from serve.api.state import api_state
+from serve.api.training_desk import TrainingDesk
 from serve.tenants.audit import AuditEvent
 
 Json = dict[str, object]
@@ -75,7 +75,7 @@ async def list_files(
         files = state.training.files
         return files.page(state.tenant, purpose=purpose, after=after, limit=limit, newest_first=is_newest_first)
 
-    page = await asyncio.to_thread(read)
+    page = await state.training.ask(read)
     ids = [file.id for file in page.items]
     return {
         "object": "list",
@@ -90,7 +90,7 @@ async def list_files(
 async def retrieve(request: Request, file_id: str) -> Json:
     """Return one file's facts."""
     state = api_state(request)
-    return file_json(await asyncio.to_thread(state.training.files.get, file_id, state.tenant))
+    return file_json(await state.training.ask(state.training.files.get, file_id, state.tenant))
 
 
 @router.get("/{file_id}/content", response_class=Response, responses={200: {"content": _CONTENT}})
@@ -102,16 +102,16 @@ async def content(request: Request, file_id: str) -> Response:
         file = state.training.files.get(file_id, state.tenant)
         return file, state.training.files.open(file)
 
-    file, stream = await asyncio.to_thread(opened)
+    file, stream = await state.training.ask(opened)
     headers = {"content-length": str(file.num_bytes), "cache-control": "private, no-cache"}
-    return StreamingResponse(_pieces(stream), 200, headers, "application/octet-stream")
+    return StreamingResponse(_pieces(state.training, stream), 200, headers, "application/octet-stream")
 
 
 @router.delete("/{file_id}")
 async def delete(request: Request, file_id: str) -> Json:
     """Forget a file; jobs that were made with it keep what they read."""
     state = api_state(request)
-    await asyncio.to_thread(state.training.files.delete, file_id, state.tenant)
+    await state.training.ask(state.training.files.delete, file_id, state.tenant)
     await state.record(AuditEvent.DATA_FILE, file_id, "deleted")
     return {"id": file_id, "object": "file", "deleted": True}
 
@@ -130,7 +130,7 @@ def file_json(file: DataFile) -> Json:
     }
 
 
-async def _pieces(stream: BinaryIO) -> AsyncIterator[bytes]:
+async def _pieces(desk: TrainingDesk, stream: BinaryIO) -> AsyncIterator[bytes]:
     with stream:
-        while piece := await asyncio.to_thread(stream.read, _PIECE_BYTES):
+        while piece := await desk.ask(stream.read, _PIECE_BYTES):
             yield piece

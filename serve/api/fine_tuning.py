@@ -4,7 +4,6 @@ Owns the JSON of jobs, events and checkpoints, as OpenAI's clients read it. Inva
 a paused job is shown as queued, and one that is being published as running.
 """
 
-import asyncio
 import re
 from typing import Annotated
 
@@ -50,7 +49,7 @@ async def list_jobs(request: Request, after: _After = None, limit: _Limit = 20) 
         jobs = state.training.jobs
         return jobs.page(state.tenant, after=after, limit=limit, metadata=wanted, without_metadata=is_null)
 
-    page = await asyncio.to_thread(read)
+    page = await state.training.ask(read)
     return _list_of([job_json(job) for job in page.items], page.has_more)
 
 
@@ -58,14 +57,14 @@ async def list_jobs(request: Request, after: _After = None, limit: _Limit = 20) 
 async def retrieve(request: Request, job_id: str) -> Json:
     """Return one job."""
     state = api_state(request)
-    return job_json(await asyncio.to_thread(state.training.jobs.get, job_id, state.tenant))
+    return job_json(await state.training.ask(state.training.jobs.get, job_id, state.tenant))
 
 
 @router.post("/{job_id}/cancel")
 async def cancel(request: Request, job_id: str) -> Json:
     """End a job for good; checkpoints that were published stay."""
     state = api_state(request)
-    job = await asyncio.to_thread(state.training.jobs.cancel, job_id, state.tenant)
+    job = await state.training.ask(state.training.jobs.cancel, job_id, state.tenant)
     await state.record(AuditEvent.TRAINING, job.id, "cancelled")
     return job_json(job)
 
@@ -74,14 +73,14 @@ async def cancel(request: Request, job_id: str) -> Json:
 async def pause(request: Request, job_id: str) -> Json:
     """Let a job rest; it goes on from its last saved step when it is resumed."""
     state = api_state(request)
-    return job_json(await asyncio.to_thread(state.training.jobs.pause, job_id, state.tenant))
+    return job_json(await state.training.ask(state.training.jobs.pause, job_id, state.tenant))
 
 
 @router.post("/{job_id}/resume")
 async def resume(request: Request, job_id: str) -> Json:
     """Queue a paused job again."""
     state = api_state(request)
-    return job_json(await asyncio.to_thread(state.training.jobs.resume, job_id, state.tenant))
+    return job_json(await state.training.ask(state.training.jobs.resume, job_id, state.tenant))
 
 
 @router.get("/{job_id}/events")
@@ -92,7 +91,7 @@ async def list_events(request: Request, job_id: str, after: _After = None, limit
     def read() -> JobPage[JobEvent]:
         return state.training.jobs.events(job_id, state.tenant, after=after, limit=limit)
 
-    page = await asyncio.to_thread(read)
+    page = await state.training.ask(read)
     return _list_of([_event_json(event) for event in page.items], page.has_more)
 
 
@@ -104,7 +103,7 @@ async def list_checkpoints(request: Request, job_id: str, after: _After = None, 
     def read() -> JobPage[Checkpoint]:
         return state.training.jobs.checkpoints(job_id, state.tenant, after=after, limit=limit)
 
-    page = await asyncio.to_thread(read)
+    page = await state.training.ask(read)
     return _list_of([_checkpoint_json(checkpoint) for checkpoint in page.items], page.has_more)
 
 

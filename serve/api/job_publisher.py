@@ -11,17 +11,17 @@ import csv
 import hashlib
 import io
 import logging
-import os
 import time
 from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
 
-from adapters_store.errors import AdapterNotFound, RegistryUnavailable, StoreAway, StoreError
+from adapters_store.errors import AdapterNotFound, RegistryUnavailable, StorageFailed, StoreAway, StoreError
 from adapters_store.jobs.exported import declared_by
 from adapters_store.jobs.job import JobError, NewEvent, Parcel
 from adapters_store.proof import Proving
 from adapters_store.registry import AdapterVersion
+from adapters_store.version_errors import PublishedMeanwhile
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.promotion import promote
 from serve.api.state import ApiState
@@ -67,8 +67,8 @@ class JobPublisher:
         now = time.monotonic()
         if now >= self._sweep_at:
             self._sweep_at = now + _SWEEP_S
-            await asyncio.to_thread(self._desk.sweep)
-        for parcel in await asyncio.to_thread(self._desk.outbox.parcels, ready.base_fingerprint):
+            await self._desk.ask(self._desk.sweep)
+        for parcel in await self._desk.ask(self._desk.outbox.parcels, ready.base_fingerprint):
             not_before, num_tries = self._later.get((parcel.job.id, parcel.step), (0.0, 0))
             if now >= not_before:
                 await self._deliver(parcel, num_tries)
@@ -92,34 +92,44 @@ class JobPublisher:
                 return
             self._later.pop(key, None)
             reason = JobError(error.code or "publication_failed", error.message)
-            await asyncio.to_thread(self._desk.outbox.refused, parcel, reason)
+            await self._desk.ask(self._refuse, parcel, reason)
             return
         if version is not None and self._state.door.tenancy is not None:
             detail = f"version {version.version} sha256:{version.digest}, trained by {parcel.job.id}"
             await self._state.door.tenancy.record(principal, AuditEvent.UPLOAD, version.name, detail)
 
+    def _refuse(self, parcel: Parcel, reason: JobError) -> None:
+        with self._desk.turns.taken(parcel.job.id) as is_ours:
+            # somebody else's turn: if it is published after all, it is
+            if is_ours and self._desk.outbox.is_waiting(parcel):
+                self._desk.outbox.refused(parcel, reason)
+
     def _publish(self, parcel: Parcel, view: OwnedAdapters, proving: Proving) -> AdapterVersion | None:
         """Publish one parcel in a thread; None if somebody else does or did."""
-        lock = self._desk.folders.lock_job(parcel.job.id)
-        if lock is None:
-            return None
-        try:
-            if not self._desk.outbox.is_waiting(parcel):
+        with self._desk.turns.taken(parcel.job.id) as is_ours:
+            if not is_ours or not self._desk.outbox.is_waiting(parcel):
                 return None
-            folder = self._desk.folders.job(parcel.job.id) / parcel.export
-            version = _published(view, parcel.model_name)
-            if version is None:
-                # not trusted: what trained it read a tenant's data
-                version = view.put_dir(parcel.model_name, folder, declared=declared_by(folder), proving=proving)
-            result_files: tuple[str, ...] = ()
-            if parcel.step is None:
-                for event in self._promote(parcel, view, folder, version, proving):
-                    self._desk.outbox.tell(parcel.job.id, event)
-                result_files = (self._keep_metrics(parcel),)
-            self._desk.outbox.published(parcel, result_files=result_files)
-            return version
-        finally:
-            os.close(lock)
+            try:
+                folder = self._desk.folders.bring_export(parcel.job.id, parcel.export)
+                return self._publish_from(folder, parcel, view, proving)
+            except FileNotFoundError as error:
+                raise StorageFailed("what the job has trained is gone; make the job again") from error
+            finally:
+                self._desk.folders.leave_job(parcel.job.id)
+
+    def _publish_from(self, folder: Path, parcel: Parcel, view: OwnedAdapters, proving: Proving) -> AdapterVersion:
+        version = _published(view, parcel.model_name)
+        if version is None:
+            # not trusted: what trained it read a tenant's data
+            declared = declared_by(folder)
+            version = view.put_dir(parcel.model_name, folder, declared=declared, proving=proving, once=True)
+        result_files: tuple[str, ...] = ()
+        if parcel.step is None:
+            for event in self._promote(parcel, view, folder, version, proving):
+                self._desk.outbox.tell(parcel.job.id, event)
+            result_files = (self._keep_metrics(parcel),)
+        self._desk.outbox.published(parcel, result_files=result_files)
+        return version
 
     def _promote(
         self, parcel: Parcel, view: OwnedAdapters, folder: Path, version: AdapterVersion, proving: Proving
@@ -127,10 +137,10 @@ class JobPublisher:
         promotion = parcel.job.new.promotion
         if promotion is None:
             return []
-        put = partial(view.put_dir, promotion.name, folder, declared=declared_by(folder), proving=proving)
+        put = partial(view.put_dir, promotion.name, folder, declared=declared_by(folder), proving=proving, once=True)
         try:
             return promote(promotion, parcel.job.metrics, view, version.digest, put)
-        except _AWAY:
+        except (*_AWAY, PublishedMeanwhile):
             # as long as the parcel waits, all of it is done again
             raise
         except (StoreError, ServeError) as error:

@@ -8,7 +8,7 @@ import asyncio
 import secrets
 from dataclasses import dataclass, replace
 
-from adapters_store.errors import AdapterNotFound
+from adapters_store.errors import AdapterNotFound, StoreAway
 from adapters_store.jobs.files import FINE_TUNE, DataFile
 from adapters_store.jobs.job import Job, NewJob, Promotion
 from adapters_store.jobs.job_errors import DataFileNotFound
@@ -46,7 +46,7 @@ async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
     if body.model != state.config.served_model_name:
         await _refuse_model(state, body.model)
     spec = read_spec(body)
-    training, validation = await asyncio.to_thread(_data_files, state, body)
+    training, validation = await state.training.ask(_data_files, state, body)
     sources = await asyncio.to_thread(_sources, state, spec)
     summary = training.summary
     assert summary is not None, "data files for training were checked"
@@ -70,7 +70,7 @@ async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
     )
     if body.promote is not None:
         new = _with_promotion(state, new, body.promote)
-    return await asyncio.to_thread(_queue, state, new, spec)
+    return await state.training.ask(_queue, state, new, spec)
 
 
 def read_spec(body: FineTuningRequest) -> TrainSpec:
@@ -184,13 +184,14 @@ def _queue(state: ApiState, new: NewJob, spec: TrainSpec) -> Job:
     adapters = {f"experts/{index}": new.sources[name] for index, name in enumerate(spec.experts)}
     adapters |= {f"disjoint/{index}": new.sources[name] for index, name in enumerate(spec.disjoint_with)}
     try:
-        for digest in adapters.values():
-            state.store.bring(digest)
         desk.folders.make_job(job_id, files, adapters)
         most = state.config.tenant_limits.max_training_jobs
         return desk.jobs.create(new, job_id=job_id, max_unfinished=most)
     except FileNotFoundError:
         raise DataFileNotFound("a file or an adapter of this job was deleted meanwhile") from None
+    except StoreAway:
+        # the row may be there: a folder without one goes with a sweep, a row without folder would fail
+        raise
     except BaseException:
         desk.folders.remove_job(job_id)
         raise

@@ -138,10 +138,21 @@ class OwnedAdapters:
         self._store.check_name(self._new(name))
 
     def put_dir(
-        self, name: str, folder: Path, *, proving: Proving, declared: Declared | None = None, staged: bool = False
+        self,
+        name: str,
+        folder: Path,
+        *,
+        proving: Proving,
+        declared: Declared | None = None,
+        staged: bool = False,
+        once: bool = False,
     ) -> AdapterVersion:
-        """Publish a folder of the server as this principal's; raises as `AdapterStore.put_dir`."""
-        wish, stored = Wish(by=self._by, staged=staged), self._new(name)
+        """Publish a folder of the server as this principal's; raises as `AdapterStore.put_dir`.
+
+        Args:
+            staged, once: as in `Wish`; PublishedMeanwhile is raised where there was one.
+        """
+        wish, stored = Wish(by=self._by, staged=staged, once=once), self._new(name)
         return self._show(self._store.put_dir(stored, folder, declared=declared, proving=proving, wish=wish))
 
     def owned_name(self, name: str) -> str:

@@ -1,8 +1,8 @@
-"""Keeps the operator's pins over restarts, and the same at all servers over one folder: the store's file is the wish.
+"""Keeps the operator's pins over restarts, and the same at all servers over one store: what is kept there is the wish.
 
-Owns the task that compares the file with what this server's engine holds. Invariants: a pin that was answered is in the
-file; what the file says is tried again and again, and what cannot be held here (no room, no such adapter, its signature
-does not count) stops nothing else and leaves the file alone.
+Owns the task that compares it with what this server's engine holds. Invariants: a pin that was answered is kept; the
+wish is tried again and again, and what cannot be held here (no room, no such adapter, its signature does not count)
+stops nothing else and leaves the wish alone.
 """
 
 import asyncio
@@ -12,7 +12,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Collection
 
 from adapters_store.errors import StoreError
-from adapters_store.pins import Pins, PinsFile
+from adapters_store.pins import Pins, PinStore
 from serve.api.engine_gateway import EngineGateway
 from serve.errors import ServeError
 
@@ -24,7 +24,7 @@ _POLL_S, _RETRY_S = 0.5, 30.0
 class PinKeeper:
     """The pins of one server. Event loop only."""
 
-    def __init__(self, pins: PinsFile, engine: EngineGateway, check: Callable[[str], None]) -> None:
+    def __init__(self, pins: PinStore, engine: EngineGateway, check: Callable[[str], None]) -> None:
         """Prepare.
 
         Args:
@@ -44,6 +44,8 @@ class PinKeeper:
         """Pin an adapter here, and keep that; raises what `AdapterDesk.pin` raises, StoreError."""
         async with self._changing:
             await self._engine.desk.pin(digest)
+            # until it is kept the next round compares everything, and takes back what is not
+            self._told = None
             await asyncio.to_thread(self._pins.add, digest)
             await self._settle()
 

@@ -51,7 +51,7 @@ async def _tell(state: ApiState) -> None:
     could_read = True
     while True:
         try:
-            state.metrics.observe_training(await asyncio.to_thread(summarise, state.training.jobs, time.time()))
+            state.metrics.observe_training(await state.training.ask(summarise, state.training.jobs, time.time()))
             could_read = True
         except StoreError as error:
             if could_read:

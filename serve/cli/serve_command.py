@@ -138,7 +138,7 @@ def serve(
     api = replace(api, store_dir=store, limits=limits, lora_roots=tuple(lora_root or ()), api_keys=tuple(api_key or ()))
     api = with_tenants(api, require_keys=require_keys, pepper_file=pepper_file, limits=tenant_limit or ())
     config = ServeConfig(api, _engine(flags), _same(_WATCHDOG, flags, _WATCH_FLAGS), _drain(flags))
-    run_beside(train_worker, store, model_dir, partial(run_server, config, preload=preload))
+    run_beside(train_worker, config, partial(run_server, config, preload=preload))
 
 
 def with_tenants(api: ApiConfig, *, require_keys: bool, pepper_file: Path | None, limits: Iterable[str]) -> ApiConfig:

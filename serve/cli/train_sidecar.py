@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from serve.cli.train_options import TrainWorker
+from serve.config import ServeConfig
 from serve.trainer.starting import check_extra
 
 logger = logging.getLogger(__name__)
@@ -24,17 +25,17 @@ _BACKOFF_S, _MAX_BACKOFF_S = 1.0, 60.0
 _HEALTHY_S = 60.0
 
 
-def run_beside(train_worker: TrainWorker, store_dir: Path, model_dir: Path, run_server: Callable[[], None]) -> None:
+def run_beside(train_worker: TrainWorker, config: ServeConfig, run_server: Callable[[], None]) -> None:
     """Run the server, with a training worker beside it if it is wanted; raises as the server, and StartError."""
     if train_worker is TrainWorker.OFF:
         run_server()
         return
-    with training_beside(store_dir, model_dir):
+    with training_beside(config.api.store_dir, config.engine.model_dir, config.api.blobs_url):
         run_server()
 
 
 @contextmanager
-def training_beside(store_dir: Path, model_dir: Path) -> Iterator[None]:
+def training_beside(store_dir: Path, model_dir: Path, blobs_url: str | None = None) -> Iterator[None]:
     """Keep a worker running for as long as the block does.
 
     Raises:
@@ -42,6 +43,8 @@ def training_beside(store_dir: Path, model_dir: Path) -> Iterator[None]:
     """
     check_extra()
     command = [sys.executable, "-m", "serve", "train-worker", "--store", str(store_dir), "--model", str(model_dir)]
+    if blobs_url is not None:
+        command += ["--blobs", blobs_url]
     level = logging.getLevelName(logging.getLogger().level).lower()
     sidecar = _Sidecar([*command, "--log-level", level])
     thread = threading.Thread(target=sidecar.keep_running, name="train worker", daemon=True)

@@ -12,6 +12,7 @@ import typer
 
 from adapters_store.priority import step_back
 from serve.cli import options
+from serve.cli.blob_options import BlobsUrl
 from serve.cli.operator_errors import one_line_errors
 from serve.cli.serve_command import start_logging
 from serve.cli.signing_extra import signer_of_exports
@@ -24,6 +25,7 @@ from serve.trainer.starting import check_extra, open_worker, wait_for_store, wor
 def train_worker(
     store: options.Store,
     model: options.Model,
+    blobs_url: BlobsUrl = None,
     device: TrainDevice = "cpu",
     num_threads: Threads = None,
     lease_s: LeaseS = 30.0,
@@ -56,9 +58,10 @@ def train_worker(
             # started by a server, it ends with it, also when that was killed
             return os.getppid() != parent
 
-        if not wait_for_store(store.absolute(), is_orphaned=is_orphaned):
+        # in an object store jobs lie in one place, whoever comes first
+        if blobs_url is None and not wait_for_store(store.absolute(), is_orphaned=is_orphaned):
             return
-        with open_worker(store.absolute(), config) as worker:
+        with open_worker(store.absolute(), config, blobs_url) as worker:
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, lambda *_: worker.stop())
             typer.echo(f"chorale train-worker ready {config.name}")

@@ -8,17 +8,17 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 
-from adapters_store.jobs.folders import TrainingFolders
 from adapters_store.jobs.queue_sqlite import SqliteJobQueue
-from adapters_store.jobs.rows_choice import is_store, open_rows
+from adapters_store.jobs.rows_choice import is_store, open_folders, open_rows
 from serve.errors import StartError
 from serve.model.spec import read_spec
+from serve.trainer.attempt import WorkerConfig
 from serve.trainer.child import child_environment, spawn_child
-from serve.trainer.worker import Worker, WorkerConfig
+from serve.trainer.worker import Worker
 
 _NEEDED = ("transformers", "peft", "accelerate", "safetensors")
 _STORE_POLL_S = 0.1
@@ -75,11 +75,9 @@ def wait_for_store(store_dir: Path, *, is_orphaned: Callable[[], bool]) -> bool:
 
 
 @contextmanager
-def open_worker(store_dir: Path, config: WorkerConfig) -> Iterator[Worker]:
-    """Open a store's jobs for one worker; raises StoreError."""
-    rows = open_rows(store_dir, time.time)
-    launch = partial(spawn_child, environment=child_environment(config.num_threads))
-    try:
-        yield Worker(config, SqliteJobQueue(rows), TrainingFolders(store_dir), launch)
-    finally:
-        rows.close()
+def open_worker(store_dir: Path, config: WorkerConfig, blobs_url: str | None = None) -> Iterator[Worker]:
+    """Open a store's jobs for one worker, in its folder or in the object store of this URL; raises StoreError."""
+    with closing(open_rows(store_dir, time.time, blobs_url)) as rows:
+        launch = partial(spawn_child, environment=child_environment(config.num_threads))
+        with closing(open_folders(store_dir, blobs_url)) as folders:
+            yield Worker(config, SqliteJobQueue(rows), folders, launch)

@@ -24,10 +24,11 @@ from adapters_store.jobs.outbox_sqlite import SqliteOutbox
 from adapters_store.jobs.queue_sqlite import MAX_LOST, SqliteJobQueue
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.strict_json import Json
+from serve.trainer.attempt import WorkerConfig
 from serve.trainer.child import Child
 from serve.trainer.walled_run import die_with, train_inside
 from serve.trainer.wire import RunRequest
-from serve.trainer.worker import Worker, WorkerConfig
+from serve.trainer.worker import Worker
 from tests.finetuning.training_store import BASE, new_job
 from tests.tiny_model import write_tiny_model
 

@@ -166,7 +166,7 @@ def test_states_change_only_along_their_arrows(store: TrainingStore) -> None:
     for change in (store.jobs.cancel, store.jobs.pause, store.jobs.resume):
         with pytest.raises(WrongJobState, match="is publishing"):
             change(job.id, "acme")
-    store.outbox.published(store.outbox.parcels(BASE)[0])
+    store.published(store.outbox.parcels(BASE)[0])
     ended = store.jobs.get(job.id, None)
     assert ended.state == JobState.SUCCEEDED
     assert ended.fine_tuned_model == ended.model_name and ended.finished is not None
@@ -195,8 +195,8 @@ def test_checkpoints_are_listed_once_published_and_never_of_a_cancelled_job(stor
         store.queue.add_checkpoint(held, step, f"exports/step-{step}", {"train_loss": 1.0 / step})
     assert store.jobs.checkpoints(job.id, "acme").items == ()
     first, second = store.outbox.parcels(BASE)
-    store.outbox.published(first)
-    store.outbox.refused(second, JobError("unsupported_adapter", "no"))
+    store.published(first)
+    store.refused(second, JobError("unsupported_adapter", "no"))
     (listed,) = store.jobs.checkpoints(job.id, "acme").items
     assert listed.model_name == f"{job.model_name}:ckpt-step-1" and listed.metrics == {"train_loss": 1.0}
     assert not store.outbox.is_waiting(first)
@@ -275,7 +275,7 @@ def test_random_histories_keep_one_holder_and_one_end(store: TrainingStore) -> N
         elif act == "wait":
             store.clock.now += LEASE_S * random_numbers.random()
         for parcel in store.outbox.parcels(BASE)[:1]:
-            store.outbox.published(parcel)
+            store.published(parcel)
         for job in store.jobs.page(None, limit=100).items:
             assert ended.get(job.id, job.state) == job.state
             if job.state in ENDED:

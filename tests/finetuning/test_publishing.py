@@ -35,17 +35,19 @@ ACME = Principal("acme", frozenset(), "key")
 class Desk:
     """A server's publisher over a real store, without a server."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, kind: str) -> None:
         """Open a store for the tiny base."""
         self.root = root
         base = write_tiny_model(root / "model")
-        self.training = TrainingStore(root / "store")
+        self.training = TrainingStore(root / "store", kind=kind)
+        # the machine that trains
+        self.there = self.training.one_more()
         self.store = AdapterStore.open(root / "store", read_spec(base).dims, base_dir=base, served_name="tiny")
         owned = OwnedAdapters(self.store, "tiny", NOBODY, lambda tenant: frozenset())
         self.view = owned.seen_by(ACME)
         parts = self.training
         self.state = SimpleNamespace(
-            training=TrainingDesk(parts.jobs, parts.outbox, parts.files, parts.folders, parts.close),
+            training=TrainingDesk(parts.jobs, parts.outbox, parts.files, parts.folders, parts.turns, parts.close),
             store=owned,
             engine=SimpleNamespace(ready=SimpleNamespace(base_fingerprint=BASE)),
             uploads=UploadPool(),
@@ -64,13 +66,15 @@ class Desk:
         """Let a worker hand over a job whose adapter is a random LoRA."""
         job = self.training.jobs.create(new_job("acme", model="tiny", suffix="bot", **changes))
         self.training.folders.make_job(job.id, {}, {})
-        run = self.training.folders.begin_run(job.id, 1)
+        run = self.there.begin_run(job.id, 1)
         folder = write_tiny_adapter(run, "adapter", 4, seed).folder
         (folder / "upload.json").write_text(json.dumps({"format": "peft", "options": {}}))
         (folder / "provenance.json").write_text('{"seed": 1}')
         claim = self.training.queue.claim("w", BASE, lease_s=LEASE_S)
         assert claim is not None and claim.job.id == job.id
-        export = self.training.folders.keep_export(job.id, "final.1", folder)
+        export = self.there.keep_export(job.id, "final.1", folder)
+        self.there.share_export(job.id, export)
+        self.there.leave_job(job.id)
         self.training.queue.hand_over(claim, Trained(export, dict(metrics or {}), 10, {}))
         return job
 
@@ -86,11 +90,19 @@ class Desk:
 @pytest.fixture
 def desk(tmp_path: Path) -> Iterator[Desk]:
     """Return a publisher at rest."""
-    with closing(Desk(tmp_path)) as made:
+    with closing(Desk(tmp_path, "sqlite")) as made:
         yield made
 
 
-def test_an_export_becomes_its_tenants_adapter_and_its_folder_goes(desk: Desk) -> None:
+@pytest.fixture(params=["sqlite", "objects"])
+def any_desk(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Desk]:
+    """Return a publisher at rest, over one server's folder or over objects that machines share."""
+    with closing(Desk(tmp_path, request.param)) as made:
+        yield made
+
+
+def test_an_export_becomes_its_tenants_adapter_and_its_folder_goes(any_desk: Desk) -> None:
+    desk = any_desk
     job = desk.trained()
     desk.round()
     done = desk.training.jobs.get(job.id, "acme")
@@ -101,14 +113,16 @@ def test_an_export_becomes_its_tenants_adapter_and_its_folder_goes(desk: Desk) -
     assert (version.name, version.provenance) == (f"acme/{job.model_name}", {"seed": 1})
     (result,) = done.result_files
     assert desk.training.files.get(result, "acme").filename == "step_metrics.csv"
+    assert job.id in desk.training.kept_jobs()
     desk.state.training.sweep()
-    assert not desk.training.folders.job(job.id).exists()
+    assert desk.training.kept_jobs() == set()
     assert desk.view.resolve(job.model_name) is not None
 
 
 def test_a_publisher_that_dies_after_the_commit_publishes_nothing_twice(
-    desk: Desk, monkeypatch: pytest.MonkeyPatch
+    any_desk: Desk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    desk = any_desk
     job = desk.trained()
 
     def die(*_: object, **__: object) -> None:
@@ -126,13 +140,13 @@ def test_a_publisher_that_dies_after_the_commit_publishes_nothing_twice(
     assert len(desk.training.files.page("acme", purpose=None, after=None, limit=9, newest_first=True).items) == 1
 
 
-def test_two_servers_never_publish_one_job_at_once(desk: Desk) -> None:
+def test_two_servers_never_publish_one_job_at_once(any_desk: Desk) -> None:
+    desk = any_desk
     job = desk.trained()
-    lock = desk.training.folders.lock_job(job.id)
-    assert lock is not None
-    desk.round()
-    assert desk.training.jobs.get(job.id, None).state is JobState.PUBLISHING
-    os.close(lock)
+    with desk.training.turns.taken(job.id) as is_ours:
+        assert is_ours
+        desk.round()
+        assert desk.training.jobs.get(job.id, None).state is JobState.PUBLISHING
     desk.round()
     assert desk.training.jobs.get(job.id, None).state is JobState.SUCCEEDED
 

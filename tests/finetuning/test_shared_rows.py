@@ -2,7 +2,7 @@
 
 import sqlite3
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -22,10 +22,10 @@ from serve.trainer.starting import wait_for_store
 from tests.finetuning.training_store import BASE, FOLD_ENTRIES, LEASE_S, Clock, TrainingStore, new_job
 
 
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[TrainingStore]:
-    """Return an empty store of jobs that replicas share."""
-    with closing(TrainingStore(tmp_path, kind="journal")) as store:
+@pytest.fixture(params=["journal", "objects"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TrainingStore]:
+    """Return an empty store of jobs that replicas share, in a folder or in an object store."""
+    with closing(TrainingStore(tmp_path, kind=request.param)) as store:
         yield store
 
 
@@ -98,43 +98,39 @@ def test_a_fold_keeps_every_row_and_whoever_was_behind_goes_on(store: TrainingSt
     assert held is not None
     store.queue.report(held, [NewEvent("one", data={"x": 0.1}, series="train", step=1)])
     # the first entry stays for ever
-    assert int(entries(store.root)[1].name) > 2 * FOLD_ENTRIES
+    assert store.journal().numbers()[1] > FOLD_ENTRIES
     seen = store.jobs.page(None, limit=100)
     assert [job.id for job in seen.items] == ids[::-1]
     assert late.page(None, limit=100) == seen
-    with closing(replica(store.root)) as fresh:
+    with closing(SharedRows(store.journal(), Clock())) as fresh:
         assert SqliteJobs(fresh).page(None, limit=100) == seen
         for job_id in ids:
             events = store.jobs.events(job_id, None, limit=9)
             assert len(events.items) >= 3 and SqliteJobs(fresh).events(job_id, None, limit=9) == events
 
 
-class FoldingJournal(Journal):
-    """A journal that is folded once more just when somebody has asked for its checkpoint."""
-
-    def __init__(self, root: Path) -> None:
-        super().__init__(root, LinkingFileSystem())
-        self.meanwhile: list[Callable[[], None]] = []
-
-    def checkpoint(self) -> int:
-        """Answer, and let others go on."""
-        found = super().checkpoint()
-        if self.meanwhile:
-            self.meanwhile.pop()()
-        return found
-
-
-def test_a_checkpoint_that_is_folded_away_before_it_is_read_is_asked_for_again(store: TrainingStore) -> None:
+def test_a_checkpoint_that_is_folded_away_before_it_is_read_is_asked_for_again(
+    store: TrainingStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def create_many() -> None:
         # enough for several folds
         for _ in range(8 * FOLD_ENTRIES):
             store.jobs.create(new_job())
 
     create_many()
-    journal = FoldingJournal(store.root / "journal")
-    journal.meanwhile = [create_many]
+    journal, meanwhile = store.journal(), [create_many]
+    asked = journal.checkpoint
+
+    def checkpoint() -> int:
+        """Answer, and let others fold it away."""
+        found = asked()
+        if meanwhile:
+            meanwhile.pop()()
+        return found
+
+    monkeypatch.setattr(journal, "checkpoint", checkpoint)
     with closing(SharedRows(journal, Clock())) as fresh:
-        assert journal.meanwhile == []
+        assert meanwhile == []
         assert len(SqliteJobs(fresh).page(None, limit=1000).items) == 16 * FOLD_ENTRIES
 
 
@@ -144,8 +140,8 @@ def test_many_rows_in_each_entry_are_folded_as_well(store: TrainingStore) -> Non
     assert held is not None
     for tick in range(10 * FOLD_ENTRIES):
         store.queue.report(held, [NewEvent(f"{tick} {number}") for number in range(30)])
-    assert len(entries(store.root)) < 5 * FOLD_ENTRIES
-    with closing(replica(store.root)) as fresh:
+    assert len(store.journal().numbers()) < 5 * FOLD_ENTRIES
+    with closing(SharedRows(store.journal(), Clock())) as fresh:
         seen = SqliteJobs(fresh).events(held.job.id, None, limit=10_000)
     assert len(seen.items) == 300 * FOLD_ENTRIES + 4 and seen == store.jobs.events(held.job.id, None, limit=10_000)
 
@@ -154,7 +150,7 @@ def test_numbers_are_not_given_twice_after_a_fold_so_the_order_of_pages_holds(st
     store.jobs.create(new_job())
     store.rows().write(lambda db: db.execute("DELETE FROM jobs"))
     ids = [store.jobs.create(new_job()).id for _ in range(2 * FOLD_ENTRIES)]
-    with closing(replica(store.root)) as fresh:
+    with closing(SharedRows(store.journal(), Clock())) as fresh:
         ids.append(SqliteJobs(fresh).create(new_job()).id)
     assert [job.id for job in store.jobs.page(None, limit=100).items] == ids[::-1]
 
@@ -215,7 +211,7 @@ def test_many_hands_on_many_replicas_claim_each_job_once(store: TrainingStore) -
     together = threading.Barrier(num_hands)
 
     def work(name: str) -> None:
-        with closing(replica(store.root, fold_entries=FOLD_ENTRIES)) as rows:
+        with closing(SharedRows(store.journal(), Clock(), fold_entries=FOLD_ENTRIES)) as rows:
             queue = SqliteJobQueue(rows)
             together.wait(60.0)
             while (held := queue.claim(name, BASE, lease_s=1e6)) is not None:
@@ -277,5 +273,6 @@ def test_a_sweep_leaves_a_job_whose_row_is_on_its_way_to_another_replica(store: 
     ended = store.jobs.create(new_job())
     store.folders.make_job(ended.id, {}, {})
     store.jobs.cancel(ended.id, "acme")
-    store.folders.sweep(store.jobs.states, store.files.known_ids)
-    assert [path.name for path in store.folders.jobs.iterdir()] == ["ftjob-coming"]
+    assert store.kept_jobs() == {"ftjob-coming", ended.id}
+    store.one_more().sweep(store.jobs.states, store.files.known_ids)
+    assert store.kept_jobs() == {"ftjob-coming"}
