@@ -68,6 +68,7 @@ def whole_api(
     tenant_limits: TenantLimits | None = None,
     states: list[ApiState] | None = None,
     drain: Drain | None = None,
+    blobs_url: str | None = None,
     **store_options: object,
 ) -> Iterator[WholeApi]:
     """Serve the whole API until the block ends; `states` receives its state, `store_options` are the store's own."""
@@ -87,6 +88,7 @@ def whole_api(
         probe_adapters=False,
         require_keys=require_keys,
         tenant_limits=tenant_limits or TenantLimits(),
+        blobs_url=blobs_url,
     )
     try:
         app = build_app(config, engine, store, metrics, drain)

@@ -5,10 +5,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from adapters_store.errors import InvalidOption, StorageFailed, StoreFull
+from adapters_store.errors import InvalidOption, StorageFailed, StoreAway, StoreFull
+from adapters_store.jobs import shared_rows
 from adapters_store.jobs.database import TRAINING_FILE, TrainingDatabase
 from adapters_store.jobs.job import JobState, NewEvent
 from adapters_store.jobs.jobs_sqlite import SqliteJobs
@@ -276,3 +278,40 @@ def test_a_sweep_leaves_a_job_whose_row_is_on_its_way_to_another_replica(store: 
     assert store.kept_jobs() == {"ftjob-coming", ended.id}
     store.one_more().sweep(store.jobs.states, store.files.known_ids)
     assert store.kept_jobs() == {"ftjob-coming"}
+
+
+class AwayJournal(Journal):
+    """A journal whose place does not answer while it is told so."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root, LinkingFileSystem())
+        self.is_away, self.num_asked = False, 0
+
+    def read(self, number: int) -> bytes | None:
+        """Answer, or not."""
+        self.num_asked += 1
+        if self.is_away:
+            raise StoreAway
+        return super().read(number)
+
+
+def test_a_place_that_does_not_answer_is_not_asked_by_everybody_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [1000.0]
+    monkeypatch.setattr(shared_rows, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    journal = AwayJournal(tmp_path / "journal")
+    with closing(SharedRows(journal, Clock())) as rows:
+        jobs = SqliteJobs(rows)
+        journal.is_away, journal.num_asked = True, 0
+        for ask in (lambda: jobs.page(None), lambda: jobs.create(new_job()), lambda: jobs.counts()):
+            with pytest.raises(StoreAway):
+                ask()
+        assert journal.num_asked == 1
+        journal.is_away = False
+        with pytest.raises(StoreAway):
+            jobs.page(None)
+        now[0] += 10.0
+        assert jobs.page(None).items == ()
+        jobs.create(new_job())
+        assert len(jobs.page(None).items) == 1
