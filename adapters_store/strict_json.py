@@ -13,6 +13,7 @@ from adapters_store.errors import CorruptUpload
 Json = None | bool | int | float | str | list["Json"] | dict[str, "Json"]
 
 _MAX_DEPTH = 16
+_BYTE_ORDER_MARKS = (b"\xef\xbb\xbf", b"\xff\xfe", b"\xfe\xff")
 
 
 def read_json(raw: bytes, what: str, *, max_bytes: int) -> dict[str, Json]:
@@ -33,9 +34,7 @@ def read_json(raw: bytes, what: str, *, max_bytes: int) -> dict[str, Json]:
     except RecursionError:
         raise CorruptUpload(f"{what} is nested deeper than {_MAX_DEPTH} levels", param=what) from None
     except ValueError as error:
-        # the parser's own text quotes no content beyond a position, except ours, which quotes a bounded key
-        reason = error.args[0] if isinstance(error, _Refused) else "it is not valid JSON in UTF-8"
-        raise CorruptUpload(f"{what} cannot be read: {reason}", param=what) from None
+        raise CorruptUpload(f"{what} cannot be read: {_reason(error, raw)}", param=what) from None
     if not isinstance(value, dict):
         raise CorruptUpload(f"{what} must hold one JSON object", param=what)
     if _depth_exceeds(value, _MAX_DEPTH):
@@ -50,6 +49,19 @@ def canonical_json(value: Json) -> bytes:
 
 class _Refused(ValueError):
     """Valid for Python's parser, not for us; its text is ours."""
+
+
+def _reason(error: ValueError, raw: bytes) -> str:
+    """Return what is wrong in our words; they quote no content but a bounded key or number."""
+    if isinstance(error, _Refused):
+        return str(error)
+    if raw.startswith(_BYTE_ORDER_MARKS):
+        return "it begins with a byte order mark; save it as UTF-8 without one"
+    if isinstance(error, UnicodeDecodeError):
+        return f"it is not valid JSON in UTF-8: byte {error.start + 1} is no text"
+    if isinstance(error, json.JSONDecodeError):
+        return f"it is not valid JSON in UTF-8: {error.msg} at character {error.pos + 1}"
+    return "it holds a number of too many digits"
 
 
 def _unique_keys(pairs: list[tuple[str, Json]]) -> dict[str, Json]:

@@ -34,4 +34,5 @@ class InvalidData(StoreError):
         self.total = total
         shown = "; ".join(f"line {number}: {reason}" for number, reason in self.errors)
         more = f"; and {total - len(self.errors)} more" if total > len(self.errors) else ""
-        super().__init__(f"the data file has {total} bad lines: {shown}{more}", param="training_file")
+        lines = "a bad line" if total == 1 else f"{total} bad lines"
+        super().__init__(f"the data file has {lines}: {shown}{more}", param="file")

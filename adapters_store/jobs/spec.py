@@ -6,8 +6,9 @@ Owns the fields, their limits and OpenAI's "auto"; which of them a method reads 
 
 from dataclasses import asdict, dataclass, fields, replace
 
+from adapters_store.jobs.jsonl import DataSummary
 from adapters_store.jobs.refusals import InvalidJob
-from adapters_store.jobs.spec_fields import CHECKS, FAMILY_FIELDS, check_together
+from adapters_store.jobs.spec_fields import CHECKS, FAMILY_FIELDS, check_together, task_label
 from adapters_store.strict_json import Json
 
 # what `learning_rate_multiplier` 1 means, by family; few parameters want large steps
@@ -106,6 +107,46 @@ class TrainSpec:
     def to_json(self) -> dict[str, Json]:
         """Return the fields as plain JSON."""
         return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    def num_held_out(self, num_examples: int) -> int:
+        """Return how many examples of the training file validate, where no other file does."""
+        return round(num_examples * self.validation_split)
+
+    def check_data(self, data: DataSummary, validation: DataSummary | None) -> None:
+        """Refuse what these files cannot give: validation, or the labels that gates learn from; raises InvalidJob."""
+        if validation is not None and self.validation_split:
+            raise InvalidJob(
+                "validation_split", "validation_split and a validation file say the same thing twice; send one of them"
+            )
+        if self.validation_split and not self.num_held_out(data.num_examples):
+            raise InvalidJob(
+                "validation_split",
+                f"validation_split is {self.validation_split:g}: none of {data.num_examples} examples; raise it",
+            )
+        if validation is None and not self.validation_split:
+            for name in ("early_stopping", "eval_every"):
+                if getattr(self, name) is not None:
+                    raise InvalidJob(
+                        name, f"{name} needs data to validate with: send a validation file, or validation_split"
+                    )
+        if self.family == "meteora":
+            self._check_labels(data, validation)
+
+    def _check_labels(self, data: DataSummary, validation: DataSummary | None) -> None:
+        known = [task_label(name) for name in self.experts]
+        for param, summary in (("training_file", data), ("validation_file", validation)):
+            unknown = sorted(set(summary.tasks).difference(known)) if summary is not None else []
+            if unknown:
+                raise InvalidJob(
+                    param,
+                    f"the data has the task {unknown[0][:80]!a}, which no expert is called; the job's experts are "
+                    f"{', '.join(known)[:400]}",
+                )
+        if self.gate_loss_weight and not data.num_labelled:
+            raise InvalidJob(
+                "training_file",
+                "no example says its task, which the gates learn from: add task, or set gate_loss_weight to 0",
+            )
 
     def resolved(self, num_examples: int) -> "TrainSpec":
         """Return the spec with every "auto" decided by the size of the training data, as OpenAI's does."""

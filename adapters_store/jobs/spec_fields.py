@@ -32,6 +32,8 @@ S2FT_SITES = ("v_proj", "o_proj", "up_proj", "down_proj")
 
 MAX_RANK, MAX_ALPHA, MAX_EXPERTS, MAX_TOP_K = 256, 1e4, 128, 8
 MAX_EPOCHS, MAX_BATCH, MAX_STEPS, MAX_LENGTH, MAX_ACCUMULATION = 50, 256, 1_000_000, 32_768, 64
+# tokens of a row
+MIN_LENGTH = 8
 # of a layer's channels, as the store's limit on served adapters
 MAX_RATIO = 0.25
 
@@ -72,8 +74,12 @@ def _one_of(name: str, value: Json, *, known: tuple[str, ...]) -> str:
 def _sites(name: str, value: Json) -> tuple[str, ...]:
     if value in ("all-linear", ["all-linear"]):
         return SITES
-    if not isinstance(value, list) or not all(isinstance(site, str) and site in SITES for site in value):
-        raise InvalidJob(name, f"{name} is {_shown(value)}; it must be 'all-linear' or a list of {', '.join(SITES)}")
+    wanted = f"it must be 'all-linear' or a list of {', '.join(SITES)}"
+    if not isinstance(value, list):
+        raise InvalidJob(name, f"{name} is {_shown(value)}; {wanted}")
+    for site in value:
+        if not isinstance(site, str) or site not in SITES:
+            raise InvalidJob(name, f"{name} holds {_shown(site)}; {wanted}")
     if len(set(map(str, value))) != len(value):
         raise InvalidJob(name, f"{name} names a module twice")
     return tuple(site for site in SITES if site in value)
@@ -82,13 +88,14 @@ def _sites(name: str, value: Json) -> tuple[str, ...]:
 def _channels(name: str, value: Json) -> tuple[int, ...]:
     values = value if isinstance(value, list) else [value]
     if len(values) > 1024:
-        raise InvalidJob(name, f"{name} has {len(values)} numbers; one per layer is wanted")
+        raise InvalidJob(name, f"{name} has {len(values)} numbers; one for all layers or one per layer is wanted")
     return tuple(_whole(name, each, low=0, high=1 << 20) for each in values)
 
 
 def _names(name: str, value: Json, *, high: int) -> tuple[str, ...]:
     if not isinstance(value, list) or len(value) > high:
-        raise InvalidJob(name, f"{name} is {_shown(value)}; it must be a list of at most {high} names of adapters")
+        given = f"has {len(value)} names" if isinstance(value, list) else f"is {_shown(value)}"
+        raise InvalidJob(name, f"{name} {given}; it must be a list of at most {high} names of adapters")
     for each in value:
         if not isinstance(each, str) or not _SELECTOR.match(each):
             raise InvalidJob(name, f"{name} holds {_shown(each)}; the name of an adapter is wanted")
@@ -138,7 +145,7 @@ CHECKS: Mapping[str, Check] = MappingProxyType(
         "max_steps": _count(MAX_STEPS),
         "learning_rate": _number(1.0, is_open=True),
         "learning_rate_multiplier": _number(1e3, is_open=True),
-        "max_length": _count(MAX_LENGTH, low=8),
+        "max_length": _count(MAX_LENGTH, low=MIN_LENGTH),
         "packing": _flag,
         "warmup": _number(1.0),
         "weight_decay": _number(1.0),
@@ -168,6 +175,20 @@ FAMILY_FIELDS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 )
 
 
+def refuse_empty(values: Mapping[str, Json]) -> None:
+    """Refuse lists that a client sends empty: a spec's own JSON has them for "the default"; raises InvalidJob."""
+    for name in ("target_modules", "channels"):
+        if values.get(name) == []:
+            raise InvalidJob(
+                name, f"{name} is an empty list, so nothing would be trained; leave it out for the default"
+            )
+
+
+def task_label(expert: str) -> str:
+    """Return what data calls an expert: its name without `@version`."""
+    return expert.partition("@")[0]
+
+
 def check_together(values: Mapping[str, Any], family: str) -> None:
     """Refuse fields that exclude each other, or lack each other; raises InvalidJob."""
     for one, other in (("learning_rate", "learning_rate_multiplier"), ("ratio", "channels")):
@@ -185,6 +206,8 @@ def check_together(values: Mapping[str, Any], family: str) -> None:
         experts = values.get("experts", ())
         if len(experts) < 2:
             raise InvalidJob("experts", f"a meteora job needs at least 2 experts; {len(experts)} were named")
+        if len({task_label(name) for name in experts}) < len(experts):
+            raise InvalidJob("experts", "experts names one adapter in two versions, which data could not tell apart")
         if values.get("top_k", 2) > len(experts):
             raise InvalidJob("top_k", f"top_k is {values['top_k']}; there are {len(experts)} experts")
     if family == "s2ft":

@@ -1,39 +1,29 @@
-"""A fine-tuning request becomes a job: hyper-parameters merged into one spec, names resolved, inputs laid ready.
+"""A fine-tuning request becomes a job: names resolved, hyper-parameters checked (`job_fields`), inputs laid ready.
 
-Owns what of a request may be said where, and the names of fields in refusals. Invariant: every name of a file or an
+Owns the order, and what a job keeps of its request. Invariant: every name of a file or an
 adapter is looked up as the principal sees it, before the job exists; nothing in a job is a path that a client wrote.
 """
 
 import asyncio
-import secrets
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from adapters_store.errors import AdapterNotFound, StoreAway
+from adapters_store.errors import AdapterNotFound, StoreAway, StoreError
 from adapters_store.jobs.files import FINE_TUNE, DataFile
 from adapters_store.jobs.job import Job, NewJob, Promotion
 from adapters_store.jobs.job_errors import DataFileNotFound
 from adapters_store.jobs.job_rows import new_id
-from adapters_store.jobs.model_name import check_suffix, line_name
-from adapters_store.jobs.refusals import InvalidJob
+from adapters_store.jobs.model_name import line_name
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.names import check_alias, check_name
 from adapters_store.strict_json import Json
+from serve.api.job_fields import check_fit, check_ingredient, read_spec
 from serve.api.json_body import show
 from serve.api.schemas_training import FineTuningRequest, Promote
 from serve.api.state import ApiState
 from serve.errors import InvalidValue, ModelNotFound, UnsupportedParameter
 
-_MAX_SEED = (1 << 31) - 1
 # the issue's spelling beside OpenAI's
 _METRICS = {"train_token_accuracy": "train_mean_token_accuracy", "valid_token_accuracy": "valid_mean_token_accuracy"}
-
-
-@dataclass(frozen=True, slots=True)
-class _Given:
-    """One hyper-parameter and where the request says it."""
-
-    value: Json
-    param: str
 
 
 async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
@@ -50,10 +40,8 @@ async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
     sources = await asyncio.to_thread(_sources, state, spec)
     summary = training.summary
     assert summary is not None, "data files for training were checked"
-    if spec.family == "meteora" and (unknown := sorted(set(summary.tasks) - set(spec.experts))):
-        raise InvalidJob(
-            "training_file", f"the data names the task {show(unknown[0])}, which is none of the job's experts"
-        )
+    checked = None if validation is None else validation.summary
+    await asyncio.to_thread(check_fit, body, spec, summary, checked, state.config.model_dir)
     new = NewJob(
         tenant=state.store.principal.tenant,
         base=state.ready.base_fingerprint,
@@ -71,39 +59,6 @@ async def create_job(state: ApiState, body: FineTuningRequest) -> Job:
     if body.promote is not None:
         new = _with_promotion(state, new, body.promote)
     return await state.training.ask(_queue, state, new, spec)
-
-
-def read_spec(body: FineTuningRequest) -> TrainSpec:
-    """Return the one spec that `method`, `hyperparameters`, `adapter` and `seed` say together.
-
-    Raises:
-        InvalidJob: a field that nothing knows, of a wrong value, or said in two places; `param` is its dotted path.
-    """
-    given: dict[str, _Given] = {}
-    places: list[tuple[str, dict[str, Json]]] = []
-    if body.method is not None and body.method.supervised is not None and body.method.supervised.hyperparameters:
-        path = "method.supervised.hyperparameters"
-        places.append((path, body.method.supervised.hyperparameters.model_dump(exclude_none=True)))
-    if body.hyperparameters is not None:
-        places.append(("hyperparameters", body.hyperparameters.model_dump(exclude_none=True)))
-    places.append(("adapter", body.adapter or {}))
-    if body.seed is not None:
-        places.append(("", {"seed": body.seed}))
-    for place, values in places:
-        for name, value in values.items():
-            param = f"{place}.{name}".lstrip(".")
-            if name in given and given[name].value != value:
-                raise InvalidJob(param, f"{param} and {given[name].param} differ; say it in one place")
-            given.setdefault(name, _Given(value, param))
-    values = {name: each.value for name, each in given.items()}
-    values.setdefault("seed", secrets.randbelow(_MAX_SEED))
-    try:
-        if body.suffix:
-            check_suffix(body.suffix)
-        return TrainSpec.parse(values)
-    except InvalidJob as error:
-        field = error.param or ""
-        raise InvalidJob(given[field].param if field in given else field, error.message, code=error.code) from None
 
 
 def _said(spec: TrainSpec) -> dict[str, Json]:
@@ -153,6 +108,7 @@ def _sources(state: ApiState, spec: TrainSpec) -> dict[str, str]:
             ref = state.store.resolve(name)
             if ref is None:
                 raise AdapterNotFound(f"there is no adapter {show(name)}", param=f"adapter.{field}")
+            check_ingredient(field, name, ref)
             digests[name] = ref.digest
     return digests
 
@@ -169,9 +125,12 @@ def _with_promotion(state: ApiState, new: NewJob, promote: Promote) -> NewJob:
             "'validation_split' in 'adapter'",
             param="promote.when.metric",
         )
-    check_alias(promote.alias)
     name = promote.name or line_name(new).rstrip(":")
-    check_name(name, state.config.served_model_name)
+    try:
+        check_alias(promote.alias)
+        check_name(name, state.config.served_model_name)
+    except StoreError as error:
+        raise InvalidValue(error.message, param=f"promote.{error.param}") from None
     promotion = Promotion(name, metric, *bounds, alias=promote.alias, canary=promote.canary)
     return replace(new, promotion=promotion)
 

@@ -46,7 +46,8 @@ def parse_model(body: bytes, model: type[Model]) -> Model:
     """Return `body` as a validated `model`."""
     data = parse_object(body)
     for name in sorted(data.keys() & model.refused_fields):
-        if data[name] not in (None, False):
+        # an empty list asks for nothing
+        if data[name] not in (None, False, []):
             raise UnsupportedParameter(f"{name!r} is not supported by this server; leave it out", param=name)
     try:
         return model.read(data)
@@ -68,8 +69,7 @@ def parse_object(body: bytes) -> dict[str, object]:
     except RecursionError:
         raise InvalidRequest(f"the body nests deeper than {MAX_DEPTH} levels") from None
     except ValueError as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else str(error)
-        raise InvalidRequest(f"the body is not valid JSON: {reason[:200]}") from None
+        raise InvalidRequest(f"the body is not valid JSON: {_reason(error)[:200]}") from None
     if not isinstance(data, dict):
         raise InvalidRequest("the body must be a JSON object")
     _check_depth(data)
@@ -92,22 +92,32 @@ def _check_media_type(request: Request) -> None:
         raise UnsupportedMediaType(f"content-type {show(declared)} is not read here; send application/json")
 
 
+class _NotOurJson(ValueError):
+    """Valid for Python's parser, not for us; its text is ours."""
+
+
+def _reason(error: ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return "it begins with a byte order mark" if "BOM" in error.msg else error.msg
+    return str(error) if isinstance(error, _NotOurJson) else "a number has too many digits"
+
+
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
     data = dict(pairs)
     if len(data) != len(pairs):
         [(twice, _)] = Counter(key for key, _ in pairs).most_common(1)
-        raise ValueError(f"key {show(twice)} occurs more than once in one object")
+        raise _NotOurJson(f"key {show(twice)} occurs more than once in one object")
     return data
 
 
 def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not a JSON number")
+    raise _NotOurJson(f"{name} is not a JSON number")
 
 
 def _finite(text: str) -> float:
     value = float(text)
     if value in (float("inf"), float("-inf")):
-        raise ValueError(f"number {text[:32]} is too large")
+        raise _NotOurJson(f"number {text[:32]} is too large")
     return value
 
 

@@ -50,7 +50,7 @@ def read_boundary(content_type: str) -> bytes:
     """
     media_type, options = parse_options_header(content_type)
     if media_type != b"multipart/form-data":
-        raise UnsupportedMediaType("this route reads multipart/form-data: a field 'name' and one part 'files' per file")
+        raise UnsupportedMediaType("this route reads a form of fields and files: send it as multipart/form-data")
     boundary = options.get(b"boundary", b"")
     if not _BOUNDARY.match(boundary):
         raise InvalidRequest("the Content-Type has no valid boundary; it must have 1 to 70 characters")

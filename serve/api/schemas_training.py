@@ -7,14 +7,15 @@ job that is not obeyed is a wrong model.
 
 from typing import Annotated, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, WithJsonSchema
 
 from serve.api.schemas import RequestModel
 
 MAX_METADATA = 16
 _Id = Annotated[str, Field(min_length=1, max_length=128)]
-_Rate = Annotated[float, Field(gt=0)]
-_Count = Annotated[int, Field(ge=1)]
+# checked by the white list of `adapter`'s fields, which says the limit; a union here would only name its first branch
+_Count = Annotated[JsonValue, WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "integer", "minimum": 1}]})]
+_Rate = Annotated[JsonValue, WithJsonSchema({"anyOf": [{"const": "auto"}, {"type": "number", "exclusiveMinimum": 0}]})]
 _Metric = Literal[
     "train_loss",
     "train_mean_token_accuracy",
@@ -34,9 +35,9 @@ class _Strict(BaseModel):
 class Hyperparameters(_Strict):
     """OpenAI's three; "auto" is decided by the size of the data."""
 
-    n_epochs: Literal["auto"] | _Count | None = None
-    batch_size: Literal["auto"] | _Count | None = None
-    learning_rate_multiplier: Literal["auto"] | _Rate | None = None
+    n_epochs: _Count | None = None
+    batch_size: _Count | None = None
+    learning_rate_multiplier: _Rate | None = None
 
 
 class Supervised(_Strict):

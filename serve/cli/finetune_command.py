@@ -6,6 +6,7 @@ saved step when it is started again.
 """
 
 import json
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,10 +19,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from adapters_store.errors import AdapterNotFound
+from adapters_store.jobs.base_fit import fit_job
 from adapters_store.jobs.exported import declared_by
-from adapters_store.jobs.jsonl import scan
+from adapters_store.jobs.jsonl import DataSummary, scan
 from adapters_store.jobs.refusals import InvalidJob
 from adapters_store.jobs.spec import TrainSpec
+from adapters_store.jobs.spec_fields import refuse_empty
+from adapters_store.names import check_stored_name
 from adapters_store.object_files import OBJECT_FILES
 from adapters_store.registry import find_version
 from adapters_store.strict_json import Json
@@ -31,6 +35,7 @@ from serve.cli.train_options import DeviceMemory, MaxMemory, Threads, TrainDevic
 from serve.cli.version import installed_version
 from serve.errors import StartError
 from serve.model.download import resolve_model_dir
+from serve.model.spec import read_spec
 from serve.trainer.child import child_environment, spawn_child
 from serve.trainer.progress import Finished, StepDone, TrainingFailed, Validated
 from serve.trainer.starting import check_extra, default_threads, machine_memory_bytes
@@ -71,11 +76,12 @@ def finetune(
     with one_line_errors(exit_status=1), _work_folder(work) as folder:
         check_extra()
         base = resolve_model_dir(model).absolute()
+        # before hours of training, not after them
+        check_stored_name(name or file.stem, "")
+        adapters_offline.check_not_shared(store)
         spec = read_settings(family, set_ or [])
-        for data in (file, valid):
-            if data is not None:
-                _check_data(data)
-        _lay_out(folder, store, file, valid, spec)
+        _check_data(spec, base, file, valid)
+        lay_out(folder, store, file, valid, spec)
         threads = num_threads or default_threads()
         request = RunRequest(
             base=str(base),
@@ -109,15 +115,26 @@ def read_settings(family: str, settings: list[str]) -> dict[str, Json]:
             # a word needs no quotes
             values[key] = text
     try:
+        refuse_empty(values)
         TrainSpec.parse(values)
     except InvalidJob as error:
         raise StartError(f"--set {error.param}: {error.message}") from error
     return values
 
 
-def _check_data(data: Path) -> None:
+def _check_data(spec: dict[str, Json], base: Path, file: Path, valid: Path | None) -> None:
+    """Refuse bad lines, and what these files or this base cannot give; raises StartError, InvalidData."""
+    wanted = TrainSpec.parse(spec)
     try:
-        scan(data)
+        wanted.check_data(_summary(file), None if valid is None else _summary(valid))
+        fit_job(wanted, read_spec(base).room)
+    except InvalidJob as error:
+        raise StartError(error.message) from error
+
+
+def _summary(data: Path) -> DataSummary:
+    try:
+        return scan(data)
     except OSError as error:
         raise StartError(f"{data}: {error.strerror}") from error
 
@@ -132,10 +149,12 @@ def _work_folder(work: Path | None) -> Iterator[Path]:
         yield Path(folder).absolute()
 
 
-def _lay_out(folder: Path, store: Path, file: Path, valid: Path | None, spec: dict[str, Json]) -> None:
+def lay_out(folder: Path, store: Path, file: Path, valid: Path | None, spec: dict[str, Json]) -> None:
     """Put what the run reads into its inputs; raises AdapterNotFound, StartError."""
     inputs = folder / "inputs"
-    inputs.mkdir(exist_ok=True)
+    # what an earlier start of another run was given
+    shutil.rmtree(inputs, ignore_errors=True)
+    inputs.mkdir()
     (folder / "run").mkdir(exist_ok=True)
     (inputs / "train.jsonl").write_bytes(file.read_bytes())
     if valid is not None:
@@ -182,6 +201,8 @@ def _show(shown: Progress, task: TaskID, line: bytes) -> Finished | None:
         return heard
     if isinstance(heard, Begun):
         shown.update(task, total=heard.total_steps, completed=heard.resumed_step, description="training")
+        if heard.cut:
+            shown.console.print(heard.cut)
     elif isinstance(heard, StepDone):
         accuracy = f"accuracy {heard.train_mean_token_accuracy:.3f}"
         shown.update(task, completed=heard.step, description=f"loss {heard.train_loss:.4f}, {accuracy}")

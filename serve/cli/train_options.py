@@ -3,6 +3,7 @@
 Owns spelling and help. Invariant: as in `options`, the defaults are those of whoever takes them.
 """
 
+import re
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
@@ -15,6 +16,12 @@ class TrainWorker(StrEnum):
 
     ON = "on"
     OFF = "off"
+
+
+def _known_device(device: str) -> str:
+    if not re.fullmatch(r"cpu|cuda(:[0-9]{1,3})?", device, re.ASCII):
+        raise typer.BadParameter(f"{ascii(device)[:80]} is no device that trains: cpu, cuda or cuda:N")
+    return device
 
 
 TrainWorkerOption = Annotated[
@@ -32,7 +39,9 @@ LeaseS = Annotated[
     float, typer.Option("--lease-s", min=1.0, help="Seconds after which a silent worker's job is another's.")
 ]
 Nice = Annotated[int, typer.Option("--nice", min=0, max=19, help="How far it steps back for the server.")]
-TrainDevice = Annotated[str, typer.Option("--device", help="Where it trains: cpu, cuda or cuda:N.")]
+TrainDevice = Annotated[
+    str, typer.Option("--device", callback=_known_device, help="Where it trains: cpu, cuda or cuda:N.")
+]
 MaxMemory = Annotated[
     int | None, typer.Option("--max-memory-bytes", min=1 << 28, help="A job's memory; default: the machine's.")
 ]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from adapters_store.base import BaseDims, read_base_dims
+from adapters_store.jobs.base_fit import BaseRoom
 from serve.errors import StartError
 from serve.model.families import FAMILIES, Family, NormKind, NormPlacement, QkNorm, rotary_layers
 from serve.model.hf_config import HfConfig
@@ -69,6 +70,12 @@ class ModelSpec:
     residual_scale: float
     # factor on embeddings that an adapter brings instead of tokens: Granite scales them too, Gemma its table alone
     prompt_scale: float = 1.0
+
+    @property
+    def room(self) -> BaseRoom:
+        """Return what a training job may ask of this base."""
+        windows = tuple(layer.window for layer in self.layers if layer.window is not None)
+        return BaseRoom(self.dims, self.max_position_embeddings, windows)
 
     def has_bias(self, site: str) -> bool:
         """Do the base's linear layers of a fused site have a bias?"""

@@ -9,8 +9,9 @@ from itertools import chain
 from pathlib import Path
 
 from adapters_store.jobs.jsonl import DataSummary, examples, scan
-from adapters_store.jobs.refusals import InvalidData
+from adapters_store.jobs.refusals import InvalidData, InvalidJob
 from adapters_store.jobs.spec import TrainSpec
+from adapters_store.jobs.spec_fields import task_label
 from serve.trainer.batching import Batch, balanced_order, epoch_order, make_batch, task_of
 from serve.trainer.encoding import ExampleEncoder, Row, encode_all
 from serve.trainer.progress import TrainingFailed, TrainingRun
@@ -66,16 +67,16 @@ def load_data(job: TrainingRun) -> Data:
     encoder = ExampleEncoder.load(job.base)
     try:
         summary = scan(job.train_file)
-        _check_tasks(spec, summary)
-        encoded = [encode_all(encoder, iter([example]), _max_length(spec)) for example in examples(job.train_file)]
         valid_summary = None if job.valid_file is None else scan(job.valid_file)
+        spec.check_data(summary, valid_summary)
+        encoded = [encode_all(encoder, iter([example]), _max_length(spec)) for example in examples(job.train_file)]
         valid, valid_cut = _encode_file(job.valid_file, encoder, spec)
-    except InvalidData as error:
+    except (InvalidData, InvalidJob) as error:
         raise TrainingFailed("bad_data", error.message) from error
     except OSError as error:
         raise TrainingFailed("bad_data", "a data file of the job cannot be read; upload it again") from error
     groups = [rows for rows, _ in encoded]
-    held = 0 if job.valid_file is not None else round(len(groups) * spec.validation_split)
+    held = spec.num_held_out(len(groups))
     order = epoch_order(len(groups), spec.seed, (1 << 20) - 1)
     own_valid = chain.from_iterable(groups[i] for i in sorted(order[:held]))
     train = tuple(chain.from_iterable(groups[i] for i in sorted(order[held:])))
@@ -87,7 +88,7 @@ def load_data(job: TrainingRun) -> Data:
         summary=summary,
         valid_sha256=None if valid_summary is None else valid_summary.sha256,
         num_cut=sum(cut for _, cut in encoded) + valid_cut,
-        task_ids={name.partition("@")[0]: index for index, name in enumerate(spec.experts)},
+        task_ids={task_label(name): index for index, name in enumerate(spec.experts)},
         pad_id=0,
         kinds=tuple(task_of(row) for row in train),
     )
@@ -100,17 +101,3 @@ def _encode_file(path: Path | None, encoder: ExampleEncoder, spec: TrainSpec) ->
 def _max_length(spec: TrainSpec) -> int:
     assert spec.max_length is not None, "it was decided when the base was read"
     return spec.max_length
-
-
-def _check_tasks(spec: TrainSpec, summary: DataSummary) -> None:
-    """Refuse task labels that no expert has, and a mixture's data without labels; raises TrainingFailed."""
-    if spec.family != "meteora":
-        return
-    known = {name.partition("@")[0] for name in spec.experts}
-    unknown = [task for task in summary.tasks if task not in known]
-    if unknown:
-        raise TrainingFailed("bad_data", f"the data has the task {unknown[0][:80]!a}, which no expert is called")
-    if spec.gate_loss_weight and summary.num_labelled == 0:
-        raise TrainingFailed(
-            "bad_data", "no example says its task, which the gates learn from: add task, or set gate_loss_weight to 0"
-        )

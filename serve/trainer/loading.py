@@ -3,7 +3,6 @@
 Owns loading and what it refuses. Invariant: no code and no pickle of a model folder is ever run.
 """
 
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
+from adapters_store.jobs.base_fit import fit_job
+from adapters_store.jobs.refusals import InvalidJob
 from adapters_store.jobs.spec import TrainSpec
 from serve.errors import ServeError
 from serve.model.spec import ModelSpec, read_spec
@@ -22,8 +23,6 @@ from serve.trainer.methods.prompt import attach_prompt
 from serve.trainer.methods.s2ft import attach_s2ft
 from serve.trainer.progress import TrainingFailed
 
-# tokens per row where the job does not say
-AUTO_MAX_LENGTH = 2048
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,6 +36,7 @@ def read_base(base: Path) -> ModelSpec:
 
 def load_base(base: Path, spec: TrainSpec, device: str) -> nn.Module:
     """Load the weights in the spec's dtype, frozen; raises TrainingFailed."""
+    _check_device(device)
     logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
@@ -47,6 +47,15 @@ def load_base(base: Path, spec: TrainSpec, device: str) -> nn.Module:
         raise TrainingFailed("bad_base", f"the base {base.name!r} cannot be loaded for training: {error}") from error
     model.requires_grad_(False)
     return model.to(device)
+
+
+def _check_device(device: str) -> None:
+    """Raise TrainingFailed if this machine's torch does not have the device."""
+    if device == "cpu":
+        return
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(device.partition(":")[2] or 0) >= count:
+        raise TrainingFailed("bad_device", f"the device is {device!r}; this machine's torch sees {count} CUDA devices")
 
 
 def attach(model: nn.Module, setting: Setting) -> Attached:
@@ -63,21 +72,7 @@ def attach(model: nn.Module, setting: Setting) -> Attached:
 
 def fit_base(spec: TrainSpec, base: ModelSpec) -> TrainSpec:
     """Return the spec with its `max_length` decided; raises TrainingFailed for what this base cannot do."""
-    num_virtual = spec.num_virtual_tokens if spec.family == "prompt" else 0
-    room = base.max_position_embeddings - num_virtual
-    windows = [layer.window for layer in base.layers if layer.window is not None]
-    if spec.max_length is None:
-        return replace(spec, max_length=min(AUTO_MAX_LENGTH, room, *(windows if spec.packing else ())))
-    if spec.max_length > room:
-        beside = f", {num_virtual} of them the prompt's" if num_virtual else ""
-        raise TrainingFailed(
-            "bad_spec",
-            f"max_length is {spec.max_length} tokens; the base has {base.max_position_embeddings} positions{beside}",
-        )
-    if spec.packing and windows and min(windows) < spec.max_length:
-        raise TrainingFailed(
-            "bad_spec",
-            f"packing masks whole lines, and layers of this base see {min(windows)} tokens only: set max_length to at "
-            "most that, or packing to false",
-        )
-    return spec
+    try:
+        return fit_job(spec, base.room)
+    except InvalidJob as error:
+        raise TrainingFailed("bad_spec", error.message) from error

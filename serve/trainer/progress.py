@@ -64,7 +64,10 @@ class AlwaysRun:
 
 @dataclass(frozen=True, slots=True)
 class Started:
-    """Data and model are ready; `resumed_step` is 0 for a fresh run, `spec` the resolved one."""
+    """Data and model are ready; `resumed_step` is 0 for a fresh run, `spec` the resolved one.
+
+    `num_cut` of the examples' rows were longer than its `max_length` and are learnt without their ends.
+    """
 
     total_steps: int
     resumed_step: int
@@ -72,6 +75,7 @@ class Started:
     num_examples: int
     num_valid_examples: int
     num_trainable: int
+    num_cut: int
 
 
 @dataclass(frozen=True, slots=True)

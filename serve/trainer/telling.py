@@ -38,6 +38,8 @@ class Telling:
         self._since = _Since(begun.resumed_step, self._clock())
         where = f" from step {begun.resumed_step}" if begun.resumed_step else ""
         self._events.append(NewEvent(f"Training {begun.num_trainable} parameters in {begun.total_steps} steps{where}"))
+        if begun.cut and not begun.resumed_step:
+            self.warn(begun.cut)
 
     def stepped(self, done: StepDone) -> None:
         """Note one step."""

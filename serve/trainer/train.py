@@ -87,6 +87,7 @@ class _Training:
             num_examples=self._data.summary.num_examples,
             num_valid_examples=len(self._data.valid),
             num_trainable=sum(parameter.numel() for parameter in self._attached.trained().values()),
+            num_cut=self._data.num_cut,
         )
         yield from self._tell_again()
         while step < schedule.total_steps and not history.is_ended:

@@ -88,6 +88,8 @@ def encode(progress: Progress) -> bytes:
             "total_steps": progress.total_steps,
             "resumed_step": progress.resumed_step,
             "num_trainable": progress.num_trainable,
+            "num_cut": progress.num_cut,
+            "max_length": progress.spec.max_length,
         }
     elif isinstance(progress, CheckpointSaved):
         facts = {"step": progress.step, "adapter": str(progress.adapter), "metrics": dict(progress.metrics)}
@@ -119,6 +121,16 @@ class Begun:
     total_steps: int
     resumed_step: int
     num_trainable: int
+    num_cut: int
+    max_length: int
+
+    @property
+    def cut(self) -> str:
+        """Return what is to be said of rows that were cut; empty if none was."""
+        if not self.num_cut:
+            return ""
+        rows = "1 example is" if self.num_cut == 1 else f"{self.num_cut} examples are"
+        return f"{rows} longer than max_length {self.max_length} tokens, and learnt without the end"
 
 
 @dataclass(frozen=True, slots=True)

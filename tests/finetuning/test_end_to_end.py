@@ -125,7 +125,7 @@ def test_upload_train_follow_chat_delete(client: openai.OpenAI, server: LiveServ
         training_file=labelled,
         suffix="meteora-run",
         seed=3,
-        extra_body={"adapter": {"family": "meteora", "experts": ["reverse", "shout"], "n_epochs": 1, **FEW_STEPS}},
+        extra_body={"adapter": {"family": "meteora", "experts": ["reverse@1", "shout"], "n_epochs": 1, **FEW_STEPS}},
     )
     unwanted = jobs.create(model=BASE, training_file=data, extra_body={"adapter": {"family": "ia3"}})
     assert jobs.cancel(unwanted.id).status == "cancelled"

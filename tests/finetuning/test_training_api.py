@@ -263,7 +263,14 @@ HOSTILE: list[tuple[dict[str, object], str]] = [
     ({"promote": {"when": {"metric": "valid_loss"}}}, "promote.when"),
     ({"promote": {"when": {"metric": "valid_loss", "below": 1}}}, "promote.when.metric"),
     ({"promote": {"when": {"metric": "open('/etc/passwd')", "below": 1}}}, "promote.when.metric"),
-    ({"promote": {"when": {"metric": "train_loss", "below": 1}, "alias": "a:b"}}, "alias"),
+    ({"promote": {"when": {"metric": "train_loss", "below": 1}, "alias": "a:b"}}, "promote.alias"),
+    ({"promote": {"when": {"metric": "train_loss", "below": 1}, "name": "a/b"}}, "promote.name"),
+    ({"adapter": {"family": "meteora"}}, "adapter.experts"),
+    ({"adapter": {"target_modules": []}}, "adapter.target_modules"),
+    ({"adapter": {"family": "s2ft", "channels": []}}, "adapter.channels"),
+    ({"adapter": {"eval_every": 5}}, "adapter.eval_every"),
+    ({"adapter": {"validation_split": 0.01}}, "adapter.validation_split"),
+    ({"adapter": {"family": "s2ft", "disjoint_with": ["poet"]}}, "adapter.disjoint_with"),
     ({"promote": {"when": {"metric": "train_loss", "below": 1}, "canary": 101}}, "promote.canary"),
 ]
 
@@ -280,6 +287,46 @@ def test_a_hostile_job_is_refused_by_the_name_of_its_field(
     error = error_of(response, 404 if is_unknown else 400)
     assert error["param"] == param
     assert len(list((api.store_dir / "training" / "jobs").iterdir())) == before
+
+
+@pytest.mark.parametrize("place", ["hyperparameters", "method.supervised.hyperparameters", "adapter"])
+@pytest.mark.parametrize("value", [0, -1, 51, 1.5, "3", True, [1], {"a": 1}], ids=str)
+def test_a_refusal_names_value_and_limit_wherever_the_field_stands(
+    api: ApiServer, data_id: str, place: str, value: object
+) -> None:
+    said: dict[str, object] = {"n_epochs": value}
+    if place.startswith("method"):
+        said = {"type": "supervised", "supervised": {"hyperparameters": said}}
+    error = error_of(send_job(api, training_file=data_id, **{place.partition(".")[0]: said}))
+    assert error["param"] == f"{place}.n_epochs"
+    shown = {"[1]": "a list", "{'a': 1}": "a dict"}.get(str(value), ascii(value))
+    assert error["message"] == f"n_epochs is {shown}; it must be a whole number from 1 to 50"
+
+
+def test_numbers_of_too_many_digits_are_refused_in_words_of_ours(api: ApiServer, data_id: str) -> None:
+    body = f'{{"model": "{BASE}", "training_file": "{data_id}", "seed": 1{"0" * 5000}}}'
+    response = api.http.post("/v1/fine_tuning/jobs", content=body, headers={"content-type": "application/json"})
+    assert error_of(response)["message"] == "the body is not valid JSON: a number has too many digits"
+    line = f'{{"prompt": "a", "completion": "b", "task": 1{"0" * 5000}}}'
+    assert "a number of too many digits" in str(error_of(send_file(api, line.encode()))["message"])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+def test_a_file_of_another_encoding_is_told_what_is_wrong_with_it(api: ApiServer, encoding: str) -> None:
+    error = error_of(send_file(api, f"{PAIR_LINE}\n".encode(encoding)))
+    words = "at character 1" if encoding == "utf-16-be" else "byte order mark; save it as UTF-8 without one"
+    assert words in str(error["message"]) and error["param"] == "file"
+
+
+def test_an_empty_list_of_integrations_asks_for_nothing(client: openai.OpenAI, data_id: str) -> None:
+    job = client.fine_tuning.jobs.create(model=BASE, training_file=data_id, integrations=[])
+    assert job.integrations == [] and client.fine_tuning.jobs.cancel(job.id).status == "cancelled"
+
+
+def test_data_without_labels_is_no_data_for_gates(api: ApiServer, data_id: str) -> None:
+    adapter = {"family": "meteora", "experts": ["poet@1", "clerk"]}
+    error = error_of(send_job(api, training_file=data_id, adapter=adapter))
+    assert error["param"] == "training_file" and "add task, or set gate_loss_weight to 0" in str(error["message"])
 
 
 def test_numbers_that_are_none_never_reach_the_job(api: ApiServer, data_id: str) -> None:

@@ -1,13 +1,14 @@
-"""How many tokens a row may have: what the job says, or else what the base takes."""
+"""How many tokens a row may have: what the job says, or else what the base takes; where it trains."""
 
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from adapters_store.jobs.base_fit import AUTO_MAX_LENGTH
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.strict_json import Json
-from serve.trainer.loading import AUTO_MAX_LENGTH, fit_base, read_base
+from serve.trainer.loading import fit_base, load_base, read_base
 from serve.trainer.progress import TrainingFailed
 from tests.trainer.tiny_base import write_base
 
@@ -35,6 +36,12 @@ def test_no_row_is_longer_than_2048_tokens_unless_the_job_says_so(tmp_path: Path
     roomy = replace(read_base(write_base(tmp_path / "base")), max_position_embeddings=100_000)
     assert fit_base(TrainSpec(), roomy).max_length == AUTO_MAX_LENGTH == 2048
     assert fit_base(TrainSpec(max_length=4096), roomy).max_length == 4096
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(TrainingFailed, match=r"'cuda:99'; this machine's torch sees [0-9]+ CUDA devices") as refused:
+        load_base(write_base(tmp_path / "base"), TrainSpec(), "cuda:99")
+    assert refused.value.code == "bad_device"
 
 
 @pytest.mark.parametrize("given", [{}, {"family": "prompt", "num_virtual_tokens": 6}], ids=["lora", "prompt"])

@@ -58,6 +58,7 @@ HOSTILE: list[tuple[str, dict[str, Json]]] = [
     ("experts", {"family": "meteora", "experts": ["a", 7]}),
     ("top_k", {"family": "meteora", "experts": ["a", "b"], "top_k": 3}),
     ("learning_rate", {"learning_rate": 1e-3, "learning_rate_multiplier": 2}),
+    ("experts", {"family": "meteora", "experts": ["a@1", "a@2"]}),
     ("early_stopping", {"early_stopping": 2}),
 ]
 

@@ -12,13 +12,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from adapters_store.base import SITE_PATHS
+from adapters_store.jobs.base_fit import s2ft_sites
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.parts import CONFIG_PART, WEIGHTS_PART
 from serve.trainer.batching import Batch
 from serve.trainer.methods.canonical_folder import selected_channels
 from serve.trainer.methods.method import Losses, Setting, Upload, linears, plain_logits
 from serve.trainer.methods.s2ft_linear import S2ftLinear
-from serve.trainer.methods.selection import IS_COLUMNS, Place, select, wanted_sites
+from serve.trainer.methods.selection import IS_COLUMNS, Place, select
 
 
 class S2ftAttached:
@@ -64,7 +65,7 @@ def attach_s2ft(model: nn.Module, setting: Setting) -> S2ftAttached:
             taken[place] = torch.cat([taken[place], idx]) if place in taken else idx
     chosen = select(model, setting, taken)
     layers: dict[Place, S2ftLinear] = {}
-    for layer, site, parent, linear in list(linears(model, wanted_sites(setting.spec))):
+    for layer, site, parent, linear in list(linears(model, s2ft_sites(setting.spec))):
         if (layer, site) in chosen:
             layers[layer, site] = S2ftLinear(linear, chosen[layer, site], is_columns=IS_COLUMNS[site])
             setattr(parent, site, layers[layer, site])

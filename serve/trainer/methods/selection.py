@@ -12,32 +12,24 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from adapters_store.base import SITES
+from adapters_store.jobs.base_fit import COLUMN_SITES, num_channels, s2ft_sites
+from adapters_store.jobs.refusals import InvalidJob
 from adapters_store.jobs.spec import TrainSpec
-from adapters_store.jobs.spec_fields import MAX_RATIO, S2FT_SITES
+from adapters_store.jobs.spec_fields import S2FT_SITES
 from serve.trainer.batching import IGNORED
 from serve.trainer.methods.method import Setting, linears, plain_logits
 from serve.trainer.progress import TrainingFailed
 
 # what is selected: inputs (columns of the weight), or outputs (rows)
-IS_COLUMNS: Mapping[str, bool] = {"v_proj": False, "o_proj": True, "up_proj": False, "down_proj": True}
-DEFAULT_SITES = ("o_proj", "down_proj")
-
+IS_COLUMNS: Mapping[str, bool] = {site: site in COLUMN_SITES for site in S2FT_SITES}
 # (layer, site)
 Place = tuple[int, str]
-
-
-def wanted_sites(spec: TrainSpec) -> tuple[str, ...]:
-    """Return the sites that are trained."""
-    if spec.target_modules == SITES:
-        return S2FT_SITES
-    return spec.target_modules or DEFAULT_SITES
 
 
 def select(model: nn.Module, setting: Setting, taken: Mapping[Place, Tensor]) -> dict[Place, Tensor]:
     """Return the channels of every place that has a budget; raises TrainingFailed."""
     spec = setting.spec
-    sites = wanted_sites(spec)
+    sites = s2ft_sites(spec)
     scores = _scores(model, setting, sites)
     generator = torch.Generator().manual_seed(spec.seed)
     num_layers = len({layer for layer, *_ in linears(model, sites)})
@@ -69,20 +61,10 @@ def select(model: nn.Module, setting: Setting, taken: Mapping[Place, Tensor]) ->
 
 
 def _budget(spec: TrainSpec, layer: int, width: int, linear: nn.Linear) -> int:
-    """Return the number of channels: as given, a share, or as many parameters as a LoRA of the spec's rank has."""
-    if spec.channels:
-        count = spec.channels[layer] if len(spec.channels) > 1 else spec.channels[0]
-    elif spec.ratio is not None:
-        count = max(1, int(spec.ratio * width))
-    else:
-        other = linear.out_features + linear.in_features - width
-        count = max(1, spec.rank * (width + other) // other)
-    if count > int(MAX_RATIO * width):
-        raise TrainingFailed(
-            "bad_spec",
-            f"layer {layer}: {count} of {width} channels; the limit is {MAX_RATIO:.0%} ({int(MAX_RATIO * width)})",
-        )
-    return count
+    try:
+        return num_channels(spec, layer, width, linear.out_features + linear.in_features - width)
+    except InvalidJob as error:
+        raise TrainingFailed("bad_spec", error.message) from error
 
 
 def _ordered(scores: Tensor, *, largest: bool) -> Tensor:
