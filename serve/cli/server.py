@@ -14,7 +14,7 @@ import gc
 import logging
 import signal
 import socket
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,7 +105,11 @@ class Server:
         self._listener = listener
         self._host = config.api.host
         self._delay_s = config.drain.delay_s
-        metrics = Metrics(max_adapters=config.engine.num_adapter_slots, compat_vllm=config.api.metrics_compat_vllm)
+        metrics = Metrics(
+            max_adapters=config.engine.num_adapter_slots,
+            compat_vllm=config.api.metrics_compat_vllm,
+            later=_in_next_turn,
+        )
         self._engine = EngineClient(
             config.engine, config.api.limits, config.watchdog, metrics, worker_module=worker_module
         )
@@ -176,6 +180,10 @@ class Server:
     def _say_ready(self) -> None:
         host = f"[{self._host}]" if ":" in self._host else self._host
         print(f"chorale ready http://{host}:{self._listener.getsockname()[1]}", flush=True)
+
+
+def _in_next_turn(work: Callable[[], None]) -> None:
+    asyncio.get_running_loop().call_soon(work)
 
 
 class Signals:

@@ -1,21 +1,22 @@
 """The metrics page: what feeds it, and its text.
 
 Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped.
-Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes: a scrape then finds its page ready, and
-where nothing changed since, it stays good for longer.
+Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes, in pieces between which the event loop
+does other work: a scrape then finds its page ready, and where nothing changed since, it stays good for longer.
 Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
 `_other`; none on a histogram); counters never fall, also when the engine restarts; gauges are 0 at rest.
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics
+from prometheus_client import Counter, Histogram, disable_created_metrics
 
 from serve.messages import Stats
 from serve.metrics.engine_page import EngineCollector
 from serve.metrics.engine_view import EngineView
-from serve.metrics.exposition import Exposition
+from serve.metrics.exposition import Exposition, OrderedRegistry
+from serve.metrics.histogram import LoopHistogram
 from serve.metrics.names import STEP_ADAPTER_BUCKETS, TTFT_BUCKETS
 from serve.metrics.registry_page import RegistryCollector, RegistryFacts
 from serve.metrics.request_meter import RequestInstruments, RequestMeter
@@ -27,6 +28,8 @@ RENDER_S = 0.1
 READY_PAGE_S = 0.2
 # and how old one may be since which nothing was counted here; what others tell when asked is in it, and the time
 QUIET_PAGE_S = 0.5
+# of a piece of a page that is rendered ahead: some fifty lines, a tenth of a millisecond
+_PIECE_CHARS = 3000
 # without a scrape for so long, heartbeats render nothing
 SCRAPED_S = 5.0
 
@@ -41,24 +44,34 @@ class Metrics:
         compat_vllm: bool = True,
         clock: Callable[[], float] = time.monotonic,
         unix_clock: Callable[[], float] = time.time,
+        later: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
+        """Prepare.
+
+        Args:
+            later: has the event loop call something in its next turn; None: every page is rendered at once.
+        """
         self._clock = clock
+        self._later = later
         self._exposition = Exposition()
         self._rendered = b""
-        self._render_at = self._scraped_at = float("-inf")
+        # the page under way: what is written of it, and what comes next; None: none is
+        self._written: list[str] = []
+        self._next_pieces: Iterator[str] | None = None
+        self._render_at = self._scraped_at = self._prepared_at = float("-inf")
         self._max_age_s = RENDER_S
         self._has_changed = False
         # `_created` would double the series of a page that is read twenty times a second
         disable_created_metrics()  # type: ignore[no-untyped-call]
-        self._registry = registry = CollectorRegistry()
+        self._registry = registry = OrderedRegistry()
         self._view = EngineView()
         self._requests = RequestInstruments(registry, clock)
         text = "Seconds of an adapter's load from one tier to another."
         self._load_s = Histogram(
             "chorale_adapter_load_seconds", text, ["source", "target"], buckets=TTFT_BUCKETS, registry=registry
         )
-        self._vllm_load_s: Histogram | None = None
-        self._step_adapters = Histogram(
+        self._vllm_load_s: LoopHistogram | None = None
+        self._step_adapters = LoopHistogram(
             "chorale_step_adapters",
             "Distinct adapters that acted in a step.",
             buckets=STEP_ADAPTER_BUCKETS,
@@ -75,7 +88,7 @@ class Metrics:
         self._training = TrainingCollector()
         registry.register(self._training)
         if compat_vllm:
-            self._vllm_load_s = Histogram(
+            self._vllm_load_s = LoopHistogram(
                 "vllm:lora_adapter_load_seconds", text, buckets=TTFT_BUCKETS, registry=registry
             )
             registry.register(VllmCollector(self._view, self._requests.names, max_adapters, unix_clock))
@@ -102,7 +115,7 @@ class Metrics:
             self._step_adapters.observe(num_adapters)
         now = self._clock()
         if now - self._scraped_at < SCRAPED_S and now - self._render_at >= RENDER_S:
-            self._render(now, max_age_s=READY_PAGE_S)
+            self._prepare(now)
 
     def engine_lost(self) -> None:
         """Note that the engine process is gone: nothing runs, nothing is resident."""
@@ -140,6 +153,35 @@ class Metrics:
         return self._rendered
 
     def _render(self, now: float, *, max_age_s: float) -> None:
-        self._rendered = self._exposition.text(self._registry.collect())
+        self._next_pieces = None
+        self._rendered = self._exposition.text(self._registry.collectors)
         self._render_at, self._max_age_s = now, max_age_s
         self._has_changed = self._requests.has_changed = False
+
+    def _prepare(self, now: float) -> None:
+        """Render a page before it is asked for."""
+        if self._later is None:
+            self._render(now, max_age_s=READY_PAGE_S)
+        elif self._next_pieces is None:
+            self._written.clear()
+            self._next_pieces = self._exposition.pieces(self._registry.collectors)
+            self._prepared_at = now
+            # what is counted from now on may not be on the page
+            self._has_changed = self._requests.has_changed = False
+            self._later(self._render_piece)
+
+    def _render_piece(self) -> None:
+        """Write some more of the page under way; a scrape that could not wait for it has taken its place."""
+        pieces, self._next_pieces = self._next_pieces, None
+        if pieces is None or self._later is None:
+            return
+        num_chars = 0
+        for piece in pieces:
+            self._written.append(piece)
+            num_chars += len(piece)
+            if num_chars >= _PIECE_CHARS:
+                self._next_pieces = pieces
+                self._later(self._render_piece)
+                return
+        self._rendered = "".join(self._written).encode()
+        self._render_at, self._max_age_s = self._prepared_at, READY_PAGE_S
