@@ -137,7 +137,7 @@ MaxMixedPrefillTokens = Annotated[
         envvar="CHORALE_MAX_MIXED_PREFILL_TOKENS",
         min=1,
         help="Prompt tokens in a step in which others decode; fewer: shorter gaps between tokens, later first tokens. "
-        "Default: 32 on a CPU, no bound on a GPU.",
+        "Default: on a CPU 32, or a quarter of the prompt tokens that wait if that is more; no bound on a GPU.",
     ),
 ]
 AdapterHostBytes = Annotated[

@@ -26,8 +26,12 @@ class EngineLimits:
     # of images in host memory; 0 bytes: no host tier, every load reads the disk
     adapter_host_bytes: int = 0
     max_host_images: int = 1024
+    # the device is a CPU: an adapter in both tiers takes the same memory twice
+    is_host_device_memory: bool = False
     # prompt tokens in a step in which others decode; None: as many as the step takes
     max_mixed_prefill_tokens: int | None = None
+    # such a step may hold this part of all prompt tokens that are left, if that is more; None: it may not
+    mixed_prefill_divisor: int | None = None
 
     def __post_init__(self) -> None:
         counts = {
@@ -38,6 +42,7 @@ class EngineLimits:
             "max_step_tokens": self.max_step_tokens,
             "max_waiting": self.max_waiting,
             "max_mixed_prefill_tokens": self.mixed_prefill_tokens,
+            "mixed_prefill_divisor": 1 if self.mixed_prefill_divisor is None else self.mixed_prefill_divisor,
         }
         for name, count in counts.items():
             if count < 1:
@@ -45,7 +50,7 @@ class EngineLimits:
 
     @property
     def mixed_prefill_tokens(self) -> int:
-        """Prompt tokens that a step with decodes may hold."""
+        """Prompt tokens that a step with decodes may hold, however few are left."""
         return self.max_step_tokens if self.max_mixed_prefill_tokens is None else self.max_mixed_prefill_tokens
 
     @property

@@ -20,6 +20,7 @@ from serve.engine.operator_hands import PinnedOut
 from serve.engine.outcome import Counters, finish_row
 from serve.engine.plan import Executor, FetchResult, LoadResult, RowResult, StepPlan
 from serve.engine.planned_step import PlannedStep
+from serve.engine.prefill_budget import mixed_prefill_budget
 from serve.engine.resident import ImageFetcher
 from serve.engine.sequence import Sequence, SequenceState
 from serve.messages import Embed, Event, Failed, Finished, FinishReason, Submit
@@ -85,7 +86,7 @@ class Scheduler:
             return None
         if draft.rows:
             # whoever decodes waits for every prompt token of the step
-            draft.budget = min(draft.budget, self._limits.mixed_prefill_tokens)
+            draft.budget = min(draft.budget, mixed_prefill_budget(self.live))
         self._plan_prefills(draft)
         # what was just taken from one sequence is not given to another in the same step
         is_open = self.live.num_preemptions == num_preemptions

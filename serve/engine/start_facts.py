@@ -20,7 +20,8 @@ from serve.model.spec import ModelSpec, read_spec
 _MAX_NUM_SEQS, _MAX_STEP_TOKENS = 64, 512
 _CUDA_MAX_NUM_SEQS, _CUDA_MAX_STEP_TOKENS = 256, 2048
 # a prompt token takes a CPU 2 ms of a 0.5 B base, a decode step 70: beside decodes 32 of them double the gap (2026-11)
-_MAX_MIXED_PREFILL_TOKENS = 32
+_MIXED_PREFILL_TOKENS = 32
+_MIXED_PREFILL_DIVISOR = 4
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -37,6 +38,8 @@ class ModelFacts:
     max_step_tokens: int
     # of these, prompt tokens beside decodes; None: no bound of their own
     max_mixed_prefill_tokens: int | None = None
+    # or this part of those that are left; None: not even if that is more
+    mixed_prefill_divisor: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -96,21 +99,24 @@ def read_model_facts(config: EngineConfig, device_name: str) -> ModelFacts:
     """
     spec = read_spec(config.model_dir)
     sizes = (_CUDA_MAX_NUM_SEQS, _CUDA_MAX_STEP_TOKENS) if device_name == "cuda" else (_MAX_NUM_SEQS, _MAX_STEP_TOKENS)
+    mixed_prefill_tokens, mixed_prefill_divisor = _mixed_prefill(config, device_name)
     return ModelFacts(
         spec=spec,
         dtype_name=_dtype_name(config.dtype, spec.dtype, device_name),
         max_model_len=_max_model_len(config, spec),
         max_num_seqs=sizes[0] if config.max_num_seqs is None else config.max_num_seqs,
         max_step_tokens=sizes[1] if config.max_step_tokens is None else config.max_step_tokens,
-        max_mixed_prefill_tokens=_max_mixed_prefill_tokens(config, device_name),
+        max_mixed_prefill_tokens=mixed_prefill_tokens,
+        mixed_prefill_divisor=mixed_prefill_divisor,
     )
 
 
-def _max_mixed_prefill_tokens(config: EngineConfig, device_name: str) -> int | None:
-    """What was asked for; otherwise a CPU, which computes token by token, keeps the gaps of those who decode short."""
-    if config.max_mixed_prefill_tokens is not None:
-        return config.max_mixed_prefill_tokens
-    return _MAX_MIXED_PREFILL_TOKENS if device_name == "cpu" else None
+def _mixed_prefill(config: EngineConfig, device_name: str) -> tuple[int | None, int | None]:
+    """What was asked for, exactly; otherwise a CPU, which computes token by token, keeps the gaps of decodes short."""
+    asked = config.max_mixed_prefill_tokens
+    if asked is not None or device_name != "cpu":
+        return asked, None
+    return _MIXED_PREFILL_TOKENS, _MIXED_PREFILL_DIVISOR
 
 
 def choose_device(name: str, *, has_cuda: bool) -> str:

@@ -96,6 +96,7 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         max_num_seqs=facts.model.max_num_seqs,
         max_step_tokens=facts.model.max_step_tokens,
         max_mixed_prefill_tokens=facts.model.max_mixed_prefill_tokens,
+        mixed_prefill_divisor=facts.model.mixed_prefill_divisor,
         max_waiting=config.max_waiting,
         adapter_device_bytes=facts.adapter_device_bytes,
         num_adapter_slots=config.num_adapter_slots,
@@ -103,6 +104,7 @@ def _limits(config: EngineConfig, facts: StartFacts) -> EngineLimits:
         enable_prefix_cache=config.enable_prefix_cache,
         adapter_host_bytes=config.adapter_host_bytes,
         max_host_images=config.adapter_host_count,
+        is_host_device_memory=facts.device == "cpu",
     )
 
 

@@ -87,15 +87,17 @@ def test_the_device_is_what_was_asked_for_or_what_is_there() -> None:
 
 @pytest.mark.parametrize(
     ("device", "sizes"),
-    [("cpu", (64, 512, 32)), ("interpreter", (64, 512, None)), ("cuda", (256, 2048, None))],
+    [("cpu", (64, 512, 32, 4)), ("interpreter", (64, 512, None, None)), ("cuda", (256, 2048, None, None))],
 )
-def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int, int, int | None], tmp_path: Path) -> None:
+def test_a_gpu_runs_more_at_once_unless_asked(device: str, sizes: tuple[int | None, ...], tmp_path: Path) -> None:
     config = EngineConfig(write_tiny_model(tmp_path / "base"), tmp_path)
     model = read_model_facts(config, device)
-    assert (model.max_num_seqs, model.max_step_tokens, model.max_mixed_prefill_tokens) == sizes
+    mixed = (model.max_mixed_prefill_tokens, model.mixed_prefill_divisor)
+    assert (model.max_num_seqs, model.max_step_tokens, *mixed) == sizes
     config = replace(config, max_num_seqs=3, max_step_tokens=7, max_mixed_prefill_tokens=2)
     model = read_model_facts(config, device)
-    assert (model.max_num_seqs, model.max_step_tokens, model.max_mixed_prefill_tokens) == (3, 7, 2)
+    mixed = (model.max_mixed_prefill_tokens, model.mixed_prefill_divisor)
+    assert (model.max_num_seqs, model.max_step_tokens, *mixed) == (3, 7, 2, None)
 
 
 def test_the_interpreter_never_computes_in_bfloat16(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from serve.messages import (
     Tokens,
 )
 from tests.engine.bench import LIMITS, A, B, EngineBench
+from tests.engine.fake_executor import AdapterFile
 from tests.engine.toy_model import EOS_ID, run_alone, sample_token
 
 pytestmark = pytest.mark.usefixtures("both_modes")
@@ -102,6 +103,39 @@ def test_beside_decodes_all_prompts_together_get_their_own_smaller_budget() -> N
     assert [sum(sizes) for sizes in mixed if sizes][:4] == [3, 3, 3 + 1, 1]
     for command in sent:
         assert bench.tokens(command.request_id) == run_alone(command, bench.limits).token_ids
+
+
+@one_at_a_time
+def test_beside_decodes_many_prompt_tokens_go_in_larger_pieces_that_shrink() -> None:
+    limits = replace(LIMITS, max_mixed_prefill_tokens=2, mixed_prefill_divisor=4, max_step_tokens=16, max_num_seqs=4)
+    bench = EngineBench(limits)
+    sent = [bench.submit("first", [1] * 3, max_tokens=12)]
+    bench.step(2)
+    sent += [bench.submit("long", [2] * 20, max_tokens=1), bench.submit("late", [3] * 12, max_tokens=1)]
+    # no place is left for this one beside them all: its tokens do not count until there is
+    sent += [bench.submit("fourth", [4] * 4, max_tokens=1), bench.submit("none", [5] * 30, max_tokens=1)]
+    bench.drain()
+    plans = [[(row.request_id, row.num_tokens) for row in plan] for plan in bench.executor.plans if plan]
+    mixed = [sum(size for name, size in plan if name != "first") for plan in plans if ("first", 1) in plan]
+    prompts = [size for size in mixed if size]
+    assert prompts[0] == (20 + 12 + 4) // 4
+    assert prompts[1] == (36 - prompts[0]) // 4
+    for command in sent:
+        assert bench.tokens(command.request_id) == run_alone(command, bench.limits).token_ids
+
+
+@one_at_a_time
+def test_a_prompt_whose_adapter_is_awaited_makes_no_piece_larger() -> None:
+    limits = replace(LIMITS, max_mixed_prefill_tokens=2, mixed_prefill_divisor=2)
+    bench = EngineBench(limits, {A: AdapterFile(10, num_polls=6)})
+    bench.submit("first", [1] * 3, max_tokens=12)
+    bench.step(2)
+    bench.submit("cold", [2] * 30, A, max_tokens=1)
+    bench.step(1)
+    bench.submit("late", [3] * 6, max_tokens=1)
+    bench.drain()
+    pieces = [row.num_tokens for plan in bench.executor.plans for row in plan if row.request_id == "late"]
+    assert pieces[0] == 6 // 2
 
 
 def test_one_prompt_token_at_a_time_beside_decodes_still_ends_every_sequence() -> None:

@@ -83,8 +83,9 @@ class Trace:
             enable_prefix_cache=rng.random() < 0.85,
         )
         # its own random numbers, as the host tier's below
-        mixed = random.Random(-(1 << 32) - seed).choice((None, None, 1, 2, 5))
-        self.limits = replace(self.limits, max_mixed_prefill_tokens=mixed)
+        numbers = random.Random(-(1 << 32) - seed)
+        mixed, divisor = numbers.choice((None, None, 1, 2, 5)), numbers.choice((None, 1, 2, 4))
+        self.limits = replace(self.limits, max_mixed_prefill_tokens=mixed, mixed_prefill_divisor=divisor)
         files = {
             digest: AdapterFile(rng.choice((1, 2, 4, 5)), rng.randint(1, 6), rng.choice((0, 0, 0, 1)))
             for digest in DIGESTS
