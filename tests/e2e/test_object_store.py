@@ -99,6 +99,7 @@ def test_two_replicas_that_share_no_folder(servers: list[LiveServer], tmp_path: 
     assert isinstance(replica, dict) and isinstance(other, dict) and replica["id"] != other["id"]
     assert replica["registry"]["kind"] == "journal" and replica["registry"]["change"] == 2
     assert (replica["registry"]["lag"], replica["registry"]["redis"]) == (0, "connected")
+    job_id = share_jobs_and_pins(a, b)
     # gone for good: what is here is served, and nothing else is promised
     s3_server.close()
     assert ask(b, "known") == expected and ask(a, "far") != expected
@@ -109,3 +110,29 @@ def test_two_replicas_that_share_no_folder(servers: list[LiveServer], tmp_path: 
     assert refused.status_code == 503, refused.text
     assert refused.json()["error"]["code"] == "store_unavailable" and int(refused.headers["retry-after"]) > 0
     assert not knows(a, "new") and not knows(b, "new")
+    for server in servers:
+        with server.client() as client:
+            told = client.get(f"/v1/fine_tuning/jobs/{job_id}")
+            unpinned = client.post("/v1/adapters/known:unpin")
+        for answer in (told, unpinned):
+            assert answer.status_code == 503, answer.text
+            assert answer.json()["error"]["code"] == "store_unavailable"
+        assert pinned(server, "known") and ask(server, "known") == expected
+
+
+def share_jobs_and_pins(a: LiveServer, b: LiveServer) -> str:
+    """Give one server data, the other one a job over it and a pin; each knows of all. Return the job's id."""
+    line = b'{"prompt": "a", "completion": "b"}\n'
+    with a.client() as on_a, b.client() as on_b:
+        sent = on_a.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": ("d.jsonl", line)})
+        body = {"model": "tiny", "training_file": sent.raise_for_status().json()["id"]}
+        job = on_b.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()
+        assert on_a.get(f"/v1/fine_tuning/jobs/{job['id']}").json() == job
+        assert on_b.get(f"/v1/files/{body['training_file']}/content").content == line
+        on_b.post("/v1/adapters/known:pin").raise_for_status()
+    until(lambda: pinned(a, "known") and pinned(b, "known"))
+    return str(job["id"])
+
+
+def pinned(server: LiveServer, name: str) -> bool:
+    return bool(status_of(server, name)["pinned"])

@@ -1,7 +1,8 @@
-"""Training over replicas: two real servers, workers of their own, one shared store, one real Redis that freezes.
+"""Training over replicas: two real servers, workers of their own, one shared folder or object store, one real Redis.
 
 Invariants: a job made at one server is followed and served at another; a worker that is killed costs no step and no
-job; without Redis jobs go on, and what cannot be published waits; whoever publishes, it is published once.
+job; without Redis jobs go on, and what cannot be published waits; without the object store everything waits, and is
+told so; whoever publishes, it is published once.
 """
 
 import json
@@ -17,6 +18,7 @@ import pytest
 from adapters_store.redis_head import acl_line
 from tests.live_server import LiveServer, chorale_command, server_environment, start_server, stop_server
 from tests.redis_server import RedisServer
+from tests.s3_server import S3Server
 from tests.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(3600)]
@@ -34,14 +36,18 @@ LINES = b"".join(
 class Site:
     """Two servers over one store, and the workers that a test starts."""
 
-    def __init__(self, folder: Path, redis_server: RedisServer) -> None:
+    def __init__(self, folder: Path, redis_server: RedisServer, s3_server: S3Server | None) -> None:
         self.folder = folder
+        self.s3_server = s3_server
+        # without one, all have the same folder
+        self._blobs = () if s3_server is None else ("--blobs", s3_server.url("shared"))
         self.model = write_tiny_model(folder / "tiny")
         self._workers: list[subprocess.Popen[bytes]] = []
         options = ("--device", "cpu", "--dtype", "float32", "--redis-url", redis_server.url_of("replicas", PASSWORD))
 
         def start(number: int) -> LiveServer:
-            return start_server(folder / f"{number}.log", self.model, folder / "store", *options)
+            store = self._own_folder(f"server{number}")
+            return start_server(folder / f"{number}.log", self.model, store, *options, *self._blobs)
 
         # before the store is there: it waits for a server to make one
         self.start_worker()
@@ -50,12 +56,16 @@ class Site:
 
     def start_worker(self) -> "subprocess.Popen[bytes]":
         """Start one more worker."""
-        command = chorale_command("train-worker", "--store", str(self.folder / "store"), "--model", str(self.model))
+        store = self._own_folder(f"worker{len(self._workers)}")
+        command = chorale_command("train-worker", "--store", str(store), "--model", str(self.model), *self._blobs)
         command += ["--num-threads", "1", "--lease-s", str(LEASE_S)]
         with (self.folder / f"worker{len(self._workers)}.log").open("w") as log:
             worker = subprocess.Popen(command, env=server_environment(), stdout=subprocess.DEVNULL, stderr=log)
         self._workers.append(worker)
         return worker
+
+    def _own_folder(self, name: str) -> Path:
+        return self.folder / (name if self._blobs else "store")
 
     def kill_worker(self) -> None:
         """End the newest worker by SIGKILL."""
@@ -82,6 +92,11 @@ class Client:
         """Return the job."""
         with self._server.client() as http:
             return dict(http.get(self._url).raise_for_status().json())
+
+    def status(self) -> int:
+        """Return how the server answers when it is asked for the job."""
+        with self._server.client() as http:
+            return http.get(self._url).status_code
 
     def events(self) -> list[dict[str, object]]:
         """Return all events, oldest first, read page by page."""
@@ -118,8 +133,18 @@ def redis_server() -> Iterator[RedisServer]:
 
 
 @pytest.fixture
-def site(tmp_path: Path, redis_server: RedisServer) -> Iterator[Site]:
-    site = Site(tmp_path, redis_server)
+def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
+    """Return an object store, which this process's environment names."""
+    server = S3Server()
+    for name, value in server.environment().items():
+        monkeypatch.setenv(name, value)
+    yield server
+    server.close()
+
+
+@pytest.fixture(params=["folder", "objects"])
+def site(request: pytest.FixtureRequest, tmp_path: Path, redis_server: RedisServer) -> Iterator[Site]:
+    site = Site(tmp_path, redis_server, request.getfixturevalue("s3_server") if request.param == "objects" else None)
     yield site
     site.close()
 
@@ -155,6 +180,8 @@ def test_a_job_of_one_replica_is_trained_anywhere_followed_and_served_on_all(
     site.kill_worker()
     site.start_worker()
     until(lambda: on_b.has_been_told("resumed (worker 2)"), "another worker")
+    if site.s3_server is not None:
+        check_silence(site.s3_server, on_a, on_b)
     redis_server.freeze()
     # jobs need no Redis: told at one server, known at the other
     before = len(on_b.steps())
@@ -171,6 +198,16 @@ def test_a_job_of_one_replica_is_trained_anywhere_followed_and_served_on_all(
     assert on_b.steps() == list(range(1, NUM_STEPS + 1))
     name = str(done["fine_tuned_model"])
     check_served(site, name, on_b)
+
+
+def check_silence(s3_server: S3Server, on_a: Client, on_b: Client) -> None:
+    """While the object store says nothing every question about jobs is answered so, and then goes on."""
+    s3_server.freeze()
+    for client in (on_a, on_b):
+        until(lambda client=client: client.status() == 503, "a clear answer without the object store")  # type: ignore[misc]
+    s3_server.thaw()
+    for client in (on_a, on_b):
+        until(lambda client=client: client.status() == 200, "the job again")  # type: ignore[misc]
 
 
 def check_served(site: Site, name: str, on_b: Client) -> None:
