@@ -16,8 +16,9 @@ DEPLOY  := .venv-deploy/.stamp
 RAY     := .venv-ray/.stamp
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
-# two processes of one compute thread each: half the time of one process with two threads (2 cores)
-PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+# two processes of one compute thread each: half the time of one process with two threads (2 cores); the files come in
+# the order of tests/conftest.py, the longest first
+PYTEST  := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # gpu-check takes the Python whose torch sees a GPU: $(PYTHON) if it has one, else that of .venv
 GPU_PYTHON ?=
 

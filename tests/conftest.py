@@ -1,7 +1,8 @@
 """Fixtures that every room's tests share: the real data, a store folder, the real server on each device.
 
-Owns where things lie and how long they live; what is tested belongs to the rooms. Invariants: whatever a fixture starts
-it stops, also when the test failed; a test that needs a device which is not here skips before anything is started.
+Owns where things lie and how long they live, and which files come first; what is tested belongs to the rooms.
+Invariants: whatever a fixture starts it stops, also when the test failed; a test that needs a device which is not here
+skips before anything is started; every process of a run orders the tests in the same way.
 """
 
 import os
@@ -14,6 +15,8 @@ from hypothesis import HealthCheck, settings
 
 from tests.live_server import DEVICES, REPO_ROOT, LiveServer, missing_device, start_server, stop_server
 
+_TESTS = Path(__file__).parent
+
 # before anything imports triton: kernels run on CPU tensors; what compiles them does so in a process of its own
 os.environ.setdefault("TRITON_INTERPRET", "1")
 # the same examples in every run, on slow machines too; HYPOTHESIS_PROFILE=search looks for new ones
@@ -21,6 +24,36 @@ _TIMELESS = [HealthCheck.too_slow]
 settings.register_profile("search", deadline=None, suppress_health_check=_TIMELESS)
 settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=_TIMELESS)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "same"))
+
+
+# what takes longest comes first, or one of two processes would wait for the other at the end: files, then rooms
+_LONGEST = (
+    "kernels/gpu/test_compile.py",
+    "engine/test_traces.py",
+    "test_readme.py",
+    "engine/test_device_families.py",
+    "finetuning",
+    "e2e",
+    "campaign",
+    "process",
+    "demo",
+    "scripts",
+    "engine",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Order the files, the same in every process; inside a file tests keep their order."""
+    items.sort(key=lambda item: _place(item.path))
+
+
+def _place(path: Path) -> int:
+    """Return where a test file comes: small numbers first."""
+    parts = path.relative_to(_TESTS).as_posix() if path.is_relative_to(_TESTS) else ""
+    for place, name in enumerate(_LONGEST):
+        if parts == name or parts.startswith(f"{name}/"):
+            return place
+    return len(_LONGEST)
 
 
 class StartServer(Protocol):
