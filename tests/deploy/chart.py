@@ -57,6 +57,8 @@ VALUE_SETS: dict[str, Json] = {
             "objectStoreTo": [{"ipBlock": {"cidr": "10.9.0.0/16"}}],
             "objectStorePort": 9000,
         },
+        # on a machine of its own, with copies of its own
+        "trainer": {"kind": "deployment"},
     },
     # the pods' own identity opens the bucket; the copies lie on the node
     "object-store-identity": {

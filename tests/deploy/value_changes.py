@@ -49,7 +49,7 @@ CHANGES: Mapping[str, tuple[str, object]] = {
     "config.logLevel": ("defaults", "debug"),
     "config.gpuMemoryUtilization": ("defaults", 0.8),
     **{f"config.{name}": ("defaults", 64) for name in ("maxModelLen", "maxNumSeqs", "maxStepTokens", "kvBlocks")},
-    **{f"config.{name}": ("defaults", 64) for name in ("adapterDeviceBytes", "numThreads")},
+    **{f"config.{name}": ("defaults", 64) for name in ("adapterDeviceBytes", "numThreads", "maxMixedPrefillTokens")},
     "auth.requireKeys": ("defaults", False),
     "auth.existingSecret": ("defaults", "other"),
     "auth.apiKeyKey": ("replicas", "other"),

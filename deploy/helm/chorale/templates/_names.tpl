@@ -78,7 +78,7 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- fail (printf "autoscaling.maxReplicas %v is below autoscaling.minReplicas %v" .Values.autoscaling.maxReplicas .Values.autoscaling.minReplicas) }}
 {{- end }}
 {{- if and (eq .Values.trainer.kind "deployment") (not (include "chorale.isSharedStore" .)) }}
-{{- fail "a trainer of its own writes the servers' store: set store.accessModes to [ReadWriteMany] or give store.existingClaim" }}
+{{- fail "a trainer of its own writes the servers' store: set store.accessModes to [ReadWriteMany], or give store.existingClaim or store.s3.bucket" }}
 {{- end }}
 {{- if and (hasPrefix "/" .Values.model.path) (not .Values.model.existingClaim) }}
 {{- fail (printf "model.path %s is a folder: name the claim that holds it in model.existingClaim, or give a Hugging Face id" .Values.model.path) }}
@@ -114,9 +114,6 @@ app.kubernetes.io/managed-by: {{ .Release.Service }}
 {{- end }}
 {{- if and .Values.auth.requireKeys (not .Values.auth.pepperSecret) }}
 {{- fail "keys that lie in an object store need a pepper that all servers have: set auth.pepperSecret" }}
-{{- end }}
-{{- if ne .Values.trainer.kind "none" }}
-{{- fail (printf "trainer.kind %s: jobs lie in the store's folder, which store.s3 makes each pod's own, gone with it: train over a store without s3.bucket" .Values.trainer.kind) }}
 {{- end }}
 {{- if and .Values.networkPolicy.enabled (not .Values.networkPolicy.objectStoreTo) }}
 {{- fail "store.s3 is outside this release: say where it is in networkPolicy.objectStoreTo" }}
