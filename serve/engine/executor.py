@@ -3,6 +3,7 @@
 Decides nothing. Invariant: what a row produces depends on the plan's row, the weights and the sequence's own KV.
 """
 
+import time
 from collections.abc import Callable, Iterable
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from adapters_store.store import OpenAdapter
 from serve.engine.adapter_arena import AdapterArena
 from serve.engine.batch import StepBatch, build_batch
+from serve.engine.cpu_memory import FreeMemory
 from serve.engine.model_parts import ModelParts
 from serve.engine.model_rows import model_shapes
 from serve.engine.plan import LoadResult, Row, RowResult, StepPlan
@@ -26,6 +28,7 @@ class TorchExecutor:
         self._parts = parts
         self._arena = AdapterArena(parts.shapes, parts.dtype, open_image, model_shapes(parts.spec))
         self._constrained: set[str] = set()
+        self._free_memory = FreeMemory(time.monotonic)
 
     @torch.inference_mode()
     def execute(self, plan: StepPlan) -> list[RowResult]:
@@ -39,6 +42,7 @@ class TorchExecutor:
         }
         # last, since a step that raised is run again: a matcher must not advance twice
         self._advance_grammars(results.values())
+        self._free_memory.give_back()
         return [results[row.request_id] for row in plan.rows]
 
     def start_load(self, digest: str, slot: int) -> None:

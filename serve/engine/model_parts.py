@@ -12,6 +12,7 @@ import torch
 
 from adapters_store.base import SITES
 from serve.config import EngineConfig
+from serve.engine.cpu_memory import blocks_of_their_own, bound_kernel_cache
 from serve.engine.cpu_threads import start_threads
 from serve.engine.sampling_plan import Grammars
 from serve.engine.start_facts import MakeGrammars, ModelFacts, StartFacts, no_grammars, read_model_facts
@@ -53,9 +54,12 @@ def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) 
     """
     model = read_model_facts(config, "cpu")
     spec, dtype = model.spec, model.dtype
+    bound_kernel_cache()
     start_threads(config.num_threads or _num_threads(spec))
     cpu = torch.device("cpu")
-    decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=model.max_model_len)
+    with blocks_of_their_own():
+        decoder = load_decoder(config.model_dir, spec, dtype, cpu, max_model_len=model.max_model_len)
+        grammars = make_grammars(model)
     num_blocks = _num_kv_blocks(config, model)
     return ModelParts(
         facts=StartFacts(model, "cpu", config.block_size, num_blocks, _adapter_bytes(config)),
@@ -65,7 +69,7 @@ def load_parts(config: EngineConfig, make_grammars: MakeGrammars = no_grammars) 
         block_size=config.block_size,
         shapes={site: spec.dims.site_shape(site) for site in SITES},
         dtype=dtype,
-        grammars=make_grammars(model),
+        grammars=grammars,
     )
 
 
