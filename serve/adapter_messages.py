@@ -74,7 +74,8 @@ class AdapterMove:
     """An adapter's way into a tier of memory (`kind` "load") or out of it; `tier` is "host" or "device".
 
     Ways out: "room" (for another), "operator", "unload" (deleted), "no_fit" (it came and proved too large; 0 bytes),
-    "failed" (an image on the host that could not be loaded to the device, and is read anew next time).
+    "failed" (an image on the host that could not be loaded to the device, and is read anew next time), "on_device" (an
+    image on the host of what the device holds in the same memory).
     """
 
     digest: str

@@ -1,10 +1,10 @@
 """Where each adapter is, and what is wanted of it: the one state machine over the tiers of memory.
 
 Owns users, wishes, the operator's pins and evictions, and the way disk -> host -> device; room and victims are the
-tiers' own (`host_tier`, `device_tier`). Without a host tier, loads come from the disk. Users are live sequences that
-name an adapter, pins are the running ones among them.
-An adapter is ABSENT (on disk), FETCHING, on the HOST, LOADING (host to device) or READY, and goes back from READY to
-HOST or ABSENT. Invariants: what runs is READY and never dropped; a load from the host reads no disk; no call waits.
+tiers' own. Without a host tier, loads come from the disk. Users are live sequences that name an adapter, pins are the
+running ones among them. An adapter is ABSENT (on disk), FETCHING, on the HOST, LOADING (host to device) or READY, and
+goes back from READY to HOST or ABSENT. Where both tiers are one memory an image goes once it is READY, while the device
+has room to spare. Invariants: what runs is READY and never dropped; a load from the host reads no disk; no call waits.
 """
 
 from collections import Counter
@@ -227,6 +227,8 @@ class AdapterTiers:
         elif error is not None or not self.device.settle(result):
             self.device.drop(digest, "no_fit")
             self._leaving.discard(digest)
+        elif self.host is not None and self.host.is_device_memory and self.device.has_room_to_spare(digest):
+            self.host.discard(digest, "on_device")
         self._drop_unwanted(digest)
         self._drop_leaving(digest)
         return error
@@ -237,8 +239,7 @@ class AdapterTiers:
 
     def take_moves(self) -> list[AdapterMove]:
         """Hand out what came and went since the last call, in each tier in order."""
-        on_host = [] if self.host is None else self.host.moves.take_recent()
-        return on_host + self.device.moves.take_recent()
+        return ([] if self.host is None else self.host.moves.take_recent()) + self.device.moves.take_recent()
 
     def check_invariants(self, pinned: Counter[str], users: Counter[str]) -> None:
         """Compare both tiers with each other and with what the live sequences say."""

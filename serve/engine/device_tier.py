@@ -14,6 +14,9 @@ from serve.engine.plan import LoadResult
 from serve.engine.resident import AdapterLoader, Residency, Resident
 from serve.engine.wish_order import Room, WishOrder, find_victims
 
+# how many more adapters must fit before none is thought to leave soon
+_SPARE_ADAPTERS = 16
+
 
 class DeviceTier:
     """The adapters in slots and the room for more."""
@@ -82,6 +85,11 @@ class DeviceTier:
         self.num_loads_total += 1
         self.moves.came(result.digest, result.num_bytes, result.seconds)
         return True
+
+    def has_room_to_spare(self, digest: str) -> bool:
+        """Say whether so many more adapters like this one would fit that its eviction is far away."""
+        num_bytes = self.num_bytes + _SPARE_ADAPTERS * self.residents[digest].num_bytes
+        return len(self._free_slots) >= _SPARE_ADAPTERS and num_bytes <= self.max_bytes
 
     def pin(self, digest: str) -> int:
         """Hold a READY adapter for one running sequence and return its slot."""

@@ -19,10 +19,18 @@ class HostTier:
     """The images in host memory and the room for more."""
 
     def __init__(
-        self, fetcher: ImageFetcher, max_images: int, max_bytes: int, policy: EvictionPolicy | None = None
+        self,
+        fetcher: ImageFetcher,
+        max_images: int,
+        max_bytes: int,
+        policy: EvictionPolicy | None = None,
+        *,
+        is_device_memory: bool = False,
     ) -> None:
+        """Prepare; `is_device_memory`: the device is a CPU, and what it holds lies in this memory a second time."""
         self.max_images = max_images
         self.max_bytes = max_bytes
+        self.is_device_memory = is_device_memory
         self.order = WishOrder()
         self.moves = AdapterMoves("host", "disk")
         self._fetcher = fetcher

@@ -32,7 +32,7 @@ class LiveSequences:
     def __init__(self, limits: EngineLimits, executor: Executor, fetcher: ImageFetcher | None = None) -> None:
         self.limits = limits
         self.kv = KvBlocks(limits.num_kv_blocks, limits.block_size)
-        host = None if fetcher is None else HostTier(fetcher, limits.max_host_images, limits.adapter_host_bytes)
+        host = None if fetcher is None else _host_tier(limits, fetcher)
         self.tiers = AdapterTiers(executor, limits.num_adapter_slots, limits.adapter_device_bytes, host=host)
         self.served = ServedTokens()
         self.waiting = WaitingLine(self.served)
@@ -244,3 +244,9 @@ def _keeps_to_edges(seq: Sequence, row: Row) -> bool:
 
 def _age(seq: Sequence) -> tuple[int, int]:
     return seq.age_key
+
+
+def _host_tier(limits: EngineLimits, fetcher: ImageFetcher) -> HostTier:
+    return HostTier(
+        fetcher, limits.max_host_images, limits.adapter_host_bytes, is_device_memory=limits.is_host_device_memory
+    )

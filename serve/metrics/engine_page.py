@@ -14,7 +14,7 @@ from serve.metrics.engine_view import EngineView
 from serve.metrics.names import COUNTERS, GAUGES
 
 _TIERS = ("host", "device")
-_CAUSES = ("room", "operator", "unload", "no_fit", "failed")
+_CAUSES = ("room", "operator", "unload", "no_fit", "failed", "on_device")
 
 
 class EngineCollector(Collector):

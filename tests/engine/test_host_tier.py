@@ -62,9 +62,17 @@ class Slots:
 class Bench:
     """Tiers whose fetches and loads end when the test says so."""
 
-    def __init__(self, *, num_images: int = 4, host_bytes: int = 100, num_slots: int = 2, device_bytes: int = 100):
+    def __init__(
+        self,
+        *,
+        num_images: int = 4,
+        host_bytes: int = 100,
+        num_slots: int = 2,
+        device_bytes: int = 100,
+        is_device_memory: bool = False,
+    ):
         self.memory = Memory()
-        self.host = HostTier(Images(self.memory), num_images, host_bytes)
+        self.host = HostTier(Images(self.memory), num_images, host_bytes, is_device_memory=is_device_memory)
         self.tiers = AdapterTiers(Slots(self.memory), num_slots, device_bytes, host=self.host)
 
     def walk(self, *digests: str) -> list[Residency]:
@@ -286,3 +294,53 @@ def test_where_adapters_were_when_they_were_named_is_counted() -> None:
     bench.tiers.join(B)
     hits = bench.tiers.hits
     assert (hits.num_on_device, hits.num_on_host, hits.num_missed) == (1, 1, 1)
+
+
+def test_an_image_is_given_up_once_the_same_memory_holds_the_adapter_for_the_steps() -> None:
+    bench = Bench(num_slots=18, device_bytes=1000, is_device_memory=True)
+    assert bench.walk(A, B) == [Residency.LOADING, Residency.LOADING]
+    bench.fetched(A)
+    bench.walk(A, B)
+    assert bench.host.residency(A) is Residency.READY, "a load reads it"
+    bench.loaded(A)
+    assert bench.memory.dropped == [("host", A)] and bench.place(A) == "device"
+    (state,) = (state for state in bench.tiers.states() if state.digest == A)
+    assert (state.num_bytes, state.num_host_bytes) == (10, 0)
+    assert [(move.kind, move.num_bytes) for move in bench.tiers.take_moves() if move.tier == "host"][1:] == [
+        ("on_device", 10)
+    ]
+    # one that is evicted comes from the disk once more
+    assert bench.tiers.evict(A) == 10 and bench.place(A) == "disk"
+    bench.fetched(B)
+    bench.bring(A)
+    assert bench.memory.num_fetches[A] == 2 and bench.place(A) == "device"
+    bench.check()
+
+
+@pytest.mark.parametrize(
+    ("num_slots", "device_bytes", "is_device_memory", "is_kept"),
+    [
+        (17, 170, True, False),
+        # no more than 15 slots, or bytes for 15, are left beside it
+        (16, 170, True, True),
+        (17, 169, True, True),
+        # a GPU
+        (17, 170, False, True),
+    ],
+)
+def test_an_image_stays_where_its_adapter_may_have_to_leave_the_device(
+    num_slots: int, device_bytes: int, is_device_memory: bool, is_kept: bool
+) -> None:
+    bench = Bench(num_slots=num_slots, device_bytes=device_bytes, is_device_memory=is_device_memory)
+    bench.bring(A)
+    assert bench.memory.images == ({A} if is_kept else set())
+
+
+def test_an_image_whose_load_failed_or_did_not_fit_goes_as_it_did() -> None:
+    bench = Bench(num_slots=18, device_bytes=1000, is_device_memory=True)
+    bench.walk(A)
+    bench.fetched(A)
+    bench.walk(A)
+    assert bench.loaded(A, error="not finite") == "not finite"
+    bench.check()
+    assert bench.memory.dropped == [("host", A)] and bench.place(A) == "disk"
