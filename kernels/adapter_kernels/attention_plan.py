@@ -6,6 +6,7 @@ of the same step reads it.
 """
 
 from dataclasses import dataclass, field
+from itertools import accumulate, compress
 
 import numpy as np
 import torch
@@ -68,52 +69,62 @@ class AttentionPlan:
             block_tables: per sequence, block ids that cover positions `0 .. start + length - 1` at least.
             block_size: positions per block.
         """
-        slots = [
-            _slots(table, start + length, block_size)
-            for start, length, table in zip(starts, lengths, block_tables, strict=True)
-        ]
-        offsets = np.concatenate([[0], np.cumsum(lengths)])
-        decode_indices = [i for i, length in enumerate(lengths) if length <= _MAX_BATCHED_LENGTH]
-        chunks = tuple(
-            Chunk(int(offsets[i]), int(offsets[i + 1]), starts[i], torch.from_numpy(slots[i]))
-            for i, length in enumerate(lengths)
-            if length > _MAX_BATCHED_LENGTH
-        )
-        positions = np.concatenate([np.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
-        mapping = np.concatenate([row[start:] for row, start in zip(slots, starts, strict=True)])
+        begins = list(accumulate(lengths, initial=0))
+        is_decode = [length <= _MAX_BATCHED_LENGTH for length in lengths]
+        positions, slot_mapping = np.empty(begins[-1], dtype=np.int64), np.empty(begins[-1], dtype=np.int64)
+        decodes = None
+        if any(is_decode):
+            rows = np.fromiter(compress(begins, is_decode), np.int64)
+            own_starts = np.fromiter(compress(starts, is_decode), np.int64)
+            slots = _decode_slots(own_starts, list(compress(block_tables, is_decode)), block_size)
+            positions[rows] = own_starts
+            slot_mapping[rows] = slots[np.arange(len(rows)), own_starts]
+            decodes = DecodeGroup(
+                rows=torch.from_numpy(rows),
+                slots=torch.from_numpy(slots.reshape(-1)),
+                context_lengths=torch.from_numpy(own_starts + 1),
+                max_context=slots.shape[1],
+                is_whole_step=all(is_decode),
+            )
+        chunks = []
+        for index in (i for i, decodes_alone in enumerate(is_decode) if not decodes_alone):
+            begin, end, start = begins[index], begins[index + 1], starts[index]
+            context = _slots(block_tables[index], start + lengths[index], block_size)
+            positions[begin:end] = np.arange(start, start + lengths[index])
+            slot_mapping[begin:end] = context[start:]
+            chunks.append(Chunk(begin, end, start, torch.from_numpy(context)))
         return cls(
-            positions=torch.from_numpy(positions.astype(np.int64)),
-            slot_mapping=torch.from_numpy(mapping),
-            decodes=_decode_group(decode_indices, slots, offsets, len(lengths)) if decode_indices else None,
-            chunks=chunks,
-            num_tokens=int(offsets[-1]),
+            positions=torch.from_numpy(positions),
+            slot_mapping=torch.from_numpy(slot_mapping),
+            decodes=decodes,
+            chunks=tuple(chunks),
+            num_tokens=begins[-1],
         )
 
 
-def _slots(table: list[int], context: int, block_size: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+Slots = np.ndarray[tuple[int, ...], np.dtype[np.int64]]
+
+
+def _slots(table: list[int], context: int, block_size: int) -> Slots:
     num_blocks = -(-context // block_size)
     blocks = np.asarray(table[:num_blocks], dtype=np.int64)
     return (blocks[:, None] * block_size + np.arange(block_size)).reshape(-1)[:context]
 
 
-def _decode_group(
-    indices: list[int],
-    slots: list[np.ndarray[tuple[int], np.dtype[np.int64]]],
-    offsets: np.ndarray[tuple[int], np.dtype[np.int64]],
-    num_sequences: int,
-) -> DecodeGroup:
-    lengths = np.asarray([len(slots[i]) for i in indices], dtype=np.int64)
+def _decode_slots(starts: Slots, tables: list[list[int]], block_size: int) -> Slots:
+    """Return the slots [sequences, longest] of every position up to each sequence's own, all tables read at once."""
     # whole vectors of scores: else the last, partial one is summed in an order that depends on the longest neighbour
-    longest = -(-int(lengths.max()) // _PADDING) * _PADDING
-    padded = np.empty((len(indices), longest), dtype=np.int64)
-    for row, i in enumerate(indices):
-        # padding repeats a slot of the sequence itself: never another tenant's, never unwritten memory
-        padded[row, : len(slots[i])] = slots[i]
-        padded[row, len(slots[i]) :] = slots[i][0]
-    return DecodeGroup(
-        rows=torch.from_numpy(offsets[:-1][indices].astype(np.int64)),
-        slots=torch.from_numpy(padded.reshape(-1)),
-        context_lengths=torch.from_numpy(lengths),
-        max_context=longest,
-        is_whole_step=len(indices) == num_sequences,
-    )
+    longest = -(-(int(starts.max()) + 1) // _PADDING) * _PADDING
+    num_blocks = -(-longest // block_size)
+    flat: list[int] = []
+    for table, start in zip(tables, starts.tolist(), strict=True):
+        num_own = start // block_size + 1
+        flat += table[:num_own]
+        flat += table[:1] * (num_blocks - num_own)
+    blocks = np.fromiter(flat, np.int64, len(flat)).reshape(len(tables), num_blocks, 1)
+    slots = (blocks * block_size + np.arange(block_size)).reshape(len(tables), -1)[:, :longest]
+    # padding repeats a slot of the sequence itself: never another tenant's, never unwritten memory
+    first_end = int(starts.min()) + 1
+    is_padding = np.arange(first_end, longest) > starts[:, None]
+    np.copyto(slots[:, first_end:], slots[:, :1], where=is_padding)
+    return slots

@@ -85,6 +85,9 @@ class KvBlocks:
     def extend(self, table: list[int], num_blocks: int) -> bool:
         """Grow `table` in place to `num_blocks`; False, with nothing taken, when too few blocks are available."""
         num_missing = num_blocks - len(table)
+        # most steps of most sequences
+        if num_missing <= 0:
+            return True
         if num_missing > self.num_available:
             return False
         table.extend(self._take() for _ in range(num_missing))

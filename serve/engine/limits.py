@@ -3,7 +3,7 @@
 Owns no policy. Invariant: no bound of the base's own path is zero, so that one sequence can always make progress.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,8 +32,11 @@ class EngineLimits:
     max_mixed_prefill_tokens: int | None = None
     # such a step may hold this part of all prompt tokens that are left, if that is more; None: it may not
     mixed_prefill_divisor: int | None = None
+    # prompt plus output that one sequence can reach: the model's bound or the whole KV cache; asked for every token
+    max_sequence_tokens: int = field(init=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "max_sequence_tokens", min(self.max_model_len, self.num_kv_blocks * self.block_size))
         counts = {
             "num_kv_blocks": self.num_kv_blocks,
             "block_size": self.block_size,
@@ -52,8 +55,3 @@ class EngineLimits:
     def mixed_prefill_tokens(self) -> int:
         """Prompt tokens that a step with decodes may hold, however few are left."""
         return self.max_step_tokens if self.max_mixed_prefill_tokens is None else self.max_mixed_prefill_tokens
-
-    @property
-    def max_sequence_tokens(self) -> int:
-        """Tokens, prompt plus output, that one sequence can reach: the model's bound or the whole KV cache."""
-        return min(self.max_model_len, self.num_kv_blocks * self.block_size)

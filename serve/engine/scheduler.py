@@ -93,14 +93,12 @@ class Scheduler:
         admit_waiting(self.live, draft, self._clock(), is_open=is_open)
         if not draft.rows:
             return None
+        slot_digests: dict[int, str] = {}
         for seq, row in zip(draft.seqs, draft.rows, strict=True):
             seq.num_in_flight += len(row.token_ids)
-        # a row before its adapter's first position names no slot
-        slot_digests = {
-            slot: digest
-            for seq, row in zip(draft.seqs, draft.rows, strict=True)
-            for slot, digest in zip(row.slots, seq.acting.digests, strict=False)
-        }
+            if seq.acting.digests:
+                # a row before its adapter's first position names no slot
+                slot_digests.update(zip(row.slots, seq.acting.digests, strict=False))
         return PlannedStep(StepPlan(draft.rows, slot_digests), draft.seqs)
 
     def finish_step(self, step: PlannedStep, results: SequenceOf[RowResult | None]) -> list[Event]:
@@ -183,6 +181,9 @@ class Scheduler:
         return num_sitting_out * MIN_ROWS_PER_SITTING_OUT <= len(draft.rows)
 
     def _plan_prefills(self, draft: StepDraft) -> None:
+        if len(draft.seqs) == len(self.live.running):
+            # all of them decode
+            return
         for seq in self.live.running:
             if draft.budget == 0:
                 return

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from adapter_kernels.attention_plan import AttentionPlan
@@ -69,3 +71,40 @@ def test_positions_and_slots_follow_the_block_tables() -> None:
     plan = AttentionPlan.build([5, 0], [1, 3], [[3, 4], [5]], 4)
     assert plan.positions.tolist() == [5, 0, 1, 2]
     assert plan.slot_mapping.tolist() == [17, 20, 21, 22]
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 50), st.sampled_from([1, 1, 1, 2, 7])), min_size=1, max_size=6), st.integers(1, 7)
+)
+def test_a_plan_reads_and_writes_where_the_tables_say(sequences: list[tuple[int, int]], block_size: int) -> None:
+    starts, lengths = [start for start, _ in sequences], [length for _, length in sequences]
+    # no two blocks are alike, and each table has one block more than it needs
+    block_tables = [
+        [100 * index + 3 * block for block in range((start + length) // block_size + 2)]
+        for index, (start, length) in enumerate(sequences)
+    ]
+    plan = AttentionPlan.build(starts, lengths, block_tables, block_size)
+
+    def slot(index: int, position: int) -> int:
+        return block_tables[index][position // block_size] * block_size + position % block_size
+
+    runs = [(i, p) for i, (start, length) in enumerate(sequences) for p in range(start, start + length)]
+    assert plan.num_tokens == len(runs)
+    assert plan.positions.tolist() == [position for _, position in runs]
+    assert plan.slot_mapping.tolist() == [slot(index, position) for index, position in runs]
+    alone = [index for index, length in enumerate(lengths) if length == 1]
+    begins = [sum(lengths[:index]) for index in range(len(lengths))]
+    assert [(chunk.begin, chunk.end, chunk.start, chunk.slots.tolist()) for chunk in plan.chunks] == [
+        (begins[i], begins[i] + n, s, [slot(i, p) for p in range(s + n)]) for i, (s, n) in enumerate(sequences) if n > 1
+    ]
+    if plan.decodes is None:
+        assert not alone
+        return
+    longest = -(-max(starts[index] + 1 for index in alone) // 16) * 16
+    assert plan.decodes.max_context == longest and plan.decodes.is_whole_step == (len(alone) == len(lengths))
+    assert plan.decodes.rows.tolist() == [begins[index] for index in alone]
+    assert plan.decodes.context_lengths.tolist() == [starts[index] + 1 for index in alone]
+    assert plan.decodes.slots.view(len(alone), longest).tolist() == [
+        [slot(index, position if position <= starts[index] else 0) for position in range(longest)] for index in alone
+    ]
