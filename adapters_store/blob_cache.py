@@ -15,7 +15,7 @@ from typing import BinaryIO
 
 from adapters_store.blobs import HashedBytes, ImageHeads, OpenAdapter, map_file, open_image
 from adapters_store.errors import AdapterCorrupt, CorruptUpload, StoreError, storage_errors
-from adapters_store.file_system import FileSystem
+from adapters_store.file_system import FileSystem, WrittenFile, write_pieces
 from adapters_store.locks import StoreLock, lock_folder
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME, MAX_MANIFEST_BYTES, Manifest, parse_manifest
 from adapters_store.object_store import ObjectStore
@@ -91,9 +91,10 @@ class BlobCache:
     def _fetch(self, digest: str) -> None:
         manifest, raw = self._manifest(digest)
         with self._place() as folder, storage_errors():
-            self._write(folder / MANIFEST_NAME, iter([raw]), len(raw))
+            write_pieces(self._files, folder / MANIFEST_NAME, [raw], max_bytes=len(raw))
             pieces = self._objects.pieces(f"{OBJECTS}/{digest}/{IMAGE_NAME}")
-            if self._write(folder / IMAGE_NAME, pieces, manifest.file_bytes) != manifest.file_sha256:
+            found = write_pieces(self._files, folder / IMAGE_NAME, pieces, max_bytes=manifest.file_bytes)
+            if found != WrittenFile(manifest.file_bytes, manifest.file_sha256):
                 raise _damaged(digest)
             # not synced: a copy that a power loss tears is set aside and fetched again
             try:
@@ -114,21 +115,6 @@ class BlobCache:
             return parse_manifest(raw), raw
         except CorruptUpload as error:
             raise _damaged(digest) from error
-
-    def _write(self, path: Path, pieces: Iterator[bytes], max_bytes: int) -> str:
-        """Write a new file of at most so many bytes and return its SHA-256."""
-        hashed, num_bytes = hashlib.sha256(), 0
-        descriptor = self._files.create(path)
-        try:
-            for piece in pieces:
-                num_bytes += len(piece)
-                if num_bytes > max_bytes:
-                    break
-                hashed.update(piece)
-                self._files.write(descriptor, piece)
-        finally:
-            self._files.close(descriptor)
-        return hashed.hexdigest() if num_bytes == max_bytes else ""
 
     @contextmanager
     def _place(self) -> Iterator[Path]:

@@ -5,8 +5,11 @@ link or overwritten in place.
 """
 
 import errno
+import hashlib
 import os
 import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
@@ -69,6 +72,34 @@ class FileSystem:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """What a file holds."""
+
+    num_bytes: int
+    sha256: str
+
+
+def write_pieces(files: FileSystem, path: Path, pieces: Iterable[bytes], *, max_bytes: int) -> WrittenFile:
+    """Write a new file, without syncing it, and return what came; no piece behind `max_bytes` is written.
+
+    Raises:
+        OSError: the disk, or the file exists. What `pieces` raises.
+    """
+    hashed, num_bytes = hashlib.sha256(), 0
+    descriptor = files.create(path)
+    try:
+        for piece in pieces:
+            num_bytes += len(piece)
+            if num_bytes > max_bytes:
+                break
+            hashed.update(piece)
+            files.write(descriptor, piece)
+    finally:
+        files.close(descriptor)
+    return WrittenFile(num_bytes, hashed.hexdigest())
 
 
 def open_regular(path: Path, *, is_trusted: bool = False) -> BinaryIO:

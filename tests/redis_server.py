@@ -12,7 +12,16 @@ from pathlib import Path
 
 import redis
 
+from serve.cli.redis_extra import acl_line
+
 START_TIMEOUT_S = 120.0
+# of the replicas' user
+PASSWORD = "not-to-be-logged"
+
+
+def redis_of_replicas() -> "RedisServer":
+    """Start a Redis whose user `replicas` may do what `chorale redis-acl` says and nothing else."""
+    return RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
 
 
 class RedisServer:

@@ -10,6 +10,7 @@ import time
 
 import httpx
 import obstore
+import pytest
 from obstore.store import S3Store
 
 from tests.free_port import free_port
@@ -18,6 +19,14 @@ START_TIMEOUT_S = 120.0
 BUCKET = "adapters"
 # what clients in this process and in servers find in their environment
 _CREDENTIALS = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "not-to-be-logged", "AWS_REGION": "us-east-1"}
+
+
+def s3_in_environment(environment: pytest.MonkeyPatch) -> "S3Server":
+    """Start a server that this process and the processes it starts find by their environment."""
+    server = S3Server()
+    for name, value in server.environment().items():
+        environment.setenv(name, value)
+    return server
 
 
 class S3Server:

@@ -5,12 +5,11 @@ not there; a bundle that is written again under its key holds the same bytes.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 
 from adapters_store.errors import CorruptUpload, StorageFailed, storage_errors
-from adapters_store.file_system import FileSystem
+from adapters_store.file_system import FileSystem, WrittenFile, write_pieces
 from adapters_store.json_values import integer, json_object, text
 from adapters_store.object_store import ObjectStore
 from adapters_store.strict_json import Json, canonical_json, read_json
@@ -19,15 +18,7 @@ INDEX = "index.json"
 _MAX_INDEX_BYTES = 1 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class BundledFile:
-    """What an index says of one file."""
-
-    num_bytes: int
-    sha256: str
-
-
-Index = Mapping[str, BundledFile]
+Index = Mapping[str, WrittenFile]
 
 
 class Bundles:
@@ -39,7 +30,7 @@ class Bundles:
 
     def write(self, key: str, folder: Path) -> None:
         """Write a folder that nobody else changes; durable when this returns. Raises StoreAway, StorageFailed."""
-        index: dict[str, BundledFile] = {}
+        index: dict[str, WrittenFile] = {}
         with storage_errors():
             paths = sorted(path for path in folder.rglob("*") if path.is_file())
         for path in paths:
@@ -79,7 +70,8 @@ class Bundles:
             for name, facts in index.items():
                 path = target / name
                 path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-                if self._save(path, self._objects.pieces(f"{key}/{name}"), facts.num_bytes) != facts:
+                pieces = self._objects.pieces(f"{key}/{name}")
+                if write_pieces(self._files, path, pieces, max_bytes=facts.num_bytes) != facts:
                     raise StorageFailed(f"{key}/{name} is damaged in the object store; restore it from a backup")
 
     def remove(self, key: str) -> None:
@@ -87,20 +79,6 @@ class Bundles:
         found = [listed.key for listed in self._objects.list(key)]
         for name in sorted(found, key=lambda name: not name.endswith(f"/{INDEX}")):
             self._objects.delete(name)
-
-    def _save(self, path: Path, pieces: Iterator[bytes], max_bytes: int) -> BundledFile:
-        hashed, num_bytes = hashlib.sha256(), 0
-        descriptor = self._files.create(path)
-        try:
-            for piece in pieces:
-                num_bytes += len(piece)
-                if num_bytes > max_bytes:
-                    break
-                hashed.update(piece)
-                self._files.write(descriptor, piece)
-        finally:
-            self._files.close(descriptor)
-        return BundledFile(num_bytes, hashed.hexdigest())
 
 
 def _read_index(raw: bytes) -> Index:
@@ -112,15 +90,15 @@ def _read_index(raw: bytes) -> Index:
         raise CorruptUpload(f"{INDEX} is of another form") from error
 
 
-def _facts_of(path: Path) -> BundledFile:
+def _facts_of(path: Path) -> WrittenFile:
     with storage_errors(), path.open("rb") as file:
-        return BundledFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
+        return WrittenFile(path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest())
 
 
-def _read_facts(value: Json) -> BundledFile:
+def _read_facts(value: Json) -> WrittenFile:
     if not isinstance(value, list) or len(value) != 2:
         raise ValueError("not two facts")
-    return BundledFile(integer(value[0]), text(value[1]))
+    return WrittenFile(integer(value[0]), text(value[1]))
 
 
 def _is_inside(name: str) -> bool:

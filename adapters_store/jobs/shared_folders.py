@@ -23,8 +23,8 @@ from typing import BinaryIO
 
 from adapters_store.blob_cache import OBJECTS
 from adapters_store.errors import AdapterCorrupt, StorageFailed, StoreAway, StoreError, storage_errors
-from adapters_store.file_system import FileSystem, open_regular
-from adapters_store.jobs.bundles import BundledFile, Bundles
+from adapters_store.file_system import FileSystem, WrittenFile, open_regular
+from adapters_store.jobs.bundles import Bundles
 from adapters_store.jobs.folders import ORPHAN_S, TrainingFolders
 from adapters_store.jobs.job import ENDED, JobState
 from adapters_store.jobs.shared_runs import SharedRuns
@@ -88,7 +88,7 @@ class SharedFolders(TrainingFolders):
     def make_job(self, job_id: str, files: Mapping[str, str], adapters: Mapping[str, str]) -> None:
         """Copy what a job reads inside the object store; raises FileNotFoundError, StoreAway, StorageFailed."""
         inputs = f"{_JOBS}/{job_id}/inputs"
-        index: dict[str, BundledFile] = {}
+        index: dict[str, WrittenFile] = {}
         try:
             for name, file_id in files.items():
                 found = self._bundles.index(f"{_FILES}/{file_id}")
@@ -177,7 +177,7 @@ class SharedFolders(TrainingFolders):
         if alive is not None:
             os.close(alive)
 
-    def _adapter(self, digest: str) -> dict[str, BundledFile]:
+    def _adapter(self, digest: str) -> dict[str, WrittenFile]:
         """Return what an adapter's two objects hold; raises FileNotFoundError, StoreAway, AdapterCorrupt."""
         raw = self._objects.get(f"{OBJECTS}/{digest}/{MANIFEST_NAME}", max_bytes=MAX_MANIFEST_BYTES)
         if raw is None:
@@ -185,8 +185,8 @@ class SharedFolders(TrainingFolders):
         if hashlib.sha256(raw).hexdigest() != digest:
             raise AdapterCorrupt(f"adapter {digest[:12]} is damaged in the object store; upload it again")
         manifest = parse_manifest(raw)
-        image = BundledFile(manifest.file_bytes, manifest.file_sha256)
-        return {MANIFEST_NAME: BundledFile(len(raw), digest), IMAGE_NAME: image}
+        image = WrittenFile(manifest.file_bytes, manifest.file_sha256)
+        return {MANIFEST_NAME: WrittenFile(len(raw), digest), IMAGE_NAME: image}
 
     def _newest(self, folder: str) -> dict[str, datetime]:
         """Return the ids in a folder with the time of their newest object."""

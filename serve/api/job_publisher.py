@@ -50,11 +50,16 @@ class JobPublisher:
 
     async def run(self) -> None:
         """Publish until cancelled; nothing that goes wrong with one job or with the disk ends it."""
+        complaint = ""
         while True:
             try:
                 await self._round()
+                complaint = ""
             except (StoreError, ServeError) as error:
-                logger.warning("training jobs: %s", error)
+                # once, not three times a second for as long as an object store is away
+                if error.message != complaint:
+                    logger.warning("training jobs: %s", error.message)
+                complaint = error.message
             # the wall of this task: it must outlive whatever one job can do to it
             except Exception:
                 logger.exception("training jobs: unexpected")

@@ -11,33 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from serve.cli.redis_extra import acl_line
 from tests.live_server import LiveServer, start_server, stop_server
-from tests.redis_server import RedisServer
+from tests.redis_server import PASSWORD, RedisServer
 from tests.s3_server import S3Server
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 pytestmark = pytest.mark.e2e
 
 PATIENCE_S = 120.0
-PASSWORD = "not-to-be-logged"
-
-
-@pytest.fixture
-def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """Return an object store, which this process's environment names."""
-    server = S3Server()
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -15,15 +15,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters_store.redis_head import acl_line
 from tests.live_server import LiveServer, chorale_command, server_environment, start_server, stop_server
-from tests.redis_server import RedisServer
+from tests.redis_server import PASSWORD, RedisServer
 from tests.s3_server import S3Server
 from tests.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-PASSWORD = "not-to-be-logged"
 # a training process takes a minute to start on a machine that does much else
 TIMEOUT_S = 600.0
 NUM_STEPS, CHECKPOINT_EVERY = 60, 20
@@ -122,24 +120,6 @@ class Client:
         """Cancel, pause or resume."""
         with self._server.client() as http:
             return http.post(f"{self._url}/{action}")
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    """Return a Redis whose user may do what `chorale redis-acl` says and nothing else."""
-    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
-    yield server
-    server.close()
-
-
-@pytest.fixture
-def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
-    """Return an object store, which this process's environment names."""
-    server = S3Server()
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
-    yield server
-    server.close()
 
 
 @pytest.fixture(params=["folder", "objects"])

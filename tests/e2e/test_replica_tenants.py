@@ -15,24 +15,15 @@ import pytest
 from typer.testing import CliRunner
 
 from serve.cli.app import app
-from serve.cli.redis_extra import acl_line
 from tests.live_server import LiveServer, start_server, stop_server
-from tests.redis_server import RedisServer
+from tests.redis_server import PASSWORD, RedisServer
 from tests.tiny_model import write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow]
 
-PASSWORD = "not-to-be-logged"
 DEAD_S = 1.0
 PER_MINUTE = 30
 NUM_REVOKED = 6
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
-    yield server
-    server.close()
 
 
 @pytest.fixture

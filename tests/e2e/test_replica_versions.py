@@ -15,24 +15,15 @@ import pytest
 
 from adapters_store.canary import StickyId, place_of
 from adapters_store.pointers import Sticky
-from adapters_store.redis_head import acl_line
 from tests.live_server import LiveServer, start_server, stop_server
-from tests.redis_server import RedisServer
+from tests.redis_server import PASSWORD, RedisServer
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
-PASSWORD = "not-to-be-logged"
 NUM_SERVERS, NUM_VERSIONS, NUM_USERS, PERCENT = 3, 3, 24, 40
 OBEYED_S = 1.0
 TIMEOUT_S = 60.0
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
-    yield server
-    server.close()
 
 
 @pytest.fixture

@@ -15,9 +15,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from adapters_store.redis_head import acl_line
 from tests.live_server import LiveServer, start_server, stop_server
-from tests.redis_server import RedisServer
+from tests.redis_server import PASSWORD, RedisServer
 from tests.tiny_model import write_tiny_adapter, write_tiny_model
 
 # three servers on a slow machine that does much else
@@ -27,7 +26,6 @@ VISIBLE_S = 1.0
 CONVERGED_S = 5.0
 # what a busy machine may add to either
 SLACK_S = 120.0
-PASSWORD = "not-to-be-logged"
 
 
 class Replicas:
@@ -161,16 +159,6 @@ def until(condition: Callable[[], bool], timeout_s: float) -> None:
     while not condition():
         assert time.monotonic() < deadline, f"not within {timeout_s} s"
         time.sleep(0.02)
-
-
-@pytest.fixture
-def redis_server() -> Iterator[RedisServer]:
-    """Return a Redis of the test's own."""
-    server = RedisServer(acl_line("replicas").replace("PASSWORD", PASSWORD))
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from adapters_store.shared_pins import open_pins
 from tests.api.byte_tokenizer import write_model_dir
 from tests.api_guard.whole_api import BASE, WholeApi, whole_api
 from tests.finetuning.training_store import Clock, new_job
-from tests.s3_server import S3Server
+from tests.s3_server import S3Server, s3_in_environment
 
 LINE = json.dumps({"prompt": "a", "completion": "b"}).encode() + b"\n"
 DIGEST = "d" * 64
@@ -31,9 +31,7 @@ DIGEST = "d" * 64
 @pytest.fixture
 def s3_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[S3Server]:
     """Return an object store, which this process's environment names."""
-    server = S3Server()
-    for name, value in server.environment().items():
-        monkeypatch.setenv(name, value)
+    server = s3_in_environment(monkeypatch)
     yield server
     server.close()
 
