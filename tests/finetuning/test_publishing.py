@@ -140,6 +140,30 @@ def test_a_publisher_that_dies_after_the_commit_publishes_nothing_twice(
     assert len(desk.training.files.page("acme", purpose=None, after=None, limit=9, newest_first=True).items) == 1
 
 
+def test_a_publisher_that_has_not_heard_of_the_other_ones_version_makes_no_second_one(
+    any_desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    desk = any_desk
+    promised = Promotion("bot", "train_loss", below=1.0)
+    job = desk.trained(metrics={"train_loss": 0.5}, promotion=promised)
+    monkeypatch.setattr(job_publisher, "_RETRY_S", 0.0)
+
+    def die(*_: object, **__: object) -> None:
+        raise StorageFailed("killed here")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(desk.training.outbox), "published", die)
+        desk.round()
+    with monkeypatch.context() as patched:
+        patched.setattr(job_publisher, "_published", lambda view, name: None)
+        desk.round()
+    assert desk.training.jobs.get(job.id, None).state is JobState.PUBLISHING
+    assert len(desk.view.versions(job.model_name)) == 1 and len(desk.view.versions("bot")) == 1
+    desk.round()
+    assert desk.training.jobs.get(job.id, None).state is JobState.SUCCEEDED
+    assert len(desk.view.versions(job.model_name)) == 1 and len(desk.view.versions("bot")) == 1
+
+
 def test_two_servers_never_publish_one_job_at_once(any_desk: Desk) -> None:
     desk = any_desk
     job = desk.trained()

@@ -169,6 +169,8 @@ def test_old_points_go_and_each_token_keeps_to_its_own(store: TrainingStore) -> 
     dead.share_run(JOB, 1)
     assert files_in(begun(store.one_more(), 3))["resume/step-000000005/state.safetensors"] == "mine"
     assert "resume/step-000000006/state.safetensors" not in files_in(begun(store.one_more(), 3))
+    # what a later one saved is not for an earlier one
+    assert files_in(begun(store.one_more(), 1)) == {}
 
 
 @pytest.mark.parametrize("harmed", ["state.safetensors", "index.json", "checkpoint"])
