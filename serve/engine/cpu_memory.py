@@ -19,9 +19,9 @@ _LOADING_BYTES = 128 << 10
 # The greatest values that glibc takes, and near those it would come to by itself
 _SERVING_BYTES = 32 << 20
 _SERVING_TOP_BYTES = 64 << 20
-# products that oneDNN keeps the code of: five shapes of a model for 12 numbers of rows. A step with another number
+# products that oneDNN keeps the code of: five shapes of a model for 8 numbers of rows. A step with another number
 # makes its code anew, five times 1 ms (2 cores beside other work, 2026-11)
-_NUM_KEPT_PRODUCTS = 64
+_NUM_KEPT_PRODUCTS = 40
 # free memory goes back this often: 5 to 20 ms each time (2 cores beside other work, 2026-11)
 _TRIM_EVERY_S = 5.0
 
