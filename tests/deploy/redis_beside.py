@@ -1,19 +1,20 @@
 """A real Redis on loopback for servers under test, without a client: this environment has none.
 
-Owns the process it started. Invariant: it has ended when the block is left.
+Owns its command. Invariant: it has ended when the block is left.
 """
 
 import contextlib
 import shutil
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from tests.deploy.proxies import START_TIMEOUT_S, Address
+from tests.deploy.beside import beside
+from tests.deploy.proxies import Address
 from tests.live_server import SERVER_PYTHON
 
 
@@ -32,18 +33,8 @@ def redis_program(name: str) -> str:
 def redis_beside(address: Address, folder: Path) -> Iterator[str]:
     """Run Redis without persistence and yield its URL."""
     command = [redis_program("redis-server"), "--bind", address.host, "--port", str(address.port), "--save", ""]
-    process = subprocess.Popen(
-        command, cwd=folder, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while not _answers(address):
-            assert process.poll() is None and time.monotonic() < deadline, "redis-server does not start"
-            time.sleep(0.02)
+    with beside(command, partial(_answers, address), folder):
         yield f"redis://{address}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _answers(address: Address) -> bool:

@@ -3,11 +3,13 @@
 import subprocess
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import httpx
 import pytest
 
+from tests.deploy.beside import beside
 from tests.deploy.chart import VALUE_SETS
 from tests.deploy.pods import TIMEOUT_S, ServerPod
 from tests.deploy.proxies import Address, own_address
@@ -29,17 +31,8 @@ def object_store(tmp_path: Path) -> Iterator[str]:
         pytest.skip("moto or obstore is missing in the server's environment: `make setup`")
     address = own_address(2)
     command = [SERVER_PYTHON, "-W", "ignore", "-m", "moto.server", "-H", address.host, "-p", str(address.port)]
-    with (tmp_path / "moto.log").open("wb") as log:
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-    try:
-        deadline = time.monotonic() + TIMEOUT_S
-        while not _makes_bucket(address):
-            assert process.poll() is None and time.monotonic() < deadline, "moto's server does not start"
-            time.sleep(0.1)
+    with beside(command, partial(_makes_bucket, address), tmp_path):
         yield f"http://{address}"
-    finally:
-        process.kill()
-        process.wait()
 
 
 def _makes_bucket(address: Address) -> bool:

@@ -19,7 +19,7 @@ from adapters_store.jobs.shared_folders import SharedFolders
 from adapters_store.jobs.turns import TURN_S
 from adapters_store.manifest import IMAGE_NAME, MANIFEST_NAME
 from adapters_store.store import AdapterStore
-from tests.finetuning.training_store import BASE, KINDS, LEASE_S, TrainingStore, new_job
+from tests.finetuning.training_store import BASE, LEASE_S, TrainingStore, new_job
 from tests.memory_objects import MemoryObjects
 from tests.store.folders import lora_config, lora_tensors, open_store, write_folder
 
@@ -34,7 +34,7 @@ def store(tmp_path: Path) -> Iterator[TrainingStore]:
         yield store
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["sqlite", "objects"])
 def any_store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[TrainingStore]:
     """Return an empty store of any kind."""
     with closing(TrainingStore(tmp_path, kind=request.param)) as store:

@@ -6,12 +6,15 @@ the folder. Invariant: files of the final adapter, provenance included, are bit-
 
 import json
 import shutil
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from obstore.store import MemoryStore
 from safetensors.torch import load_file, save_file
 
+from adapters_store.jobs.shared_folders import SharedFolders
 from adapters_store.strict_json import Json
 from serve.trainer.progress import (
     AlwaysRun,
@@ -22,9 +25,11 @@ from serve.trainer.progress import (
     StepDone,
     Stopped,
     TrainingFailed,
+    TrainingRun,
     Validated,
 )
 from serve.trainer.train import run
+from tests.memory_objects import MemoryObjects
 from tests.trainer.tiny_base import Place, files_of, finish
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -81,6 +86,35 @@ def test_a_run_that_was_killed_again_and_again_ends_with_the_same_bytes(place: P
     found = interrupted(place, "cut", [1, 3, 2], spec)
     assert found.keys() == wanted.keys()
     assert [name for name in wanted if found[name] != wanted[name]] == []
+
+
+def test_machines_that_share_only_objects_end_with_the_same_bytes_and_tell_the_same_adapters(place: Place) -> None:
+    def told(job: TrainingRun) -> dict[int, dict[str, bytes]]:
+        """Run to the end; return the adapters that were told of, by their step; 0: the last one, -1: where it began."""
+        final, events = finish(job)
+        found = {event.step: files_of(event.adapter) for event in events if isinstance(event, CheckpointSaved)}
+        begun = next(event.resumed_step for event in events if isinstance(event, Started))
+        return found | {0: files_of(final.adapter), -1: {"step": b"%d" % begun}}
+
+    wanted = told(place.job("whole", **LORA))
+    memory, job = MemoryStore(), place.job("cut", **LORA)
+    for token in (1, 2, 3):
+        with closing(SharedFolders(place.root / f"machine{token}", MemoryObjects(memory))) as machine:
+            if token == 1:
+                machine.make_job("ftjob-1", {}, {})
+            folder = machine.begin_run("ftjob-1", token)
+            if token == 3:
+                found = told(replace(job, folder=folder))
+                continue
+            events = run(replace(job, folder=folder), AlwaysRun())
+            for event in events:
+                machine.share_run("ftjob-1", token)
+                if isinstance(event, StepDone) and event.step == 3 * token:
+                    break
+            events.close()  # type: ignore[attr-defined]
+    # with nothing of the machines before but what they had shared
+    assert int(found.pop(-1)["step"]) >= 4 and wanted.pop(-1) == {"step": b"0"}
+    assert found == wanted
 
 
 def test_what_is_told_again_after_a_kill_is_told_with_equal_values(place: Place) -> None:
