@@ -11,6 +11,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ _SAMPLE_S = 3.0
 _PROMPT_TOKENS = 128
 _MAX_TOKENS = 1900
 _START_S = 120.0
+_LETTER = "x"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,32 @@ def main() -> None:
     parser.add_argument("--sequences", type=int, nargs="+", default=[1, 8, 32])
     parser.add_argument("--samples", type=int, default=5)
     parser.add_argument("--base", type=Path, default=Path(".chorale/bench/bench-base"))
+    parser.add_argument("--chat", action="store_true", help="stream chats, not completions")
     args = parser.parse_args()
     build_base(args.base, Shape())
-    with _server(args.base) as (url, pid):
+    path = "chat/completions" if args.chat else "completions"
+    with _chatting(args.base) as base, _server(base) as (url, pid):
         found = {"0": _idle(pid, args.samples)}
+        url = f"{url}/v1/{path}"
         found |= {str(count): asyncio.run(_measure(url, pid, count, args.samples)) for count in args.sequences}
     print(json.dumps(found))
+
+
+@contextmanager
+def _chatting(base: Path) -> Iterator[Path]:
+    """Yield the same base with a chat template, and one letter that its tokenizer knows."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for file in base.iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+        (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        tokenizer = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+        vocabulary = tokenizer["model"]["vocab"]
+        vocabulary[_LETTER] = vocabulary.pop(max(vocabulary))
+        (folder / "tokenizer.json").unlink()
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer), encoding="utf-8")
+        yield folder
 
 
 @contextmanager
@@ -108,15 +130,16 @@ class Stream:
 
     async def read(self, session: aiohttp.ClientSession, url: str, index: int) -> None:
         """Ask for a long answer and count its events."""
-        body = {
+        chat = {"messages": [{"role": "user", "content": _LETTER * (index + 1)}]}
+        prompt = {"prompt": [2 + index] * _PROMPT_TOKENS}
+        body = (chat if url.endswith("/chat/completions") else prompt) | {
             "model": "bench-base",
-            "prompt": [2 + index] * _PROMPT_TOKENS,
             "max_tokens": _MAX_TOKENS,
             "stream": True,
             "ignore_eos": True,
             "temperature": 0,
         }
-        async with session.post(f"{url}/v1/completions", json=body, timeout=aiohttp.ClientTimeout(600)) as response:
+        async with session.post(url, json=body, timeout=aiohttp.ClientTimeout(600)) as response:
             response.raise_for_status()
             async for data in response.content.iter_any():
                 self.num_events += data.count(b"data: ")
