@@ -19,6 +19,7 @@ from adapters_store.store import AdapterVersion
 from serve.api.adapter_place import ON_DISK, Place, places_of
 from serve.api.errors import error_responses
 from serve.api.multipart import read_boundary
+from serve.api.paging import MAX_LIMIT, page_of
 from serve.api.state import ApiState, api_state
 from serve.api.uploads import receive_upload
 from serve.api.versions import canary_json
@@ -69,13 +70,16 @@ async def list_adapters(
     request: Request,
     family: Annotated[str | None, Query(max_length=64)] = None,
     state: Annotated[str | None, Query(max_length=64)] = None,
+    limit: Annotated[int | None, Query(ge=1, le=MAX_LIMIT)] = None,
+    after: Annotated[str | None, Query(max_length=256)] = None,
 ) -> Json:
     """Return the current version of every adapter, or of those of a family or in a state (ready, host, stored, ...)."""
     api = api_state(request)
     wanted = {"family": family, "state": state}
     versions, places = await asyncio.to_thread(api.store.list), places_of(api.engine.stats)
     cards = [adapter_card(version) | _on_this_replica(api, version, places) for version in versions]
-    return _list_of([card for card in cards if all(value in (None, card[key]) for key, value in wanted.items())])
+    cards = [card for card in cards if all(value in (None, card[key]) for key, value in wanted.items())]
+    return page_of(cards, "name", after=after, limit=limit)
 
 
 @router.get("/{name}")

@@ -17,6 +17,7 @@ from starlette.types import Scope
 
 from adapters_store.errors import StoreError
 from serve.api.disconnect import ClientGone
+from serve.api.json_body import show
 from serve.errors import EngineFailed, InvalidRequest, MethodNotAllowed, NotFound, QueueFull, ServeError
 
 logger = logging.getLogger("chorale.api")
@@ -95,7 +96,10 @@ def install_errors(app: FastAPI, routes: Sequence[BaseRoute], *, max_in_flight: 
     async def answer_validation(request: Request, error: Exception) -> Response:
         first = error.errors()[0] if isinstance(error, RequestValidationError) else {"loc": (), "msg": "bad request"}
         path = ".".join(str(part) for part in first["loc"][1:]) or None
-        return error_response(InvalidRequest(f"{path or 'request'}: {first['msg']}", param=path))
+        message = str(first["msg"])
+        reason = f"{message[:1].lower()}{message[1:]}"
+        given = f", got {show(first['input'])}" if "input" in first else ""
+        return error_response(InvalidRequest(f"{path or 'request'}: {reason}{given}", param=path))
 
     async def answer_http(request: Request, error: Exception) -> Response:
         status = error.status_code if isinstance(error, HTTPException) else 500

@@ -15,6 +15,7 @@ from adapters_store.jobs.job_rows import new_id
 from adapters_store.jobs.model_name import line_name
 from adapters_store.jobs.spec import TrainSpec
 from adapters_store.names import check_alias, check_name
+from adapters_store.steering import share_of
 from adapters_store.strict_json import Json
 from serve.api.job_fields import check_fit, check_ingredient, read_spec
 from serve.api.json_body import show
@@ -129,8 +130,10 @@ def _with_promotion(state: ApiState, new: NewJob, promote: Promote) -> NewJob:
     try:
         check_alias(promote.alias)
         check_name(name, state.config.served_model_name)
+        share_of(promote.canary or 0.0)
     except StoreError as error:
-        raise InvalidValue(error.message, param=f"promote.{error.param}") from None
+        field = "canary" if error.param == "percent" else error.param
+        raise InvalidValue(error.message, param=f"promote.{field}") from None
     promotion = Promotion(name, metric, *bounds, alias=promote.alias, canary=promote.canary)
     return replace(new, promotion=promotion)
 

@@ -14,6 +14,7 @@ from adapters_store.store import AdapterVersion
 from serve.api.adapter_place import ON_DISK, Place, places_of
 from serve.api.adapters import remove_adapter
 from serve.api.errors import error_responses
+from serve.api.paging import MAX_LIMIT, page_of
 from serve.api.selection import resolve_adapter
 from serve.api.state import ApiState, api_state
 from serve.errors import InvalidRequest, InvalidValue
@@ -23,7 +24,6 @@ Json = dict[str, object]
 router = APIRouter(responses=error_responses())
 
 OWNER = "chorale"
-MAX_LIMIT = 10_000
 
 
 @router.get("/v1/models")
@@ -45,15 +45,7 @@ async def list_models(
     elif family is None and state is None:
         cards = [_base_card(api), *cards]
     cards = [card for card in cards if _matches(card, "family", family) and _matches(card, "state", state)]
-    cards = _page_after(cards, after)
-    shown = cards if limit is None else cards[:limit]
-    return {
-        "object": "list",
-        "data": shown,
-        "first_id": shown[0]["id"] if shown else None,
-        "last_id": shown[-1]["id"] if shown else None,
-        "has_more": len(shown) < len(cards),
-    }
+    return page_of(cards, "id", after=after, limit=limit)
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -119,12 +111,3 @@ def _adapter_card(api: ApiState, model_id: str, version: AdapterVersion, places:
 def _matches(card: Json, key: str, wanted: str | None) -> bool:
     adapter = card.get("adapter")
     return wanted is None or (isinstance(adapter, dict) and adapter[key] == wanted)
-
-
-def _page_after(cards: list[Json], after: str | None) -> list[Json]:
-    if after is None:
-        return cards
-    ids = [card["id"] for card in cards]
-    if after not in ids:
-        raise InvalidValue("'after' is not the id of a listed model; use the last_id of the page before", param="after")
-    return cards[ids.index(after) + 1 :]

@@ -197,7 +197,8 @@ TenantLimit = Annotated[
         "--tenant-limit",
         envvar="CHORALE_TENANT_LIMIT",
         help="Bound of each tenant as NAME=NUMBER; repeatable: "
-        "requests-per-minute, tokens-per-minute, max-concurrent, max-adapters, max-adapter-bytes.",
+        "requests-per-minute, tokens-per-minute, max-concurrent, max-adapters, max-adapter-bytes, "
+        "max-training-jobs, max-training-bytes.",
     ),
 ]
 TenantWeight = Annotated[

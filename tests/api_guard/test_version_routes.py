@@ -202,6 +202,24 @@ def test_the_list_tells_the_last_use_and_is_filtered(api: WholeApi, numbers: lis
         assert api.http.get(f"/v1/adapters?{query}").json()["data"] == []
 
 
+def test_the_list_has_pages(api: WholeApi, numbers: list[int]) -> None:
+    api.upload("clerk", seed=9)
+    whole = api.http.get("/v1/adapters").json()
+    names = [card["name"] for card in whole["data"]]
+    assert len(names) > 1 and (whole["last_id"], whole["has_more"]) == (names[-1], False)
+    seen, after = [], ""
+    for _ in names:
+        page = api.http.get(f"/v1/adapters?limit=1{after}").json()
+        seen += [card["name"] for card in page["data"]]
+        after = f"&after={page['last_id']}"
+        assert page["has_more"] == (len(seen) < len(names))
+    assert seen == names and api.http.get(f"/v1/adapters?limit=1{after}").json()["data"] == []
+    for query, param, words in (("limit=0", "limit", "got '0'"), ("after=nobody", "after", "'after' is 'nobody'")):
+        refused = api.http.get(f"/v1/adapters?{query}")
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+        assert words in refused.json()["error"]["message"]
+
+
 def test_nobody_is_promoted_who_does_not_exist(api: WholeApi) -> None:
     for method, path in (
         ("POST", "promote"),

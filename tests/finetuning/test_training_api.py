@@ -272,6 +272,7 @@ HOSTILE: list[tuple[dict[str, object], str]] = [
     ({"adapter": {"validation_split": 0.01}}, "adapter.validation_split"),
     ({"adapter": {"family": "s2ft", "disjoint_with": ["poet"]}}, "adapter.disjoint_with"),
     ({"promote": {"when": {"metric": "train_loss", "below": 1}, "canary": 101}}, "promote.canary"),
+    ({"promote": {"when": {"metric": "train_loss", "below": 1}, "canary": 0.001}}, "promote.canary"),
 ]
 
 
