@@ -13,7 +13,9 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from urllib.parse import urlsplit
 
 import httpx
@@ -23,6 +25,7 @@ from loadtest.environment import read_environment
 _INTERVAL_S = 0.05
 _RAMP_S = 3.0
 _LOAD_OUTPUT_TOKENS = 200
+_LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,21 +116,59 @@ def _tokens(page: bytes) -> float:
 
 
 async def _load(url: str, num_streams: int) -> None:
-    """Stream completions of the base and of every adapter in turn, for ever."""
+    """Stream completions of the base and of every adapter in turn, for ever, on bare sockets.
+
+    The load shares the cores with what is measured: with an HTTP library most of the tail would be that library's.
+    """
     async with httpx.AsyncClient(base_url=url, timeout=120.0, trust_env=False) as client:
         models = [model["id"] for model in (await client.get("/v1/models")).json()["data"]]
+    address, loop = urlsplit(url), asyncio.get_running_loop()
+    assert address.hostname is not None and address.port is not None, url
+    streams = [_Stream(models, index, num_streams) for index in range(num_streams)]
+    for stream in streams:
+        await loop.create_connection(partial(_itself, stream), address.hostname, address.port)
+    await asyncio.gather(*(stream.lost for stream in streams))
 
-        async def stream_on(index: int) -> None:
-            while True:
-                body = {"model": models[index % len(models)], "prompt": f"{index} once upon", "ignore_eos": True}
-                body |= {"max_tokens": _LOAD_OUTPUT_TOKENS, "stream": True}
-                async with client.stream("POST", "/v1/completions", json=body) as answer:
-                    answer.raise_for_status()
-                    async for _ in answer.aiter_raw():
-                        pass
-                index += num_streams
 
-        await asyncio.gather(*(stream_on(index) for index in range(num_streams)))
+def _itself(stream: "_Stream") -> "_Stream":
+    return stream
+
+
+class _Stream(asyncio.Protocol):
+    """One connection that asks for an answer after the other and looks at no more of them than where they end."""
+
+    def __init__(self, models: Sequence[str], index: int, stride: int) -> None:
+        self.lost = asyncio.get_running_loop().create_future()
+        self._models, self._index, self._stride = models, index, stride
+        self._tail = b""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Ask for the first answer."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        self._ask()
+
+    def data_received(self, data: bytes) -> None:
+        """Ask for the next answer at the end of this one."""
+        self._tail = (self._tail + data)[-64:]
+        if self._tail.endswith(_LAST_CHUNK):
+            if b"[DONE]" not in self._tail:
+                self.lost.set_exception(RuntimeError(f"an answer ended with {self._tail!r}"))
+            self._tail = b""
+            self._ask()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """End the load: the server keeps a connection that it answers on."""
+        if not self.lost.done():
+            self.lost.set_exception(exc or RuntimeError(f"the server closed a stream after {self._tail!r}"))
+
+    def _ask(self) -> None:
+        model = self._models[self._index % len(self._models)]
+        body = {"model": model, "prompt": f"{self._index} once upon", "ignore_eos": True}
+        raw = json.dumps(body | {"max_tokens": _LOAD_OUTPUT_TOKENS, "stream": True}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: bench\r\nContent-Type: application/json"
+        self._transport.write(f"{head}\r\nContent-Length: {len(raw)}\r\n\r\n".encode() + raw)
+        self._index += self._stride
 
 
 if __name__ == "__main__":
