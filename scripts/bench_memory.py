@@ -73,7 +73,8 @@ def main() -> None:
         runs.append(_measure(args, base, count))
         print(json.dumps(runs[-1]), flush=True)
         # a run that is stopped loses only its last part
-        args.out.write_text(json.dumps(report | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+    args.out.write_text(json.dumps(report | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def _measure(args: argparse.Namespace, base: Path, num_adapters: int) -> dict[str, object]:
