@@ -214,7 +214,9 @@ def test_two_replicas_serve_through_the_loss_of_redis_and_agree_afterwards(
 
 
 def test_three_replicas_through_random_faults(replicas: Callable[[int], Replicas], redis_server: RedisServer) -> None:
-    Campaign(replicas(3), redis_server, seed=20261121, max_pause_s=0.5).run(5, kill_a_replica_at={2})
+    campaign = Campaign(replicas(3), redis_server, seed=20261121, max_pause_s=0.5)
+    campaign.run(5, kill_a_replica_at={2})
+    assert len(campaign.converged_s) == 5
 
 
 @pytest.mark.slow
