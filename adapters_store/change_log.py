@@ -25,7 +25,7 @@ class ChangeLog(Protocol):
         ...
 
     def append(self, number: int, payload: bytes) -> bool:
-        """Write entry `number` durably; False if somebody else has written it. Callers hold `lock`.
+        """Write entry `number` durably; False if somebody else has written it, or may have. Callers hold `lock`.
 
         Raises:
             StorageFailed, StoreFull: the entry may or may not be there.
@@ -41,9 +41,15 @@ class ChangeLog(Protocol):
         ...
 
     def forget_before(self, number: int) -> int:
-        """Let readers begin at entry `number`, remove those between it and entry 0, return how many those were."""
+        """Let readers begin at entry `number`, remove those between it and entry 0, and return how many went.
+
+        Some may stay until the next call, lest a writer that slept takes a number that was taken.
+        """
         ...
 
     def numbers(self) -> list[int]:
-        """Return the numbers of all entries, in order; raises OSError or StorageFailed."""
+        """Return the numbers of all entries that readers may need, in order; raises OSError or StorageFailed.
+
+        Whoever appends asks before, and decides on what it then reads.
+        """
         ...

@@ -64,7 +64,10 @@ class FollowedJournal(Generic[Entry]):
 
     def catch_up(self) -> None:
         """Follow the journal to its end; raises StorageFailed."""
-        while self._follow() or self._jump():
+        if self.number < 0:
+            self._follow()
+        # entries that a fold made needless may still be there: they are passed over
+        while self._jump() or self._follow():
             continue
 
     def catch_up_wholly(self) -> None:

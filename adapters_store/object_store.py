@@ -137,10 +137,10 @@ class ObjectStore:
         with storage_errors(), path.open("rb") as file, _away():
             obstore.put(self._pieces, key, file)
 
-    def list(self, prefix: str) -> Iterator[Listed]:
-        """Yield the objects whose key begins with `prefix`, which is a folder; raises StoreAway."""
+    def list(self, prefix: str, *, after: str | None = None) -> Iterator[Listed]:
+        """Yield the objects in the folder `prefix`, those alone whose key comes after another; raises StoreAway."""
         with _away():
-            for batch in obstore.list(self._store, prefix):
+            for batch in obstore.list(self._store, prefix, offset=after):
                 for meta in batch:
                     yield Listed(meta["path"], meta["size"], meta["last_modified"])
 

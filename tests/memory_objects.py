@@ -31,6 +31,6 @@ class Moments:
         return self._now_s
 
 
-def memory_journal(memory: MemoryStore, name: str) -> ObjectJournal:
+def memory_journal(memory: MemoryStore, name: str, *, kept_s: float = 3600.0) -> ObjectJournal:
     """Return one process's view of a journal, which asks for its checkpoint each time."""
-    return ObjectJournal(MemoryObjects(memory), name, clock=Moments())
+    return ObjectJournal(MemoryObjects(memory), name, clock=Moments(), kept_s=kept_s)

@@ -48,6 +48,8 @@ class TrainingStore:
     root: Path
     clock: Clock = field(default_factory=Clock)
     kind: str = "sqlite"
+    # of objects that a fold made needless
+    kept_s: float = 3600.0
 
     def __post_init__(self) -> None:
         """Open everything."""
@@ -83,7 +85,7 @@ class TrainingStore:
     def journal(self) -> ChangeLog:
         """Return one more view of the journal."""
         if self.kind == "objects":
-            return memory_journal(self.memory, "training/journal")
+            return memory_journal(self.memory, "training/journal", kept_s=self.kept_s)
         return Journal(self.root / "journal", LinkingFileSystem())
 
     def kept_jobs(self) -> set[str]:

@@ -50,8 +50,8 @@ def objects(server: S3Server, prefix: str) -> ObjectStore:
     return ObjectStore(server.url(prefix), small_timeout_s=60.0)
 
 
-def registry_over(objects: ObjectStore) -> SharedRegistry:
-    registry = SharedRegistry(ObjectJournal(objects, "journal"))
+def registry_over(objects: ObjectStore, *, kept_s: float = 3600.0) -> SharedRegistry:
+    registry = SharedRegistry(ObjectJournal(objects, "journal", kept_s=kept_s))
     registry.connect(Alone())
     return registry
 
@@ -170,7 +170,7 @@ def test_replicas_agree_through_objects_alone(objects: ObjectStore) -> None:
 def test_a_fold_lets_newcomers_and_the_far_behind_begin_there(
     objects: ObjectStore, server: S3Server, prefix: str
 ) -> None:
-    one, behind = registry_over(objects), registry_over(objects)
+    one, behind = registry_over(objects, kept_s=0.0), registry_over(objects)
     for letter in "abc":
         one.publish(new(digest=letter))
     assert one.fold(retired_since=0) == 3
