@@ -15,6 +15,7 @@ from serve.adapter_messages import AdapterDone
 from serve.api.adapter_desk import AdapterDesk
 from serve.api.engine_gateway import SequenceEvent
 from serve.api.open_streams import OpenStreams
+from serve.api.portions import Portions
 from serve.api.request_stream import RETRY_AFTER_S, RequestStream, Take, draining, queue_full, stopped
 from serve.config import EngineConfig, LimitsConfig, WatchdogConfig
 from serve.engine.launch import WORKER_MODULE
@@ -57,6 +58,7 @@ class EngineClient:
         self._streams = OpenStreams(self._send)
         self._reserved: dict[asyncio.Task[object], int] = {}
         self._outbox: list[Command] = []
+        self._portions = Portions(self._hand_out)
         self._is_draining = False
         self._stats: Stats | None = None
         self.desk = AdapterDesk(self._send, self._refuse_if_down)
@@ -64,7 +66,7 @@ class EngineClient:
             engine,
             watchdog,
             clock,
-            on_events=self._take_events,
+            on_events=self._portions.take,
             on_lost=self._lose_engine,
             on_check=self._end_stalled,
             worker_module=worker_module,
@@ -239,23 +241,24 @@ class EngineClient:
         if commands:
             self._supervisor.send(commands)
 
-    def _take_events(self, events: list[Event]) -> None:
-        for event in events:
-            # nearly all of them
-            if isinstance(event, Tokens):
-                self._streams.push(event)
-            elif isinstance(event, Stats):
-                self._stats = event
-                self.desk.saw_heartbeat(event)
-                self._metrics.observe_stats(event)
-            elif isinstance(event, Ready):
-                self.desk.engine_started()
-            elif isinstance(event, AdapterDone | Failed) and self.desk.saw(event):
-                continue
-            elif isinstance(event, Started | Embedded | Finished | Failed):
-                self._streams.push(event)
+    def _hand_out(self, event: Event) -> None:
+        # nearly all of them
+        if isinstance(event, Tokens):
+            self._streams.push(event)
+        elif isinstance(event, Stats):
+            self._stats = event
+            self.desk.saw_heartbeat(event)
+            self._metrics.observe_stats(event)
+        elif isinstance(event, Ready):
+            self.desk.engine_started()
+        elif isinstance(event, AdapterDone | Failed) and self.desk.saw(event):
+            return
+        elif isinstance(event, Started | Embedded | Finished | Failed):
+            self._streams.push(event)
 
     def _lose_engine(self) -> None:
+        # what it said before it went counts
+        self._portions.finish()
         self._outbox.clear()
         self._stats = None
         self.desk.engine_lost()

@@ -5,11 +5,14 @@ end is aborted in the engine; an event of a sequence that nobody knows is droppe
 """
 
 import asyncio
+import logging
 from collections.abc import Callable
 
 from serve.api.request_stream import RequestStream
-from serve.errors import RequestTimeout, ServeError
+from serve.errors import EngineFailed, RequestTimeout, ServeError
 from serve.messages import Abort, Command, Embedded, Failed, Finished, Started, Tokens
+
+_log = logging.getLogger("chorale.api")
 
 
 class OpenStreams:
@@ -33,10 +36,16 @@ class OpenStreams:
         self._streams[request_id] = stream
 
     def push(self, event: Started | Tokens | Embedded | Finished | Failed) -> None:
-        """Hand an event to its stream."""
+        """Hand an event to its stream; one that cannot take it ends with an error, and the others go on."""
         stream = self._streams.get(event.request_id)
-        if stream is not None:
+        if stream is None:
+            return
+        try:
             stream.push(event)
+        except Exception:
+            _log.exception("an event of request %s was not taken", event.request_id)
+            self._send(Abort(event.request_id))
+            stream.fail(EngineFailed("the answer could not be handed on; the server's log says why"))
 
     def close(self, request_id: str, stream: RequestStream) -> None:
         """Forget the stream, whose reader has left; tell the engine if it still works on it."""

@@ -14,6 +14,7 @@ import gc
 import logging
 import signal
 import socket
+import sys
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,8 @@ logger = logging.getLogger(__name__)
 _BACKLOG = 1024
 # responses whose last bytes are still on their way when the last stream has ended
 _FLUSH_S = 5
+# Python's own is 5 ms, which is several times what a scrape or a token may take
+_SWITCH_S = 0.0002
 
 
 def run_server(config: ServeConfig, *, preload: Path | None, worker_module: str = WORKER_MODULE) -> None:
@@ -64,6 +67,8 @@ def run_server(config: ServeConfig, *, preload: Path | None, worker_module: str 
         contextlib.closing(_open_store(config, spec)) as store,
         bound_socket(config.api.host, config.api.port) as listener,
     ):
+        # the loop's thread waits no longer for one that computes on a request's behalf
+        sys.setswitchinterval(_SWITCH_S)
         uvloop.run(Server(config, store, listener, worker_module).run(preload))
 
 
