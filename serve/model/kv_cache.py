@@ -4,15 +4,13 @@ Owns the bytes; which block belongs to whom is the engine's business. Invariant:
 that was never written is finite.
 """
 
-import contextlib
 import math
-import mmap
-import sys
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from serve.model.own_pages import own_pages
 from serve.model.spec import ModelSpec
 
 
@@ -45,18 +43,4 @@ def bytes_per_block(spec: ModelSpec, block_size: int, dtype: torch.dtype) -> int
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
-    return torch.frombuffer(_own_pages(math.prod(shape) * dtype.itemsize), dtype=dtype).view(shape)
-
-
-def _own_pages(num_bytes: int) -> mmap.mmap:
-    """Return zero pages of the system, which cost nothing until written; torch.zeros writes every byte.
-
-    Small ones: with pages of 2 MiB 48 tensors took 80 MiB more than 32 short sequences had written (2026-11).
-    """
-    if sys.platform != "linux":
-        return mmap.mmap(-1, num_bytes)
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    # a system without large ones says so
-    with contextlib.suppress(OSError):
-        memory.madvise(mmap.MADV_NOHUGEPAGE)
-    return memory
+    return torch.frombuffer(own_pages(math.prod(shape) * dtype.itemsize, are_large=False), dtype=dtype).view(shape)
