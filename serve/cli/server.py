@@ -38,6 +38,7 @@ from serve.cli.redis_extra import open_shared
 from serve.cli.signing_extra import open_gate
 from serve.cli.tracing_extra import open_traces
 from serve.config import ServeConfig
+from serve.engine.cpu_memory import give_back_free_memory
 from serve.engine.launch import WORKER_MODULE
 from serve.errors import StartError
 from serve.metrics import Metrics
@@ -148,6 +149,7 @@ class Server:
                 self._drain.move_to(Phase.OPEN)
                 # what start-up built stays: the collector need not walk through it between tokens
                 gc.freeze()
+                give_back_free_memory()
                 self._say_ready()
                 # the one place where the merged configuration is shown: a start that fails says one line
                 logger.info("%s", _without_secrets(self._config))

@@ -57,14 +57,20 @@ class FreeMemory:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
-        self._libc = _glibc()
         self._next_at = clock() + _TRIM_EVERY_S
 
     def give_back(self) -> None:
         """Call after a step."""
-        if self._libc is not None and self._clock() >= self._next_at:
-            self._libc.malloc_trim(0)
+        if self._clock() >= self._next_at:
+            give_back_free_memory()
             self._next_at = self._clock() + _TRIM_EVERY_S
+
+
+def give_back_free_memory() -> None:
+    """Give free memory between live blocks back to the system now; the API's process does so once it has started."""
+    libc = _glibc()
+    if libc is not None:
+        libc.malloc_trim(0)
 
 
 def _glibc() -> ctypes.CDLL | None:
