@@ -11,7 +11,7 @@ from torch import Tensor
 from adapter_kernels.delta import BaseLinear, ModelDelta
 from adapter_kernels.gate import Choice, add_chosen, choose, normalised, weigh
 from adapter_kernels.rare_ops import acting_at, add_rare, apply_frames, framed_input, rare_runs
-from adapter_kernels.route import Group, Route
+from adapter_kernels.route import MAX_GROUPED_ROWS, Group, Route
 from adapter_kernels.scales import scaled_product
 from adapter_kernels.slab import FusedRows, Member
 
@@ -92,8 +92,11 @@ def _add_bridge(columns: Tensor, bridge: Tensor, choice: Choice | None, member: 
     if member.bt is not None:
         coefficients = bridge[:, :, member.rank_begin : member.rank_end]
         if choice is not None and member.mixture is not None:
-            coefficients = weigh(coefficients, choice, member.mixture)
-        _expand(columns, coefficients, group.weights(member.bt), group)
+            _expand(columns, weigh(coefficients, choice, member.mixture), group.weights(member.bt), group)
+        elif group.rows_per_position > MAX_GROUPED_ROWS:
+            _expand(columns, coefficients, group.weights(member.bt), group)
+        else:
+            _add_bags(columns, coefficients, member.bt, group)
     if member.rows_idx is not None:
         values = group.rows(bridge[:, :, member.rank_end : member.rows_end])
         columns.scatter_add_(1, group.per_row(member.rows_idx).expand(values.shape), values)
@@ -112,6 +115,19 @@ def _expand(columns: Tensor, coefficients: Tensor, weights: Tensor, group: Group
         columns.view(*coefficients.shape[:2], -1).baddbmm_(coefficients, weights)
     else:
         columns.add_(group.rows(torch.bmm(coefficients, weights)))
+
+
+def _add_bags(columns: Tensor, coefficients: Tensor, bt: Tensor, group: Group) -> None:
+    """Add to each row the sum of its own few rank rows of bt [capacity, R, O], as `_expand` does for padded groups.
+
+    A row reads its rank rows and nothing else: no padding, no product made anew for each number of rows, and the same
+    bits whatever is beside it.
+    """
+    _, rank, width = bt.shape
+    bags = group.bags(rank)
+    weights = group.rows(coefficients).reshape(-1)
+    delta = torch.embedding_bag(bt.view(-1, width), bags.rank_rows, bags.begins, False, 0, False, weights)[0]
+    columns.add_(delta)
 
 
 def _add_chosen(x: Tensor, columns: Tensor, rows: FusedRows, choice: Choice, member: Member, group: Group) -> None:

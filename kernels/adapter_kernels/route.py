@@ -34,6 +34,17 @@ class Placement:
 
 
 @dataclass(frozen=True, slots=True)
+class Bags:
+    """The rank rows of each row of a group, bag by bag, in a slab's [capacity * rank, O] flattened.
+
+    `rank_rows` [rows * rank] int32; row i's are those from `begins[i]` on, [rows] int32.
+    """
+
+    rank_rows: Tensor
+    begins: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Group:
     """Rows `begin .. end` of the step, of the adapters at positions `first .. last` of a slab.
 
@@ -49,6 +60,8 @@ class Group:
     rows_per_position: int
     padded: Tensor | None = None
     kept: Tensor | None = None
+    # by rank, each built when a site first asks: 168 members of 24 layers share a few
+    _bags: dict[int, Bags] = field(default_factory=dict, compare=False, repr=False)
 
     def own(self, rows: Tensor) -> Tensor:
         """Cut the group's rows out of the step's: a view."""
@@ -75,6 +88,16 @@ class Group:
         if vectors.shape[0] == 1:
             return vectors
         return vectors.index_select(0, self.position_of_rows())
+
+    def bags(self, rank: int) -> Bags:
+        """Tell which of a slab's rank rows [capacity * rank, O] are each row's own."""
+        found = self._bags.get(rank)
+        if found is None:
+            firsts = (self.position_of_rows() + self.first) * rank
+            rank_rows = (firsts[:, None] + torch.arange(rank)).flatten().to(torch.int32)
+            begins = torch.arange(0, rank_rows.numel(), rank, dtype=torch.int32)
+            found = self._bags[rank] = Bags(rank_rows, begins)
+        return found
 
     def position_of_rows(self) -> Tensor:
         """Tell each row's position, counted from `first`: [end - begin] int64."""
