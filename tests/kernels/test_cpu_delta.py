@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 
-from adapter_kernels.cpu import CpuDelta
+from adapter_kernels.cpu import CpuDelta, _add_bags
 from adapter_kernels.route import build_route
 from adapter_kernels.slab import CAPACITY
 from tests.kernels.cpu_steps import check_step, place, random_base
@@ -82,3 +82,23 @@ def test_a_non_finite_row_does_not_poison_its_neighbours() -> None:
     poisoned = delta.apply(0, "qkv", x, base)
     assert torch.equal(poisoned[[0, 1, 3]], clean[[0, 1, 3]])
     assert poisoned[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_short_run_expands_to_the_same_bits_alone_and_in_company(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(9)
+    places = place([random_image(uniform_ranks(8), generator, dtype) for _ in range(5)], dtype)
+    bt = places[0].slab.fused[0, "qkv"].members[0].bt
+    assert bt is not None
+    coefficients = torch.randn(12, 8, generator=generator).to(dtype)
+    counts = [1, 5, 1, 3, 2]
+    (group,) = build_route([*places], counts).groups
+    together = torch.zeros(12, bt.shape[2], dtype=dtype)
+    _add_bags(together, group.blocks(coefficients), bt, group)
+    (lone,) = build_route([places[3]], [1]).groups
+    for row in range(7, 10):
+        alone = torch.zeros(1, bt.shape[2], dtype=dtype)
+        own = coefficients[row : row + 1]
+        _add_bags(alone, lone.blocks(own), bt, lone)
+        assert torch.equal(alone[0], together[row])
+        torch.testing.assert_close(alone, own @ bt[places[3].position])
