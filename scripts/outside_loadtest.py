@@ -82,7 +82,7 @@ def main() -> int:
     rows = []
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running_server(Path(scratch) / "store", "--preload", str(DEMO / "adapters")) as url,
+        running_server(Path(scratch) / "store", "--preload", str(DEMO / "adapters"), "--no-prefix-cache") as url,
     ):
         for tool in tools:
             if tool.program is None:
@@ -106,7 +106,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--guidellm", type=Path, help="its program, in an environment of its own")
     parser.add_argument("--inference-perf", type=Path, help="its program; it needs Python 3.12")
     parser.add_argument("--wrk", type=Path, help="its program")
-    parser.add_argument("--seconds", type=int, default=40, help="how long each tool sends")
+    parser.add_argument("--seconds", type=int, default=60, help="how long each tool sends")
     parser.add_argument("--tolerance", type=float, default=0.10, help="greatest relative difference of TTFT and ITL")
     parser.add_argument("--out", type=Path, default=Path(".chorale/loadtest/outside.json"))
     return parser.parse_args()

@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 3.0, 32, 16
+RATE, PROMPT_TOKENS, OUTPUT_TOKENS = 1.0, 128, 16
 
 
 @dataclass(frozen=True, slots=True)
