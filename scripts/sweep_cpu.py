@@ -25,6 +25,8 @@ from scripts.bench_servers import Server, chorale
 from scripts.sweep_registered import stock
 
 PROMPT_TOKENS, OUTPUT_TOKENS, CONCURRENCY = 128, 64, 32
+# proving each of dozens of uploads takes 10 s of each, and is another measurement
+_UNPROVED = ["--probe", "off"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ def _over_concurrency(args: argparse.Namespace, base: Path) -> list[Point]:
 
 def _over_adapters(args: argparse.Namespace, base: Path) -> list[Point]:
     folders = build_adapters(args.cache / "adapters", Shape(), max(args.adapters))
-    with chorale(base, args.cache / "store", args.port, ["--max-num-seqs", "64"]) as server:
+    with chorale(base, args.cache / "store", args.port, ["--max-num-seqs", "64", *_UNPROVED]) as server:
         names = [_register(server, folder, folder.name) for folder in folders]
         # as many clients at every point: the axis is how many adapters share a step
         clients = max(CONCURRENCY, max(args.adapters))
@@ -142,7 +144,8 @@ def _over_adapters(args: argparse.Namespace, base: Path) -> list[Point]:
 
 def _over_rank(args: argparse.Namespace, base: Path) -> list[Point]:
     points = []
-    with chorale(base, args.cache / "store", args.port, ["--max-rank", str(max(args.rank))]) as server:
+    options = ["--max-rank", str(max(args.rank)), *_UNPROVED]
+    with chorale(base, args.cache / "store", args.port, options) as server:
         for rank in args.rank:
             folders = build_adapters(args.cache / f"adapters-r{rank}", Shape(), 8, rank=rank)
             names = [_register(server, folder, f"r{rank}-{folder.name}") for folder in folders]
@@ -165,7 +168,7 @@ def _over_registered(args: argparse.Namespace, base: Path) -> list[Point]:
         for port, x in enumerate(args.registered, args.port):
             store = args.cache / f"store-registered-{x}"
             stock(store, base, "bench-base", busy, x, args.cache)
-            running[x] = servers.enter_context(chorale(base, store, port, ["--probe", "off"]))
+            running[x] = servers.enter_context(chorale(base, store, port, _UNPROVED))
         for repeat in range(args.repeats):
             for x, server in running.items():
                 # the same prompts for all
