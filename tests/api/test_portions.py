@@ -11,6 +11,7 @@ from serve.api.request_stream import RequestStream
 from serve.errors import EngineFailed
 from serve.messages import Abort, Command, Event, Tokens
 from serve.metrics import Metrics
+from tests.memory_objects import Moments
 
 
 def tokens(*numbers: int, request_id: str = "a") -> list[Event]:
@@ -23,18 +24,6 @@ def numbers_of(events: list[Event]) -> list[int]:
     return [event.token_ids[0] for event in events if isinstance(event, Tokens)]
 
 
-class SlowClock:
-    """Seconds of which each look takes one: every event is a portion of its own."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def __call__(self) -> float:
-        """Return the time."""
-        self.now_s += 1.0
-        return self.now_s
-
-
 def test_a_quick_frame_is_handed_out_at_once() -> None:
     taken: list[Event] = []
     Portions(taken.append, clock=lambda: 0.0).take(tokens(*range(1000)))
@@ -44,7 +33,7 @@ def test_a_quick_frame_is_handed_out_at_once() -> None:
 def test_the_loop_answers_others_between_two_portions() -> None:
     async def run() -> None:
         taken: list[Event] = []
-        portions = Portions(taken.append, clock=SlowClock())
+        portions = Portions(taken.append, clock=Moments())
         loop = asyncio.get_running_loop()
         ours, theirs = socket.socketpair()
         found_after: list[int] = []
@@ -73,7 +62,7 @@ def test_the_loop_answers_others_between_two_portions() -> None:
 def test_what_waits_can_be_handed_out_at_once_and_comes_no_second_time() -> None:
     async def run() -> None:
         taken: list[Event] = []
-        portions = Portions(taken.append, clock=SlowClock())
+        portions = Portions(taken.append, clock=Moments())
         portions.take(tokens(*range(10)))
         portions.finish()
         assert numbers_of(taken) == [*range(10)]
