@@ -39,6 +39,7 @@ from serve.api.engine_gateway import EngineGateway
 from serve.api.errors import error_responses, install_errors
 from serve.api.grammar_gate import GrammarGate
 from serve.api.job_publisher import publishing
+from serve.api.known_scrapes import KnownScrapes
 from serve.api.owned_adapters import OwnedAdapters
 from serve.api.pin_keeper import PinKeeper, keeping_pins
 from serve.api.replica import Replica
@@ -113,6 +114,10 @@ def build_app(
         dependencies=[Depends(authorise), Depends(take_share)],
     )
     app.state.api = state
+    # a trace is made of a request's way through the layers
+    app.state.scrapes = None
+    if metrics is not None and traces is None:
+        app.state.scrapes = KnownScrapes(state.door, metrics, state.drain)
     routers = [*(room.router for room in _ROOMS), _build_docs(app)]
     routes = [route for router in routers for route in router.routes]
     check_routes(routes)

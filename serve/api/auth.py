@@ -19,7 +19,7 @@ from serve.errors import InvalidApiKey, PermissionDenied
 from serve.tenants.pepper import tenant_salt
 from serve.tenants.principal import Principal, local_principal
 
-_MAX_KEY_BYTES = 512
+_MAX_KEY_CHARS = 512
 
 
 class Door:
@@ -44,13 +44,21 @@ class Door:
         Raises:
             InvalidApiKey: not exactly one, or not a valid key. Unavailable: the keys cannot be read.
         """
-        if not self._static_keys and self.tenancy is None:
-            return local_principal()
-        scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
-        text = token.strip() if scheme.lower() == "bearer" else ""
-        principal = self._static(text) or await self._kept(text)
+        principal = self._of_operator(authorization)
+        if principal is None and self.tenancy is not None:
+            ring = self.tenancy.ring
+            if ring.is_stale:
+                await asyncio.to_thread(ring.refresh)
+            principal = ring.authenticate(_bearer(authorization))
         if principal is None:
             raise InvalidApiKey("no valid API key; send one as 'Authorization: Bearer KEY'")
+        return principal
+
+    def recognise(self, authorization: Sequence[str]) -> Principal | None:
+        """As `identify`, without waiting; None: no valid key, or the keys have to be read before that can be said."""
+        principal = self._of_operator(authorization)
+        if principal is None and self.tenancy is not None and not self.tenancy.ring.is_stale:
+            principal = self.tenancy.ring.authenticate(_bearer(authorization))
         return principal
 
     def salt_of(self, principal: Principal) -> str:
@@ -66,19 +74,20 @@ class Door:
         if self.tenancy is not None:
             self.tenancy.keys.close()
 
-    def _static(self, text: str) -> Principal | None:
-        sent = text.encode("utf-8", "replace")[:_MAX_KEY_BYTES]
+    def _of_operator(self, authorization: Sequence[str]) -> Principal | None:
+        """Return the local user, who has a static key or needs none."""
+        if not self._static_keys and self.tenancy is None:
+            return local_principal()
+        text = _bearer(authorization)
+        sent = text.encode("utf-8", "replace")
         # no early exit: every key is compared
         are_equal = [hmac.compare_digest(sent, key) for key in self._static_keys]
         return local_principal("static") if text and any(are_equal) else None
 
-    async def _kept(self, text: str) -> Principal | None:
-        if self.tenancy is None:
-            return None
-        ring = self.tenancy.ring
-        if ring.is_stale:
-            await asyncio.to_thread(ring.refresh)
-        return ring.authenticate(text[:_MAX_KEY_BYTES])
+
+def _bearer(authorization: Sequence[str]) -> str:
+    scheme, _, token = authorization[0].partition(" ") if len(authorization) == 1 else ("", "", "")
+    return token.strip()[:_MAX_KEY_CHARS] if scheme.lower() == "bearer" else ""
 
 
 async def authorise(request: Request) -> None:

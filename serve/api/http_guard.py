@@ -13,12 +13,15 @@ from typing import Any, ClassVar, cast
 import httptools
 import orjson
 from starlette.types import Scope
+from uvicorn._types import ASGI3Application
 from uvicorn.config import Config
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
+from serve.api.beginnings import Beginnings
 from serve.api.closing import ClosingTransport
 from serve.api.direct_body import offer
+from serve.api.known_scrapes import KnownScrapes
 from serve.api.request_head import MAX_HEADERS, check_head
 from serve.config import LimitsConfig
 from serve.errors import InvalidRequest, RateLimited, RequestTimeout, ServeError
@@ -29,17 +32,24 @@ _MAX_LATE_BODY_BYTES = 256 << 10
 _log = logging.getLogger("chorale.http")
 
 
-def guarded_protocol(limits: LimitsConfig) -> type["GuardedHttpProtocol"]:
-    """Return the protocol class for one server, for `uvicorn.Config(http=...)`; its peers are counted together."""
-    return type("GuardedHttpProtocol", (GuardedHttpProtocol,), {"limits": limits, "peers": Counter()})
+def guarded_protocol(limits: LimitsConfig, scrapes: KnownScrapes | None = None) -> type["GuardedHttpProtocol"]:
+    """Return the protocol class for one server, for `uvicorn.Config(http=...)`.
+
+    Its peers are counted together, its requests begin one after the other, and `scrapes` answers what it knows.
+    """
+    own = {"limits": limits, "peers": Counter(), "beginnings": Beginnings(), "scrapes": scrapes}
+    return type("GuardedHttpProtocol", (GuardedHttpProtocol,), own)
 
 
 class GuardedHttpProtocol(HttpToolsProtocol):
-    """One connection. Subclassed by `guarded_protocol`, which sets the class's limits and its count of peers."""
+    """One connection. Subclassed by `guarded_protocol`, which sets what all of a server's connections share."""
 
     limits: ClassVar[LimitsConfig]
     # open connections by address, of all connections of one server
     peers: ClassVar[Counter[str]]
+    # of all connections too
+    beginnings: ClassVar[Beginnings]
+    scrapes: ClassVar[KnownScrapes | None]
 
     def __init__(
         self,
@@ -60,6 +70,8 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         self._body_started_s = 0.0
         # requests read and not yet answered, in order: the first is running, pipelined ones wait
         self._open_cycles: deque[RequestResponseCycle] = deque()
+        # the parser stands where a request begins
+        self._is_between = True
 
     # the connection's life
 
@@ -87,8 +99,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Feed the parser; refuse what it or a rule does not accept."""
-        if self.transport.is_closing():
+        if self.transport.is_closing() or self._is_answered(data):
             return
+        was_between = self._is_between and not self._open_cycles
         self._unset_keepalive_if_required()
         if self._deadline is None and not self._in_body:
             # bytes between requests, blank lines included, begin a head
@@ -96,6 +109,9 @@ class GuardedHttpProtocol(HttpToolsProtocol):
             self._arm(self.limits.header_timeout_s)
         try:
             self._feed(data)
+            self._is_between = not (self._in_head or self._in_body)
+            if was_between:
+                self._learn(data)
         except httptools.HttpParserError as error:
             cause = error.__context__
             # the parser's own text may quote the input
@@ -175,6 +191,32 @@ class GuardedHttpProtocol(HttpToolsProtocol):
         """Forget the answered request and start the next pipelined one."""
         self._open_cycles.popleft()
         super().on_response_complete()
+
+    # how requests begin
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+        start = super()._start_asgi_task
+        self.beginnings.add(lambda: start(cycle, app))
+
+    def _is_answered(self, data: bytes) -> bool:
+        """Answer a scrape that is like an earlier one, if nothing else is under way here."""
+        if self.scrapes is None or not self._is_between or self._open_cycles or self.flow.write_paused:
+            return False
+        answer = self.scrapes.answer(data, self.server_state.default_headers)
+        if answer is None:
+            return False
+        self._in_head = False
+        self._disarm()
+        self.transport.write(answer)
+        # the connection waits for the next request, as after any answer
+        super().on_response_complete()
+        return True
+
+    def _learn(self, data: bytes) -> None:
+        """Let a scrape that was all of these bytes be known again."""
+        is_whole = len(self._open_cycles) == 1 and not (self._in_head or self._in_body)
+        if self.scrapes is not None and is_whole and self._open_cycles[0].keep_alive:
+            self.scrapes.learn(data, cast(Scope, self._open_cycles[0].scope))
 
     # bounds
 

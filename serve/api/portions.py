@@ -1,9 +1,10 @@
 """What the engine sent in one frame, handed out a little at a time, so that nobody else waits for all of it.
 
 Owns the events that wait for their turn. Each token's write wakes its client, and on a machine with few cores that
-client takes the core at once: a frame of many tokens may take milliseconds in which no other socket is looked at.
+client takes the core at once: a frame of many tokens may take milliseconds in which no other socket is looked at. What
+is no token (a beginning, an end, a heartbeat) wakes work of a millisecond, and many sequences may begin in one frame.
 Invariants: events are handed out in the order in which they came, each once; between two portions the loop looks at its
-sockets.
+sockets; what is no token is the last of its portion.
 """
 
 import asyncio
@@ -11,7 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from serve.messages import Event
+from serve.messages import Event, Tokens
 
 _PORTION_S = 0.0002
 
@@ -40,8 +41,9 @@ class Portions:
         self._is_due = False
         end_s = self._clock() + _PORTION_S
         while self._waiting:
-            self._hand_out(self._waiting.popleft())
-            if self._waiting and self._clock() >= end_s:
+            event = self._waiting.popleft()
+            self._hand_out(event)
+            if self._waiting and (not isinstance(event, Tokens) or self._clock() >= end_s):
                 self._is_due = True
                 asyncio.get_running_loop().call_soon(self._go_on)
                 return

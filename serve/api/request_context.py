@@ -39,7 +39,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         start_s = time.monotonic()
-        identity = _sent_request_id(scope) or f"req_{uuid.uuid4().hex}"
+        identity = _sent_request_id(scope) or new_request_id()
         record = RequestRecord(identity)
         scope.setdefault("state", {}).update(request_id=identity, record=record)
         has_started = False
@@ -48,8 +48,7 @@ class RequestContext:
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
-                elapsed_ms = int((time.monotonic() - start_s) * 1000)
-                extra = [(b"x-request-id", identity.encode()), (b"openai-processing-ms", b"%d" % elapsed_ms)]
+                extra = own_headers(identity, time.monotonic() - start_s)
                 headers = _with_standings(message.get("headers", ()), scope)
                 message = {**message, "headers": [*headers, *extra]}
             record.sends(message)
@@ -69,6 +68,16 @@ class RequestContext:
             record.write(scope)
             if self._traces is not None:
                 self._traces.ended(record, scope)
+
+
+def new_request_id() -> str:
+    """Return an id for a request that was sent without one."""
+    return f"req_{uuid.uuid4().hex}"
+
+
+def own_headers(identity: str, elapsed_s: float) -> list[tuple[bytes, bytes]]:
+    """Return the two headers that every answer carries."""
+    return [(b"x-request-id", identity.encode()), (b"openai-processing-ms", b"%d" % int(elapsed_s * 1000))]
 
 
 def request_id(request: Request) -> str:

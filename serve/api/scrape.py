@@ -32,28 +32,27 @@ class ScrapeRoute:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Serve one connection scope."""
-        if not _is_plain(scope) or not await self._may_read(scope):
+        if not is_plain_scrape(scope) or not await self._may_read(scope):
             await self._app(scope, receive, send)
             return
         assert self._state.metrics is not None, "only a server with metrics lets a scrape in"
         page = self._state.metrics.render()
         scope["route"] = self._route
-        headers = [(b"content-type", METRICS_TYPE.encode()), (b"content-length", b"%d" % len(page))]
-        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        await send({"type": "http.response.start", "status": 200, "headers": page_headers(page)})
         await send({"type": "http.response.body", "body": page})
 
     async def _may_read(self, scope: Scope) -> bool:
         if self._state.metrics is None:
             return False
-        sent = [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
         try:
-            principal = await self._state.door.identify(sent)
+            principal = await self._state.door.identify(sent_authorization(scope))
         except ServeError:
             return False
         return principal.may(self._scopes)
 
 
-def _is_plain(scope: Scope) -> bool:
+def is_plain_scrape(scope: Scope) -> bool:
+    """Say whether a request is exactly `GET /metrics`, without a body."""
     return (
         scope["type"] == "http"
         and scope["path"] == PATH
@@ -61,3 +60,13 @@ def _is_plain(scope: Scope) -> bool:
         and scope["method"] == "GET"
         and not any(name in _BODY_HEADERS for name, _ in scope["headers"])
     )
+
+
+def sent_authorization(scope: Scope) -> list[str]:
+    """Return the `Authorization` headers of a request."""
+    return [value.decode("latin-1") for name, value in scope["headers"] if name == b"authorization"]
+
+
+def page_headers(page: bytes) -> list[tuple[bytes, bytes]]:
+    """Return the headers that are the page's own."""
+    return [(b"content-type", METRICS_TYPE.encode()), (b"content-length", b"%d" % len(page))]

@@ -125,7 +125,7 @@ class Server:
         self._http = SilentServer(
             uvicorn.Config(
                 app,
-                http=guarded_protocol(config.api.limits),
+                http=guarded_protocol(config.api.limits, app.state.scrapes),
                 lifespan="on",
                 log_config=None,
                 access_log=False,

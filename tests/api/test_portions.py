@@ -9,7 +9,7 @@ from serve.api.open_streams import OpenStreams
 from serve.api.portions import Portions
 from serve.api.request_stream import RequestStream
 from serve.errors import EngineFailed
-from serve.messages import Abort, Command, Event, Tokens
+from serve.messages import Abort, Command, Event, Started, Tokens
 from serve.metrics import Metrics
 from tests.memory_objects import Moments
 
@@ -55,6 +55,20 @@ def test_the_loop_answers_others_between_two_portions() -> None:
             loop.remove_reader(ours)
         assert numbers_of(taken) == [*range(110)]
         assert found_after and found_after[0] < 10
+
+    asyncio.run(run())
+
+
+def test_what_wakes_work_is_the_last_of_its_portion() -> None:
+    async def run() -> None:
+        taken: list[Event] = []
+        begun = [Started(f"r{number}", 0, 0.0, 0.0) for number in range(4)]
+        events: list[Event] = [*tokens(1, 2), begun[0], *tokens(3, request_id="r0"), *begun[1:], *tokens(4, 5)]
+        Portions(taken.append, clock=lambda: 0.0).take(events)
+        ends = [3, 5, 6, 7, 9]
+        for end in ends:
+            assert taken == events[:end]
+            await asyncio.sleep(0)
 
     asyncio.run(run())
 

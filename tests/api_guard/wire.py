@@ -49,7 +49,7 @@ def served(limits: LimitsConfig, app: ASGIApp | None = None, *, keep_alive_s: in
     guarded: ASGIApp = app if isinstance(app, FastAPI) else BodyGuard(app or _counting_app(seen), limits)
     config = uvicorn.Config(
         guarded,
-        http=guarded_protocol(limits),
+        http=guarded_protocol(limits, app.state.scrapes if isinstance(app, FastAPI) else None),
         port=0,
         lifespan="on" if is_whole_api else "off",
         log_config=None,
@@ -95,6 +95,25 @@ def read_all(peer: socket.socket) -> bytes:
             data += chunk
     except ConnectionResetError:
         pass
+    return data
+
+
+def read_answer(peer: socket.socket) -> tuple[bytes, bytes]:
+    """Read one answer of known length; return its head and its body."""
+    data = b""
+    while b"\r\n\r\n" not in data:
+        data += _receive(peer)
+    head, _, body = data.partition(b"\r\n\r\n")
+    size = next(int(line[16:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length: "))
+    while len(body) < size:
+        body += _receive(peer)
+    assert len(body) == size, f"{len(body) - size} bytes more than announced"
+    return head, body
+
+
+def _receive(peer: socket.socket) -> bytes:
+    data = peer.recv(65536)
+    assert data, "the server closed in the middle of an answer"
     return data
 
 

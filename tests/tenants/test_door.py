@@ -94,6 +94,23 @@ def test_a_store_that_cannot_be_read_opens_nothing_but_to_the_operator(tmp_path:
     assert identify(door, f"Bearer {STATIC}").tenant == "local"
 
 
+def test_without_waiting_a_door_judges_by_keys_read_lately_alone(tmp_path: Path, kept: SqliteKeyStore) -> None:
+    text, _ = make_key(tmp_path, kept, Scope.INFER)
+    clock, pepper = Clock(), read_pepper(tmp_path / PEPPER_FILE, create=False)
+    ring, audit = KeyRing(kept, pepper, monotonic=clock, clock=clock), AuditLog(tmp_path / AUDIT_FILE, clock=clock)
+    door = Door((STATIC,), Tenancy(kept, ring, pepper, audit))
+    assert door.recognise([f"Bearer {text}"]) is None
+    known = identify(door, f"Bearer {text}")
+    assert door.recognise([f"Bearer {text}"]) == known
+    assert [door.recognise(sent) for sent in ([], ["Bearer"], [f"Bearer {text}x"], [f"Bearer {text}"] * 2)] == [
+        None
+    ] * 4
+    clock.now += MAX_AGE_S
+    assert door.recognise([f"Bearer {text}"]) is None
+    operator = door.recognise([f"Bearer {STATIC}"])
+    assert operator is not None and operator.tenant == "local"
+
+
 @pytest.fixture
 def api(tmp_path: Path, kept: SqliteKeyStore) -> Iterator[WholeApi]:
     model_dir = write_model_dir(tmp_path / "model")
