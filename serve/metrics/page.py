@@ -2,7 +2,8 @@
 
 Fed by the engine's heartbeats (`Stats`) and by the life of each request; asks nothing of the engine when scraped.
 Rendered at most every `RENDER_S`, with the heartbeat while somebody scrapes, in pieces between which the event loop
-does other work: a scrape then finds its page ready, and where nothing changed since, it stays good for longer.
+does other work: a scrape then finds its page ready, and where nothing changed since, it stays good for longer. Where a
+long step keeps the heartbeat back, a scrape has the next page begun and takes the last one, unless that is too old.
 Invariants: no label comes from a client unbounded (adapters: the most recent 200 and
 `_other`; none on a histogram); counters never fall, also when the engine restarts; gauges are 0 at rest.
 """
@@ -145,11 +146,17 @@ class Metrics:
         return RequestMeter(self._requests, adapter_digests)
 
     def render(self) -> bytes:
-        """Return the exposition text: at most `READY_PAGE_S` old, or `QUIET_PAGE_S` while nothing is counted."""
+        """Return the exposition text, at most `QUIET_PAGE_S` old.
+
+        Where something was counted since, a page older than `READY_PAGE_S` is given once more and renewed behind it.
+        """
         self._scraped_at = now = self._clock()
         max_age_s = self._max_age_s if self._has_changed or self._requests.has_changed else QUIET_PAGE_S
-        if now - self._render_at >= max_age_s:
+        age_s = now - self._render_at
+        if age_s >= QUIET_PAGE_S or (age_s >= max_age_s and self._later is None):
             self._render(now, max_age_s=RENDER_S)
+        elif age_s >= max_age_s:
+            self._prepare(now)
         return self._rendered
 
     def _render(self, now: float, *, max_age_s: float) -> None:

@@ -15,6 +15,7 @@ from serve.messages import AdapterState, Tokens
 from serve.metrics import Metrics
 from serve.metrics.exposition import Exposition, OrderedRegistry
 from serve.metrics.histogram import LoopHistogram
+from serve.metrics.page import QUIET_PAGE_S, READY_PAGE_S
 from tests.process.test_metrics import FakeClock, stats
 
 BOUNDS = (0.01, 0.5, 1.0, 10.0)
@@ -89,6 +90,34 @@ def test_a_scrape_that_cannot_wait_renders_at_once_and_is_not_overtaken_by_older
     metrics.observe_stats(stats(num_running=4))
     page = metrics.render()
     assert b"chorale_requests_running 4.0" in page
+    turns.take_all()
+    assert metrics.render() is page
+
+
+def test_a_late_page_is_given_once_more_and_renewed_behind_it(turns: Turns) -> None:
+    clock = FakeClock()
+    metrics = scraped(turns, clock)
+    # a long step: no heartbeat comes
+    metrics.count_rejection("queue_full")
+    clock.now = READY_PAGE_S + 0.05
+    late = metrics.render()
+    assert b"queue_full" not in late
+    assert metrics.render() is late
+    assert turns.take_all() > 3
+    assert b'chorale_requests_rejected_total{code="queue_full"} 1.0' in metrics.render()
+
+
+@pytest.mark.parametrize("has_begun", [False, True])
+def test_no_page_is_older_than_half_a_second(has_begun: bool, turns: Turns) -> None:
+    clock = FakeClock()
+    metrics = scraped(turns, clock)
+    metrics.count_rejection("queue_full")
+    if has_begun:
+        clock.now = READY_PAGE_S
+        metrics.render()
+    clock.now = QUIET_PAGE_S
+    page = metrics.render()
+    assert b'chorale_requests_rejected_total{code="queue_full"} 1.0' in page
     turns.take_all()
     assert metrics.render() is page
 
