@@ -36,10 +36,28 @@ class CpuDelta:
         if rare:
             apply_frames(site, rare, x, y, base)
         for group, rows in acting:
-            _add(group, rows, group.own(x), group.own(y))
+            add = _add_plain if rows.is_plain else _add
+            add(group, rows, group.own(x), group.own(y))
         if rare:
             add_rare(rare, x, y)
         return y
+
+
+def _add_plain(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
+    """As `_add` where there are rank rows and nothing else, which is most of what is served, in as few calls."""
+    assert rows.a is not None, "a plain site has rank rows"
+    first = group.first
+    if group.rows_per_position > MAX_GROUPED_ROWS:
+        assert group.last - first == 1, "a long run is a group of its own"
+        bridge = torch.mm(x, rows.a[first].t())
+        for m in rows.members:
+            assert m.bt is not None, "a plain site has rank rows"
+            y[:, m.out_begin : m.out_end].addmm_(bridge[:, m.rank_begin : m.rank_end], m.bt[first])
+        return
+    bridge = group.rows(_product(group.blocks(x), group.weights(rows.a).transpose(1, 2)))
+    for m in rows.members:
+        assert m.bt is not None, "a plain site has rank rows"
+        _add_bags(y[:, m.out_begin : m.out_end], bridge[:, m.rank_begin : m.rank_end], m.bt, group)
 
 
 def _add(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:
@@ -96,7 +114,7 @@ def _add_bridge(columns: Tensor, bridge: Tensor, choice: Choice | None, member: 
         elif group.rows_per_position > MAX_GROUPED_ROWS:
             _expand(columns, coefficients, group.weights(member.bt), group)
         else:
-            _add_bags(columns, coefficients, member.bt, group)
+            _add_bags(columns, group.rows(coefficients), member.bt, group)
     if member.rows_idx is not None:
         values = group.rows(bridge[:, :, member.rank_end : member.rows_end])
         columns.scatter_add_(1, group.per_row(member.rows_idx).expand(values.shape), values)
@@ -118,14 +136,14 @@ def _expand(columns: Tensor, coefficients: Tensor, weights: Tensor, group: Group
 
 
 def _add_bags(columns: Tensor, coefficients: Tensor, bt: Tensor, group: Group) -> None:
-    """Add to each row the sum of its own few rank rows of bt [capacity, R, O], as `_expand` does for padded groups.
+    """Add to each row, by its coefficients [n, R], its own few rank rows of bt [capacity, R, O].
 
     A row reads its rank rows and nothing else: no padding, no product made anew for each number of rows, and the same
     bits whatever is beside it.
     """
     _, rank, width = bt.shape
     bags = group.bags(rank)
-    weights = group.rows(coefficients).reshape(-1)
+    weights = coefficients.reshape(-1)
     delta = torch.embedding_bag(bt.view(-1, width), bags.rank_rows, bags.begins, False, 0, False, weights)[0]
     columns.add_(delta)
 

@@ -8,6 +8,7 @@ positions never written is never touched (the allocation is lazy), so a slab of 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -51,13 +52,23 @@ class Member:
     bias: Tensor | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class FusedRows:
     """All rows of a fused site: `a [capacity, R, in]`, `gates [capacity, E, in]` fp32, and the members."""
 
     a: Tensor | None
     gates: Tensor | None
     members: tuple[Member, ...]
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Is a low rank all that acts here, at each member?"""
+        others = ("mixture", "cols_idx", "rows_idx", "bias")
+        return (
+            self.a is not None
+            and self.gates is None
+            and all(m.bt is not None and all(getattr(m, name) is None for name in others) for m in self.members)
+        )
 
     @property
     def in_norms(self) -> set[str]:

@@ -29,6 +29,11 @@ class StepDraft:
     budget: int
     rows: list[Row] = field(default_factory=list)
     seqs: list[Sequence] = field(default_factory=list)
+    # where prompts that fit into the step's budget for prompts are not cut: that budget; None: they are
+    whole_prompts: int | None = None
+    # tokens that the step could hold beyond its budget
+    spare: int = 0
+    has_prompt: bool = False
 
     def add(self, seq: Sequence) -> None:
         """Run as many of the sequence's next tokens as the budget allows."""
@@ -36,6 +41,27 @@ class StepDraft:
         self.rows.append(row)
         self.seqs.append(seq)
         self.budget -= len(row.token_ids)
+
+    def has_room_for(self, num_tokens: int) -> bool:
+        """Say whether a prompt's next part belongs into this step, the budget rounded to whole prompts.
+
+        The first one always does, so prompts go on; one that no step would hold whole is cut.
+        """
+        num_over = num_tokens - self.budget
+        if self.budget == 0 or num_over <= 0 or self.whole_prompts is None or not self.has_prompt:
+            return self.budget > 0
+        if num_tokens > self.whole_prompts:
+            return True
+        if num_over > min(self.budget, self.spare):
+            return False
+        self.spare -= num_over
+        self.budget += num_over
+        return True
+
+    def add_prompt(self, seq: Sequence) -> None:
+        """Run as much of a prompt as the budget allows."""
+        self.add(seq)
+        self.has_prompt = True
 
 
 def refusal(command: Submit | Embed, live: LiveSequences) -> Failed | None:
@@ -129,13 +155,21 @@ def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_ope
             is_barred = is_barred or _is_passed_too_often(seq, live)
         if not is_open or residency is not Residency.READY or (is_barred and seq.acting.digests):
             continue
-        has_room = draft.budget > 0 and len(live.running) < live.limits.max_num_seqs
+        has_room = (
+            draft.has_room_for(_num_to_compute(seq, draft, live)) and len(live.running) < live.limits.max_num_seqs
+        )
         if not has_room or not live.admit(seq, now_s):
             is_open = False
             continue
-        draft.add(seq)
+        draft.add_prompt(seq)
         if _computes_for_siblings(seq, live):
             held_groups.add(seq.group_id)
+
+
+def _num_to_compute(seq: Sequence, draft: StepDraft, live: LiveSequences) -> int:
+    """Count the tokens that a waiting sequence has to run, without what the prefix cache has where that matters."""
+    num_left = seq.num_left
+    return num_left if num_left <= draft.budget else num_left - live.num_cached_now(seq)
 
 
 def _is_passed_too_often(seq: Sequence, live: LiveSequences) -> bool:

@@ -89,6 +89,10 @@ class LiveSequences:
         self.num_admissions += 1
         return True
 
+    def num_cached_now(self, seq: Sequence) -> int:
+        """Tokens of a waiting sequence that the prefix cache has at this moment."""
+        return len(self._shared_blocks(seq)) * self.kv.block_size
+
     def grow(self, seq: Sequence, *, may_preempt: bool) -> bool:
         """Make room for the next token, preempting the youngest while blocks are short.
 

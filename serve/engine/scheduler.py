@@ -86,7 +86,11 @@ class Scheduler:
             return None
         if draft.rows:
             # whoever decodes waits for every prompt token of the step
-            draft.budget = min(draft.budget, mixed_prefill_budget(self.live))
+            num_left = draft.budget
+            draft.budget = min(num_left, mixed_prefill_budget(self.live))
+            draft.spare = num_left - draft.budget
+        if self._limits.mixed_prefill_divisor is not None:
+            draft.whole_prompts = draft.budget
         self._plan_prefills(draft)
         # what was just taken from one sequence is not given to another in the same step
         is_open = self.live.num_preemptions == num_preemptions
@@ -187,8 +191,8 @@ class Scheduler:
         for seq in self.live.running:
             if draft.budget == 0:
                 return
-            if not seq.is_decoding:
-                draft.add(seq)
+            if not seq.is_decoding and draft.has_room_for(seq.num_left):
+                draft.add_prompt(seq)
 
 
 def _too_late(seq: Sequence) -> str:

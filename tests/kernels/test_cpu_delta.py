@@ -94,11 +94,11 @@ def test_a_short_run_expands_to_the_same_bits_alone_and_in_company(dtype: torch.
     counts = [1, 5, 1, 3, 2]
     (group,) = build_route([*places], counts).groups
     together = torch.zeros(12, bt.shape[2], dtype=dtype)
-    _add_bags(together, group.blocks(coefficients), bt, group)
+    _add_bags(together, coefficients, bt, group)
     (lone,) = build_route([places[3]], [1]).groups
     for row in range(7, 10):
         alone = torch.zeros(1, bt.shape[2], dtype=dtype)
         own = coefficients[row : row + 1]
-        _add_bags(alone, lone.blocks(own), bt, lone)
+        _add_bags(alone, own, bt, lone)
         assert torch.equal(alone[0], together[row])
         torch.testing.assert_close(alone, own @ bt[places[3].position])
