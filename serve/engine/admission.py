@@ -42,8 +42,8 @@ class StepDraft:
         self.seqs.append(seq)
         self.budget -= len(row.token_ids)
 
-    def has_room_for(self, num_tokens: int) -> bool:
-        """Say whether a prompt's next part belongs into this step, the budget rounded to whole prompts.
+    def make_room_for(self, num_tokens: int) -> bool:
+        """Round the budget to whole prompts; say whether a prompt's next part belongs into this step.
 
         The first one always does, so prompts go on; one that no step would hold whole is cut.
         """
@@ -156,7 +156,7 @@ def admit_waiting(live: LiveSequences, draft: StepDraft, now_s: float, *, is_ope
         if not is_open or residency is not Residency.READY or (is_barred and seq.acting.digests):
             continue
         has_room = (
-            draft.has_room_for(_num_to_compute(seq, draft, live)) and len(live.running) < live.limits.max_num_seqs
+            draft.make_room_for(_num_to_compute(seq, draft, live)) and len(live.running) < live.limits.max_num_seqs
         )
         if not has_room or not live.admit(seq, now_s):
             is_open = False

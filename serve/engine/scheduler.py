@@ -191,7 +191,7 @@ class Scheduler:
         for seq in self.live.running:
             if draft.budget == 0:
                 return
-            if not seq.is_decoding and draft.has_room_for(seq.num_left):
+            if not seq.is_decoding and draft.make_room_for(seq.num_left):
                 draft.add_prompt(seq)
 
 
