@@ -14,6 +14,7 @@ DEV     := $(VENV)/.dev
 CLIENTS := .venv-clients/.stamp
 DEPLOY  := .venv-deploy/.stamp
 RAY     := .venv-ray/.stamp
+NATIVE  := kernels/build_native.py $(wildcard kernels/adapter_kernels/native/*.[ch])
 # the demo's adapters belong to the demo's base only
 PRELOAD := $(if $(filter deploy/demo/chorale-demo,$(MODEL)),--preload deploy/demo/adapters)
 # two processes of one compute thread each: half the time of one process with two threads (2 cores); the files come in
@@ -105,7 +106,8 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # torch first and alone, at its exact version: an open range would take the build with CUDA libraries, gigabytes of them
-$(RUNTIME): pyproject.toml constraints.txt | $(BIN)/python
+# (installing also compiles the CPU's kernels, so their sources count)
+$(RUNTIME): pyproject.toml constraints.txt $(NATIVE) | $(BIN)/python
 	$(PIP) -c constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(PIP) -c constraints.txt -e '.[train]'
 	@touch $@

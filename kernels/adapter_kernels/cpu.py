@@ -1,4 +1,4 @@
-"""The adapter ops as batched torch for CPU serving: one call per group of adapters, never per request.
+"""The adapter ops for CPU serving: one call per site where a low rank is all, else one per group, never per request.
 
 Formula: `reference.site_output`, for token t of adapter a at each member of a fused site. Products accumulate in fp32;
 the bridge is rounded to the model's dtype, and so is y after each op that an adapter has. A gate's logits are fp32.
@@ -10,18 +10,26 @@ from torch import Tensor
 
 from adapter_kernels.delta import BaseLinear, ModelDelta
 from adapter_kernels.gate import Choice, add_chosen, choose, normalised, weigh
+from adapter_kernels.native_cpu import CpuKernels, RunTable
 from adapter_kernels.rare_ops import acting_at, add_rare, apply_frames, framed_input, rare_runs
-from adapter_kernels.route import MAX_GROUPED_ROWS, Group, Route
+from adapter_kernels.route import MAX_GROUPED_ROWS, Group, Route, Run
 from adapter_kernels.scales import scaled_product
-from adapter_kernels.slab import FusedRows, Member
+from adapter_kernels.slab import FusedRows, Member, Slab
 
 
 class CpuDelta:
     """One step's `AdapterDelta` on the CPU."""
 
-    def __init__(self, route: Route, model: ModelDelta | None = None) -> None:
+    def __init__(self, route: Route, model: ModelDelta | None = None, kernels: CpuKernels | None = None) -> None:
+        """Take a step's route.
+
+        Args:
+            model: what acts outside the linear sites. kernels: the compiled ones, for sites they can read; None: torch.
+        """
         self.route = route
         self.model = model
+        self._kernels = kernels
+        self._run_tables = [] if kernels is None else _run_tables(route)
         self._has_scales = any(group.slab.has_scales for group in route.groups)
         self._rare_runs = rare_runs(route)
 
@@ -35,12 +43,31 @@ class CpuDelta:
         y = scaled_product(site, acting, seen, base) if self._has_scales else base(seen)
         if rare:
             apply_frames(site, rare, x, y, base)
+        if self._kernels is not None:
+            acting = [(group, rows) for group, rows in acting if rows.low_rank is None]
+            self._add_low_rank(self._kernels, layer, site, x, y)
         for group, rows in acting:
             add = _add_plain if rows.is_plain else _add
             add(group, rows, group.own(x), group.own(y))
         if rare:
             add_rare(rare, x, y)
         return y
+
+    def _add_low_rank(self, kernels: CpuKernels, layer: int, site: str, x: Tensor, y: Tensor) -> None:
+        for slab, table in self._run_tables:
+            rows = slab.fused.get((layer, site))
+            if rows is not None and rows.low_rank is not None:
+                kernels.add_low_rank(rows.low_rank, table, x, y)
+
+
+def _run_tables(route: Route) -> list[tuple[Slab, RunTable]]:
+    runs: dict[int, list[Run]] = {}
+    for run in route.runs:
+        runs.setdefault(run.placement.slab_id, []).append(run)
+    return [
+        (own[0].placement.slab, RunTable([(run.begin, run.count, run.placement.position) for run in own]))
+        for own in runs.values()
+    ]
 
 
 def _add_plain(group: Group, rows: FusedRows, x: Tensor, y: Tensor) -> None:

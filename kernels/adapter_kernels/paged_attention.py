@@ -1,8 +1,8 @@
 """Attention over the paged KV cache on the CPU, and the write of new keys and values.
 
-One padded call per layer serves all decoding sequences; each prefill chunk is one call of its own. Padding and future
-positions are excluded by a mask of minus infinity on scores of the sequence's own slots, so a stale or non-finite
-value of another sequence is never read.
+One call per layer serves all decoding sequences: the compiled kernel, which reads the cache in place, or else a padded
+one in torch; each prefill chunk is one call of its own. Padding and future positions are excluded by a mask of minus
+infinity on scores of the sequence's own slots, so a stale or non-finite value of another sequence is never read.
 """
 
 from collections.abc import Callable
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adapter_kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup
+from adapter_kernels.native_cpu import CpuKernels
 
 
 def kv_write(k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, slot_mapping: Tensor) -> None:
@@ -34,6 +35,7 @@ def paged_attention(
     scale: float,
     window: int | None,
     soft_cap: float | None,
+    kernels: CpuKernels | None = None,
 ) -> Tensor:
     """Attend each token to its own sequence's positions up to itself.
 
@@ -43,15 +45,19 @@ def paged_attention(
         q: [T, H, E]; H a multiple of K. k_cache, v_cache: [num_blocks, block_size, K, E], this step's rows written.
         window: positions a token sees, itself included; None: all.
         soft_cap: c of `c * tanh(score / c)`; None: off.
+        kernels: the compiled ones, for decodes they can do; None: torch.
     Returns:
         [T, H, E] in q's dtype; scores and softmax in fp32 where a cap is applied, else as torch's attention does.
     """
     flat_k = k_cache.view(-1, *k_cache.shape[2:])
     flat_v = v_cache.view(-1, *v_cache.shape[2:])
-    if plan.decodes is not None and plan.decodes.is_whole_step:
+    is_compiled = kernels is not None and kernels.can_attend(q, soft_cap)
+    if plan.decodes is not None and plan.decodes.is_whole_step and not is_compiled:
         return _decode(q, flat_k, flat_v, plan.decodes, scale, window, soft_cap)
-    out = torch.empty_like(q)
-    if plan.decodes is not None:
+    out = torch.empty(q.shape, dtype=q.dtype)
+    if plan.decodes is not None and kernels is not None and is_compiled:
+        kernels.attend_decodes(q, flat_k, flat_v, out, plan.decodes, scale, window)
+    elif plan.decodes is not None:
         rows = plan.decodes.rows
         out[rows] = _decode(q[rows], flat_k, flat_v, plan.decodes, scale, window, soft_cap)
     for chunk in plan.chunks:

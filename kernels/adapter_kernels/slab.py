@@ -16,6 +16,7 @@ from torch import Tensor
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gate import Mixture
 from adapter_kernels.image import AdapterImage, SiteTensors, Sparse
+from adapter_kernels.native_cpu import MAX_MEMBERS, LowRankMember, LowRankSite
 from adapter_kernels.profile import Profile, SiteProfile
 
 # more positions per slab mean fewer calls per step; fewer mean memory comes back sooner
@@ -68,6 +69,15 @@ class FusedRows:
             self.a is not None
             and self.gates is None
             and all(m.bt is not None and all(getattr(m, name) is None for name in others) for m in self.members)
+        )
+
+    @cached_property
+    def low_rank(self) -> LowRankSite | None:
+        """The site as the compiled kernel reads it; None: it cannot."""
+        if not self.is_plain or self.a is None or self.a.dtype != torch.bfloat16 or len(self.members) > MAX_MEMBERS:
+            return None
+        return LowRankSite(
+            self.a, [LowRankMember(m.bt, m.out_begin, m.rank_begin) for m in self.members if m.bt is not None]
         )
 
     @property

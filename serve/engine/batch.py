@@ -18,6 +18,7 @@ from adapter_kernels.composed_model import ComposedModelDelta
 from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import AdapterDelta
 from adapter_kernels.model_delta import CpuModelDelta
+from adapter_kernels.native_cpu import cpu_kernels
 from adapter_kernels.route import MAX_GROUPED_ROWS, Placement, build_route
 from serve.engine.plan import Row, StepPlan
 
@@ -63,7 +64,7 @@ def _adapters(
     plain = None
     if any(place is not None for place in own):
         route = build_route(own, counts)
-        plain = CpuDelta(route, CpuModelDelta.build(route, token_ids, slot_mapping))
+        plain = CpuDelta(route, CpuModelDelta.build(route, token_ids, slot_mapping), cpu_kernels())
     composed = [tuple((places[slot], weight) for slot, weight in row.composed) for row in rows if row.composed]
     if not composed:
         return plain

@@ -14,6 +14,7 @@ from functools import partial
 
 import torch
 
+from adapter_kernels.native_cpu import why_absent
 from adapters_store.blob_choice import image_opener
 from adapters_store.copies import OpenImage
 from serve.config import EngineConfig
@@ -29,6 +30,8 @@ from serve.engine.signed_images import Verify, image_verifier, verified
 from serve.engine.start_facts import ModelFacts, StartFacts, choose_device
 from serve.engine.step_loop import BuiltEngine, run_worker
 
+logger = logging.getLogger(__name__)
+
 
 def build_engine(config: EngineConfig) -> BuiltEngine:
     """Load the model and put the engine on top.
@@ -42,6 +45,9 @@ def build_engine(config: EngineConfig) -> BuiltEngine:
 
 def _on_cpu(config: EngineConfig) -> BuiltEngine:
     parts = load_parts(config, partial(_grammars, config))
+    lack = why_absent()
+    if lack is not None and parts.dtype == torch.bfloat16:
+        logger.warning("compiled CPU kernels are not used, adapters and attention run in torch, slower: %s", lack)
     verify = image_verifier(config)
     images = _host_images(config, verify)
     executor = TorchExecutor(parts, verified(images.open if images is not None else _open_image(config), verify))

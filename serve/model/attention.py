@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adapter_kernels.attention_plan import AttentionPlan
 from adapter_kernels.delta import AdapterDelta, ModelDelta
+from adapter_kernels.native_cpu import cpu_kernels
 from adapter_kernels.paged_attention import kv_write, paged_attention
 from serve.model.adapted_linear import AdaptedLinear
 from serve.model.adapted_norm import AdaptedNorm
@@ -116,6 +117,13 @@ class Attention:
         if step.model is not None:
             step.model.write_prefix(self._layer, k_cache, v_cache)
         attended = paged_attention(
-            queries, k_cache, v_cache, step.plan, scale=self._scale, window=self._window, soft_cap=self._soft_cap
+            queries,
+            k_cache,
+            v_cache,
+            step.plan,
+            scale=self._scale,
+            window=self._window,
+            soft_cap=self._soft_cap,
+            kernels=cpu_kernels(),
         )
         return self._o(attended.reshape(x.shape[0], -1), step.adapters)

@@ -16,7 +16,7 @@ from serve.model.adapted_linear import AdaptedLinear
 from serve.model.adapted_norm import AdaptedNorm
 from serve.model.attention import Attention, StepInputs
 from serve.model.kv_cache import KvCache
-from serve.model.layers import Activation, Linear
+from serve.model.layers import Activation, Gated, Linear
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
 from serve.model.token_table import TokenTable
@@ -25,11 +25,14 @@ from serve.model.token_table import TokenTable
 class Mlp:
     """down(activation(gate) * up) on the fused gate | up projection."""
 
-    def __init__(self, layer: int, gate_up: AdaptedLinear, down: AdaptedLinear, activation: Activation) -> None:
+    def __init__(
+        self, layer: int, gate_up: AdaptedLinear, down: AdaptedLinear, activation: Activation, gated: Gated
+    ) -> None:
         self._layer = layer
         self._gate_up = gate_up
         self._down = down
         self._activation = activation
+        self._gated = gated
 
     def __call__(self, x: Tensor, step: StepInputs) -> Tensor:
         """x [T, D] -> [T, D]."""
@@ -40,8 +43,7 @@ class Mlp:
             )
             if mixed is not None:
                 return mixed
-        gate, up = gate_up.chunk(2, dim=-1)
-        return self._down(self._activation(gate).mul_(up), step.adapters)
+        return self._down(self._gated(gate_up), step.adapters)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,9 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from adapter_kernels.native_cpu import cpu_kernels
 from serve.model.families import NormKind
 
 Activation = Callable[[Tensor], Tensor]
+# gate | up [T, 2 I] -> activation(gate) * up [T, I], fresh
+Gated = Callable[[Tensor], Tensor]
 
 # the batch size that oneDNN picks its blocked order for; M of 1 and 512 gave the same speed (2 cores, 2026-11)
 _PACKING_ROWS = 32
@@ -37,6 +40,9 @@ class RmsNorm:
 
     def __call__(self, x: Tensor) -> Tensor:
         """x [.., D] -> [.., D]; a weight of [N, D] scales each of N heads on its own."""
+        kernels = cpu_kernels()
+        if kernels is not None and self._weight.ndim == 1 and kernels.can_read_rows(x):
+            return kernels.rms_norm(x, self._weight, self._eps)
         return functional.rms_norm(x, self._shape, None, self._eps) * self._weight
 
     def replaced(self, x: Tensor, weight: Tensor) -> Tensor:
@@ -75,6 +81,20 @@ def make_norm(weight: Tensor, eps: float, kind: NormKind) -> Norm:
 def make_activation(name: str) -> Activation:
     """Return the function of `ModelSpec.activation`."""
     return {"silu": _silu, "gelu_tanh": _gelu_tanh, "gelu": _gelu}[name]
+
+
+def make_gated(name: str) -> Gated:
+    """Return the gated form of `ModelSpec.activation`."""
+    activation = make_activation(name)
+
+    def gated(gate_up: Tensor) -> Tensor:
+        kernels = cpu_kernels()
+        if kernels is not None and name == "silu" and kernels.can_read_rows(gate_up):
+            return kernels.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return activation(gate).mul_(up)
+
+    return gated
 
 
 def _silu(x: Tensor) -> Tensor:

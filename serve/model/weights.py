@@ -16,7 +16,7 @@ from serve.model.attention import Attention, FullNormHeads, HeadNormHeads, Plain
 from serve.model.checkpoint import Checkpoint
 from serve.model.decoder import BlockNorms, Decoder, DecoderLayer, Mlp
 from serve.model.families import QkNorm
-from serve.model.layers import Linear, PlainLinear, can_pack, make_activation, make_linear, make_norm
+from serve.model.layers import Linear, PlainLinear, can_pack, make_activation, make_gated, make_linear, make_norm
 from serve.model.rotary import Rotary
 from serve.model.spec import ModelSpec
 from serve.model.token_table import PlainTable, TokenTable, tie
@@ -66,7 +66,9 @@ class _Loader:
         )
 
     def _layer(self, layer: int) -> DecoderLayer:
-        mlp = Mlp(layer, self._site(layer, "gate_up"), self._site(layer, "down"), make_activation(self.spec.activation))
+        name = self.spec.activation
+        gate_up, down = self._site(layer, "gate_up"), self._site(layer, "down")
+        mlp = Mlp(layer, gate_up, down, make_activation(name), make_gated(name))
         attention = Attention(
             self.spec, layer, self._site(layer, "qkv"), self._site(layer, "o"), self._split_heads(layer)
         )

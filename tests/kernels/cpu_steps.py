@@ -11,6 +11,7 @@ from adapter_kernels.cpu import CpuDelta
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.extras import AdapterExtras
 from adapter_kernels.image import AdapterImage
+from adapter_kernels.native_cpu import CpuKernels
 from adapter_kernels.profile import Profile
 from adapter_kernels.rare_image import read_rare_sites
 from adapter_kernels.reference import fused_output
@@ -75,14 +76,20 @@ def _place_order(placement: Placement | None) -> tuple[int, int]:
 
 
 def check_step(
-    images: Sequence[AdapterImage], chosen: list[int | None], counts: list[int], dtype: torch.dtype, seed: int = 0
+    images: Sequence[AdapterImage],
+    chosen: list[int | None],
+    counts: list[int],
+    dtype: torch.dtype,
+    seed: int = 0,
+    kernels: CpuKernels | None = None,
 ) -> None:
     """Run sequence i with `counts[i]` rows of adapter `chosen[i]` at every site; compare with the reference."""
     generator = torch.Generator().manual_seed(seed)
     places = place(images, dtype)
     order = in_place_order([None if i is None else places[i] for i in chosen], counts)
     chosen, counts = [chosen[i] for i in order], [counts[i] for i in order]
-    delta = CpuDelta(build_route([None if i is None else places[i] for i in chosen], counts))
+    route = build_route([None if i is None else places[i] for i in chosen], counts)
+    delta = CpuDelta(route, kernels=kernels)
     owners = [None if i is None else images[i] for i, count in zip(chosen, counts, strict=True) for _ in range(count)]
     idle = torch.tensor([owner is None for owner in owners])
     for layer in range(2):

@@ -1,0 +1,35 @@
+// How a call spreads its work over torch's threads.
+//
+// Work is cut into small tasks, in one order, which the threads take one after another from a counter. Each value of a
+// result is made by one task, in an order of sums that its own row alone decides, so neither the number of threads nor
+// the rows beside it show in its bits.
+#ifndef CHORALE_TASKS_H
+#define CHORALE_TASKS_H
+
+#include <stdatomic.h>
+#include <stdint.h>
+
+// to be raised with every change of a layout or a call
+#define CHORALE_ABI 1
+
+// libgomp's entry point: torch's own pool, which spins between torch's operators and ours alike
+typedef void (*Parallel)(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
+
+// as `adapter_kernels.native_cpu.Threads` lays it out; parallel NULL: the caller's thread alone
+typedef struct {
+  Parallel parallel;
+  int64_t num_threads;
+} Threads;
+
+static inline void run_tasks(const Threads *threads, void (*work)(void *), void *call, atomic_llong *next) {
+  atomic_store(next, 0);
+  if (threads->parallel && threads->num_threads > 1) {
+    threads->parallel(work, call, (unsigned)threads->num_threads, 0);
+  } else {
+    work(call);
+  }
+}
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+#endif
