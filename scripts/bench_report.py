@@ -43,6 +43,14 @@ class Floor:
         return output / (self.prefill_s * prompt / self.prefill_rows + output * decode_s / concurrency)
 
 
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """What `bench_step` found: seconds of a lone prompt without server, decodes over their byte floor by adapters."""
+
+    prompt_s: float
+    of_byte_floor: dict[int, float]
+
+
 def spread(values: Sequence[float], digits: int = 1, unit: str = "") -> str:
     """Return median and range; a dash for nothing."""
     if not values:
@@ -99,6 +107,19 @@ def of_floor(cells: Sequence[Cell], floors: dict[int, Floor], prompt: int, outpu
     return lines
 
 
+def of_steps(cells: Sequence[Cell], steps: dict[int, StepTimes]) -> list[str]:
+    """Return what the server adds to a lone prompt, and adapters to a decode step, within one repeat."""
+    lines = []
+    alone = [c for c in cells if (c.system, c.concurrency, c.num_adapters) == (OURS, 1, 0) and c.repeat in steps]
+    if alone:
+        found = [cell.result.ttft_p50_s / steps[cell.repeat].prompt_s for cell in alone]
+        lines.append(f"TTFT p50 at concurrency 1: {spread(found, 2)} times one bare forward of the prompt")
+    for count in dict.fromkeys(count for own in steps.values() for count in own.of_byte_floor):
+        found = [own.of_byte_floor[count] for own in steps.values() if count in own.of_byte_floor]
+        lines.append(f"decode step over {count} adapters: {spread(found, 2)} times the base's step plus their bytes")
+    return lines
+
+
 def host_lines(cells: Sequence[Cell], engine_ms: dict[int, float]) -> list[str]:
     """Return the host's cost per step: the engine's own part, and the API's CPU beside it."""
     lines = []
@@ -124,12 +145,16 @@ def ratios(cells: Sequence[Cell], own: Sequence[Cell], key: Callable[[Cell], tup
     return found
 
 
-def read_saved(path: Path) -> tuple[list[Cell], dict[int, Floor], dict[int, float]]:
-    """Return cells, floors and PEFT's figures of a result file, so that a later run can go on behind them."""
+def read_saved(path: Path) -> tuple[list[Cell], dict[int, Floor], dict[int, float], dict[int, StepTimes]]:
+    """Return cells, floors, PEFT's figures and steps of a result file, so that a later run can go on behind them."""
     saved = json.loads(path.read_text(encoding="utf-8"))
     cells = [Cell(**{**cell, "result": LoadResult(**cell["result"])}) for cell in saved["cells"]]
     floors = {
         int(repeat): Floor(own["prefill_rows"], own["prefill_s"], {int(rows): s for rows, s in own["decode_s"].items()})
         for repeat, own in saved["floors"].items()
     }
-    return cells, floors, {int(repeat): rate for repeat, rate in saved["peft_tokens_per_s"].items()}
+    steps = {
+        int(repeat): StepTimes(own["prompt_s"], {int(n): ratio for n, ratio in own["of_byte_floor"].items()})
+        for repeat, own in saved.get("steps", {}).items()
+    }
+    return cells, floors, {int(repeat): rate for repeat, rate in saved["peft_tokens_per_s"].items()}, steps

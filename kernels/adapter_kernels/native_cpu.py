@@ -21,7 +21,7 @@ LIBRARY = Path(__file__).with_name("native") / "cpu_kernels.so"
 MAX_MEMBERS = 3
 MAX_HEAD_DIM = 256
 # `CHORALE_ABI` of the sources
-_ABI = 1
+_ABI = 2
 
 
 class _Threads(ctypes.Structure):
@@ -119,6 +119,9 @@ class CpuKernels:
         self._rms_norm: Any = library.chorale_rms_norm
         self._rms_norm.argtypes = (pointer, size, pointer, ctypes.c_double, pointer, size, size, pointer)
         self._rms_norm.restype = None
+        self._argmax: Any = library.chorale_argmax
+        self._argmax.argtypes = (pointer, size, size, size, pointer, pointer, pointer)
+        self._argmax.restype = None
         self._threads = _Threads(parallel, 1)
         self._threads_address = ctypes.addressof(self._threads)
 
@@ -175,7 +178,7 @@ class CpuKernels:
 
     @staticmethod
     def can_read_rows(x: Tensor) -> bool:
-        """Say whether `silu_mul` and `rms_norm` can read this: a matrix of bf16 on the CPU, each row contiguous."""
+        """Say whether the calls for rows can read this: a matrix of bf16 on the CPU, each row contiguous."""
         return x.ndim == 2 and x.dtype == torch.bfloat16 and x.stride(1) == 1 and x.device.type == "cpu"
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -195,6 +198,22 @@ class CpuKernels:
             x.data_ptr(), x.stride(0), weight.data_ptr(), eps, out.data_ptr(), num_rows, width, self._threads_address
         )
         return out
+
+    def argmax(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Largest value and its index of each row of x [T, V] bf16, V >= 1, as `x.max(dim=1)`: ([T], [T] int64)."""
+        num_rows, width = x.shape
+        values, indices = torch.empty(num_rows, dtype=torch.bfloat16), torch.empty(num_rows, dtype=torch.int64)
+        self._threads.num_threads = torch.get_num_threads()
+        self._argmax(
+            x.data_ptr(),
+            x.stride(0),
+            num_rows,
+            width,
+            values.data_ptr(),
+            indices.data_ptr(),
+            self._threads_address,
+        )
+        return values, indices
 
 
 @cache

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adapter_kernels.native_cpu import cpu_kernels
 from serve.engine.plan import SampleSpec
 from serve.engine.sampling_plan import BitMask, uniform
 from serve.messages import SamplingParams, TokenLogprobs
@@ -39,7 +40,9 @@ def sample(
         specs: one per row. eos_token_ids: ends that `min_tokens` forbids for a while.
         bit_mask: the grammar's mask of a row, or None when the row is free.
     """
-    best, tokens = logits.max(dim=1)
+    kernels = cpu_kernels()
+    has_kernel = kernels is not None and kernels.can_read_rows(logits)
+    best, tokens = kernels.argmax(logits) if kernels is not None and has_kernel else logits.max(dim=1)
     finite = torch.isfinite(best).tolist()
     greedy = tokens.tolist()
     return [

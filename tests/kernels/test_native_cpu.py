@@ -37,7 +37,7 @@ def test_a_library_that_is_absent_or_broken_is_passed_over(
     [
         ("int chorale_abi(void) { return 0; }", "ABI 0"),
         ("int something_else(void) { return 1; }", "chorale_abi"),
-        ("int chorale_abi(void) { return 1; } int chorale_is_supported(void) { return 0; }", "AVX-512-BF16"),
+        ("int chorale_abi(void) { return 2; } int chorale_is_supported(void) { return 0; }", "AVX-512-BF16"),
     ],
 )
 def test_a_library_of_other_sources_or_for_another_processor_is_passed_over(

@@ -149,6 +149,20 @@ def test_rms_norm_rounds_as_torch_does(kernels: CpuKernels, num_rows: int, width
     assert kernels.rms_norm(torch.zeros(1, width, dtype=BF16), weight, 1e-6).eq(0).all()
 
 
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 5000])
+def test_argmax_is_torchs(kernels: CpuKernels, width: int) -> None:
+    generator = torch.Generator().manual_seed(11)
+    # few distinct values: ties in most rows
+    logits = torch.randint(-9, 9, (40, width + 1), generator=generator).to(BF16)[:, :width]
+    logits[7, width // 2] = float("nan")
+    logits[8, width - 1], logits[9, 0] = float("nan"), float("inf")
+    logits[10], logits[11] = float("-inf"), -0.0
+    values, tokens = kernels.argmax(logits)
+    best, first = logits.max(dim=1)
+    torch.testing.assert_close(values, best, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(tokens, first)
+
+
 def test_rows_have_the_same_bits_alone_and_in_company(kernels: CpuKernels) -> None:
     generator = torch.Generator().manual_seed(10)
     x, weight = torch.randn(37, 1024, generator=generator).to(BF16), torch.ones(1024, dtype=BF16)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.bench_load import LoadResult
-from scripts.bench_report import OURS, Cell, Floor, against_others, of_floor, ratios, read_saved
+from scripts.bench_report import OURS, Cell, Floor, StepTimes, against_others, of_floor, of_steps, ratios, read_saved
 
 
 def cell(repeat: int, system: str, num_adapters: int, tokens_per_s: float) -> Cell:
@@ -48,4 +48,19 @@ def test_what_was_saved_is_read_back(tmp_path: Path) -> None:
         "peft_tokens_per_s": {1: 26.5},
     }
     path.write_text(json.dumps(saved), encoding="utf-8")
-    assert read_saved(path) == (CELLS, floors, {1: 26.5})
+    assert read_saved(path) == (CELLS, floors, {1: 26.5}, {}), "a file from before steps were measured"
+    steps = {0: StepTimes(0.25, {8: 1.1, 32: 1.25})}
+    path.write_text(json.dumps(saved | {"steps": {k: asdict(own) for k, own in steps.items()}}), encoding="utf-8")
+    assert read_saved(path) == (CELLS, floors, {1: 26.5}, steps)
+
+
+def test_steps_are_set_against_the_cells_of_their_own_repeat() -> None:
+    # the result's second field is its TTFT; of the last repeat no step was measured
+    results = [LoadResult(10.0, ttft_s, 1.0, 0.1, 0.1, 5.0, 9.0, 0) for ttft_s in (0.3, 0.5, 9.0)]
+    cells = [Cell(repeat, OURS, 1, 0, result) for repeat, result in enumerate(results)]
+    steps = {0: StepTimes(0.25, {8: 1.05}), 1: StepTimes(0.4, {8: 1.15})}
+    assert of_steps(cells, steps) == [
+        "TTFT p50 at concurrency 1: 1.23 (1.20 to 1.25) times one bare forward of the prompt",
+        "decode step over 8 adapters: 1.10 (1.05 to 1.15) times the base's step plus their bytes",
+    ]
+    assert of_steps([], {}) == []

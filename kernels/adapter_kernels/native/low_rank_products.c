@@ -5,6 +5,8 @@
 #define TILE_ROWS 4
 #define TILE_RANKS 4
 #define STRIP_ROWS 8
+// columns
+#define AHEAD 256
 
 // `num_rows` <= TILE_ROWS and `num_ranks` <= TILE_RANKS are constants where it is called
 INLINE void shrink_tile(Rows x, const uint16_t *a, int64_t in_dim, int num_rows, int num_ranks, Rows bridge) {
@@ -29,7 +31,8 @@ INLINE void shrink_tile(Rows x, const uint16_t *a, int64_t in_dim, int num_rows,
 
 INLINE void shrink_rows(Rows x, const uint16_t *a, int64_t in_dim, int num_rows, int64_t num_ranks, Rows bridge) {
   int64_t r = 0;
-  for (; r + TILE_RANKS <= num_ranks; r += TILE_RANKS)
+  // a lone row does little but read A: in one stream the processor reads ahead by itself
+  for (; num_rows > 1 && r + TILE_RANKS <= num_ranks; r += TILE_RANKS)
     shrink_tile(x, a + r * in_dim, in_dim, num_rows, TILE_RANKS, rows_from(bridge, 0, r));
   for (; r < num_ranks; r++) shrink_tile(x, a + r * in_dim, in_dim, num_rows, 1, rows_from(bridge, 0, r));
 }
@@ -65,6 +68,11 @@ INLINE void expand_tile(Rows bridge, const uint16_t *bt, int64_t rank, int64_t w
   for (int i = 0; i < num_rows; i++) low[i] = high[i] = _mm512_setzero_ps();
   for (int64_t r = 0; r < rank; r += 2) {
     const int has_odd = r + 1 < rank;
+    // a lone row does little but read; the processor follows sixteen rank rows at once only when told
+    if (num_rows == 1) {
+      _mm_prefetch((const char *)(bt + r * width + AHEAD), _MM_HINT_T1);
+      if (has_odd) _mm_prefetch((const char *)(bt + (r + 1) * width + AHEAD), _MM_HINT_T1);
+    }
     const __m512i even = loaded(bt + r * width, mask);
     const __m512i odd = has_odd ? loaded(bt + (r + 1) * width, mask) : _mm512_setzero_si512();
     const Pairs pairs = interleaved(even, odd);

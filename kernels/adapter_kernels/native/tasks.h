@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 // to be raised with every change of a layout or a call
-#define CHORALE_ABI 1
+#define CHORALE_ABI 2
 
 // libgomp's entry point: torch's own pool, which spins between torch's operators and ours alike
 typedef void (*Parallel)(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
