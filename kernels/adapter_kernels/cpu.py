@@ -54,6 +54,8 @@ class CpuDelta:
         return y
 
     def _add_low_rank(self, kernels: CpuKernels, layer: int, site: str, x: Tensor, y: Tensor) -> None:
+        # the kernel takes rows that are a stride apart, not values that are
+        x = x if x.stride(1) == 1 else x.contiguous()
         for slab, table in self._run_tables:
             rows = slab.fused.get((layer, site))
             if rows is not None and rows.low_rank is not None:

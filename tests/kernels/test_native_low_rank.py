@@ -75,6 +75,16 @@ def test_it_is_the_kernel_that_acts(kernels: CpuKernels, monkeypatch: pytest.Mon
     assert torch.equal(y, base(x)), "with the kernel's call taken away nothing else adds"
 
 
+def test_an_input_whose_values_lie_apart_is_read_all_the_same(kernels: CpuKernels) -> None:
+    generator = torch.Generator().manual_seed(6)
+    places = place([random_image(uniform_ranks(4), generator, BF16)], BF16)
+    base, x = random_base("qkv", generator, BF16), torch.randn(3, 16, generator=generator).to(BF16)
+    delta = CpuDelta(build_route([*places], [3]), kernels=kernels)
+    apart = x.t().contiguous().t()
+    assert apart.stride(1) != 1
+    assert torch.equal(delta.apply(0, "qkv", apart, Given(base(x))), delta.apply(0, "qkv", x, Given(base(x))))
+
+
 def test_a_row_has_the_same_bits_alone_and_in_company(kernels: CpuKernels, two_threads: None) -> None:
     generator = torch.Generator().manual_seed(9)
     places = place([random_image(uniform_ranks(7), generator, BF16) for _ in range(5)], BF16)
