@@ -63,12 +63,15 @@ def test_the_image_takes_nothing_it_should_not() -> None:
     everything = " ".join(argument for _, argument in STEPS)
     for word in ("ADD", "curl", "wget", "sudo", "chmod 777", "--trusted-host", "SECRET", "PASSWORD", "TOKEN"):
         assert word not in everything, word
-    # a compiler only where triton needs one
-    (last_run,) = [argument for argument in arguments_of("RUN") if "apt-get" in argument]
-    assert re.search(
-        r'if \[ "\$\{DEVICE\}" = cuda \]; then\s*apt-get update .*gcc.*rm -rf /var/lib/apt/lists', last_run
-    )
-    assert "--no-install-recommends" in last_run
+    # a compiler where the CPU's kernels are built, which is left behind, and in the image only where triton needs one
+    building, last_run = (argument for argument in arguments_of("RUN") if "apt-get" in argument)
+    for run, device in ((building, "cpu"), (last_run, "cuda")):
+        condition = rf'if \[ "\$\{{DEVICE\}}" = {device} \]; then\s*apt-get update .*gcc.*rm -rf /var/lib/apt/lists'
+        assert re.search(condition, run), run
+        assert "--no-install-recommends" in run
+    stages = [argument for instruction, argument in STEPS if instruction in ("FROM", "RUN")]
+    second = [i for i, argument in enumerate(stages) if "BASE_IMAGE" in argument][1]
+    assert stages.index(building) < second < stages.index(last_run)
 
 
 def test_what_is_copied_exists_and_passes_the_ignore_file() -> None:
