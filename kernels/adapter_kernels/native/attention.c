@@ -13,7 +13,7 @@
 #define QUAD 4
 #define AHEAD 12
 
-// as `adapter_kernels.native_cpu.DecodeCall` lays it out; all strides in values
+// as `adapter_kernels.native_cpu._DecodeCall` lays it out; all strides in values
 typedef struct {
   // [tokens, num_heads, head_dim]
   const uint16_t *q;

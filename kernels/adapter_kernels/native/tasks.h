@@ -15,7 +15,7 @@
 // libgomp's entry point: torch's own pool, which spins between torch's operators and ours alike
 typedef void (*Parallel)(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
 
-// as `adapter_kernels.native_cpu.Threads` lays it out; parallel NULL: the caller's thread alone
+// as `adapter_kernels.native_cpu._Threads` lays it out; parallel NULL: the caller's thread alone
 typedef struct {
   Parallel parallel;
   int64_t num_threads;
