@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -42,6 +43,8 @@ class Scale:
     changes_every: int = 100
     seed: int = 1
     server_options: tuple[str, ...] = ()
+    # how long a client waits for the next piece of an answer; longer is a complaint
+    answer_timeout_s: float = 120.0
     # how long after its last request the server may take to come to rest
     rest_timeout_s: float = 120.0
     # what is run as the server; tests plant bugs in theirs
@@ -144,7 +147,7 @@ class _Wave:
     ) -> None:
         address = urlsplit(server.url)
         assert address.hostname is not None and address.port is not None
-        self._address = (address.hostname, address.port)
+        self._new_wire = partial(Wire, address.hostname, address.port, scale.answer_timeout_s)
         self._catalog = catalog
         self._scale = scale
         self._names = names
@@ -192,7 +195,7 @@ class _Wave:
 
     async def _ask(self, indices: Iterator[int], plan: Plan, tally: Tally, on_done: Callable[[int], None]) -> None:
         async def ask_on() -> None:
-            with closing(Wire(*self._address)) as wire:
+            with closing(self._new_wire()) as wire:
                 client = Client(wire, _BASE, self._catalog, self._names, tally)
                 for index in indices:
                     await client.serve(index, plan.wish(index))
@@ -211,11 +214,11 @@ class _Wave:
 
     @contextmanager
     def _publisher(self, tally: Tally) -> Iterator[Publisher]:
-        with closing(Wire(*self._address)) as wire:
+        with closing(self._new_wire()) as wire:
             yield Publisher(wire, self._catalog, self._pool, tally)
 
     async def _evict_all(self) -> None:
-        with closing(Wire(*self._address)) as wire:
+        with closing(self._new_wire()) as wire:
             cards = (await wire.ask("GET", "/v1/adapters")).json()["data"]
             assert isinstance(cards, list)
             for card in cards:

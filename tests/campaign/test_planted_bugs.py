@@ -39,6 +39,8 @@ def _small(module: str) -> Scale:
         num_warm_up=96,
         changes_every=40,
         server_options=options,
+        # where no adapter can leave any more, whoever asks for another waits for ever
+        answer_timeout_s=20.0,
         # what leaks never comes to rest
         rest_timeout_s=10.0,
         module=module,

@@ -7,11 +7,10 @@ for hostile servers. Invariant: a connection that was left in the middle of an a
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine
 from contextlib import suppress
 from dataclasses import dataclass
 
-_TIMEOUT_S = 120.0
 # the server closes connections that were idle for 5 s
 _MAX_IDLE_S = 2.0
 
@@ -32,18 +31,18 @@ class Answer:
 
 
 class Wire:
-    """A connection that is opened when first used."""
+    """A connection that is opened when first used; no read of it waits longer than `timeout_s`."""
 
-    def __init__(self, host: str, port: int) -> None:
+    def __init__(self, host: str, port: int, timeout_s: float = 120.0) -> None:
         self._address = (host, port)
+        self._timeout_s = timeout_s
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._used_at = 0.0
 
     async def ask(self, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> Answer:
         """Send one request and return its whole answer."""
-        async with asyncio.timeout(_TIMEOUT_S):
-            answer = await self.begin(method, path, body, content_type)
-            pieces = [piece async for piece in self.pieces(answer)]
+        answer = await self.begin(method, path, body, content_type)
+        pieces = [piece async for piece in self.pieces(answer)]
         return Answer(answer.status, answer.headers, b"".join(pieces))
 
     async def begin(self, method: str, path: str, body: bytes = b"", content_type: str = "application/json") -> Answer:
@@ -63,9 +62,7 @@ class Wire:
 
     async def head(self) -> Answer:
         """Return the head of the next answer."""
-        reader = self._reader()
-        async with asyncio.timeout(_TIMEOUT_S):
-            raw = await reader.readuntil(b"\r\n\r\n")
+        raw = await self._within(self._reader().readuntil(b"\r\n\r\n"))
         first, *lines = raw.decode("latin-1").split("\r\n")
         pairs = (line.partition(": ") for line in lines if line)
         return Answer(int(first.split(" ")[1]), {name.lower(): value for name, _, value in pairs})
@@ -74,11 +71,11 @@ class Wire:
         """Yield the body of an answer as it comes."""
         reader = self._reader()
         if answer.headers.get("transfer-encoding") == "chunked":
-            while size := int(await reader.readuntil(b"\r\n"), 16):
-                yield (await reader.readexactly(size + 2))[:-2]
-            await reader.readexactly(2)
+            while size := int(await self._within(reader.readuntil(b"\r\n")), 16):
+                yield (await self._within(reader.readexactly(size + 2)))[:-2]
+            await self._within(reader.readexactly(2))
         elif size := int(answer.headers.get("content-length", "0")):
-            yield await reader.readexactly(size)
+            yield await self._within(reader.readexactly(size))
         self._used_at = time.monotonic()
         if answer.headers.get("connection") == "close":
             self.close()
@@ -98,6 +95,10 @@ class Wire:
             with suppress(OSError, RuntimeError):
                 self._streams[1].transport.abort()
         self._streams = None
+
+    async def _within(self, read: Coroutine[None, None, bytes]) -> bytes:
+        async with asyncio.timeout(self._timeout_s):
+            return await read
 
     def _reader(self) -> asyncio.StreamReader:
         assert self._streams is not None, "nothing was sent"
