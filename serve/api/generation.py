@@ -135,7 +135,7 @@ async def _run_one(
                 warm_by_s = math.inf
             elif now_s >= warm_by_s:
                 cold_start.check()
-                warm_by_s = math.inf
+                warm_by_s = now_s + cold_start.timeout_s
             if now_s >= end_s:
                 raise _too_long(timeout_s)
             piece = None if event is None else way.read(event)
@@ -153,7 +153,7 @@ async def _run_several(
 ) -> AsyncGenerator[Piece | None, None]:
     queue: asyncio.Queue[Piece | Exception] = asyncio.Queue(_MAX_UNREAD_PIECES)
     tasks = [
-        asyncio.create_task(_read_choice(engine, submit, reader, queue, cold_start))
+        asyncio.create_task(_read_choice(engine, submit, reader, queue, replace(cold_start)))
         for submit, reader in zip(submits, readers, strict=True)
     ]
     loop = asyncio.get_running_loop()
@@ -230,28 +230,34 @@ def _server_timing(started: Started) -> str:
     return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in parts.items())
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class ColdStart:
-    """How long a request waits for its adapters' loads; waiting in line is no part of it."""
+    """How long one choice waits for its adapters' loads; waiting in line for warm ones is no part of it.
+
+    Adapters that leave the device before their turn are waited for alike, from the next look on.
+    """
 
     engine: EngineGateway
     digests: tuple[str, ...]
-    # infinite where they were warm from the start
+    # between two looks; infinite without adapters
     timeout_s: float
+    was_cold: bool
 
     @classmethod
     def of(cls, engine: EngineGateway, digests: tuple[str, ...], timeout_s: float) -> "ColdStart":
-        return cls(engine, digests, timeout_s if _is_cold(engine, digests) else math.inf)
+        return cls(engine, digests, timeout_s if digests else math.inf, _is_cold(engine, digests))
 
     def check(self) -> None:
-        """The time is over.
+        """Look again: another `timeout_s` is over.
 
         Raises:
-            Unavailable: an adapter is still not loaded.
+            Unavailable: an adapter was not loaded before, and is not now.
         """
-        if _is_cold(self.engine, self.digests):
+        is_cold = _is_cold(self.engine, self.digests)
+        if is_cold and self.was_cold:
             message = f"the adapter was not ready within {self.timeout_s:g} s; send the request again"
             raise Unavailable(message, code="adapter_loading", retry_after_s=5)
+        self.was_cold = is_cold
 
 
 def _is_cold(engine: EngineGateway, digests: tuple[str, ...]) -> bool:

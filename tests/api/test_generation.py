@@ -96,6 +96,22 @@ def test_an_adapter_that_does_not_come_up_in_time_is_a_503(tokenizer: TextTokeni
 
 
 @pytest.mark.parametrize("num_choices", [1, 2])
+def test_an_adapter_that_left_before_its_turn_and_does_not_come_back_is_a_503(
+    tokenizer: TextTokenizer, num_choices: int
+) -> None:
+    async def run(engine: StuckEngine) -> None:
+        limits = LimitsConfig(cold_start_timeout_s=0.02, request_timeout_s=5.0)
+        pieces = run_generation(engine, tokenizer, generation(num_choices, adapter=ADAPTER), limits)
+        engine.stats = stats_with()
+        async for _ in pieces:
+            pass
+
+    warm = StuckEngine(stats=stats_with(AdapterState(ADAPTER.digest, "device", 0, 1, 8)))
+    with pytest.raises(Unavailable, match=r"not ready within 0\.02 s"):
+        asyncio.run(run(warm))
+
+
+@pytest.mark.parametrize("num_choices", [1, 2])
 def test_waiting_in_line_for_a_loaded_adapter_is_no_cold_start(tokenizer: TextTokenizer, num_choices: int) -> None:
     async def run(engine: StuckEngine) -> None:
         limits = LimitsConfig(cold_start_timeout_s=0.02, request_timeout_s=0.2)

@@ -43,7 +43,7 @@ class Scale:
     changes_every: int = 100
     seed: int = 1
     server_options: tuple[str, ...] = ()
-    # how long a client waits for the next piece of an answer; longer is a complaint
+    # how long a client waits for the end of an answer; longer is a complaint
     answer_timeout_s: float = 120.0
     # how long after its last request the server may take to come to rest
     rest_timeout_s: float = 120.0

@@ -33,6 +33,7 @@ class Publisher:
         try:
             await (self.delete(name) if is_deletion else self.publish(name))
         except (OSError, EOFError, TimeoutError) as error:
+            self._wire.close()
             self._tally.complain(f"{kind} {name}: {type(error).__name__}: {error}")
 
     async def publish(self, name: str) -> None:

@@ -31,11 +31,12 @@ class Answer:
 
 
 class Wire:
-    """A connection that is opened when first used; no read of it waits longer than `timeout_s`."""
+    """A connection that is opened when first used; an answer must have come `timeout_s` after its request was sent."""
 
     def __init__(self, host: str, port: int, timeout_s: float = 120.0) -> None:
         self._address = (host, port)
         self._timeout_s = timeout_s
+        self._due_at = 0.0
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._used_at = 0.0
 
@@ -59,6 +60,7 @@ class Wire:
         head = f"{method} {path} HTTP/1.1\r\nHost: campaign\r\nContent-Type: {content_type}\r\n"
         self._streams[1].write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         await self._streams[1].drain()
+        self._due_at = asyncio.get_running_loop().time() + self._timeout_s
 
     async def head(self) -> Answer:
         """Return the head of the next answer."""
@@ -97,7 +99,7 @@ class Wire:
         self._streams = None
 
     async def _within(self, read: Coroutine[None, None, bytes]) -> bytes:
-        async with asyncio.timeout(self._timeout_s):
+        async with asyncio.timeout_at(self._due_at):
             return await read
 
     def _reader(self) -> asyncio.StreamReader:
