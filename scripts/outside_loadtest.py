@@ -1,13 +1,15 @@
 """`make test-outside-loadtest`: guidellm, inference-perf and wrk against our server, beside our own load tester.
 
 Each tool runs while ours sends a load of the same law and lengths to the same server, so both meet the same machine at
-the same time; compared are the medians over the tool's own window, ours counted from the sent moment. Owns the runs and
-the table; exit status 0 only if every tool that was found agrees within `--tolerance`.
+the same time; compared are the medians over the tool's own window, ours counted from the sent moment. The server
+computes on half of the cores: what a tool takes for itself would else lengthen the gaps that it measures. Owns the runs
+and the table; exit status 0 only if every tool that was found agrees within `--tolerance`.
 """
 
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -38,6 +40,8 @@ from scripts.outside_tools import (
 )
 
 BASE = "chorale-demo"
+NUM_THREADS = max(1, (os.cpu_count() or 1) // 2)
+SERVER_OPTIONS = ("--preload", str(DEMO / "adapters"), "--no-prefix-cache", "--num-threads", str(NUM_THREADS))
 # a tool that has not ended by then is stopped
 TOOL_TIMEOUT_S = 400.0
 
@@ -82,7 +86,7 @@ def main() -> int:
     rows = []
     with (
         tempfile.TemporaryDirectory() as scratch,
-        running_server(Path(scratch) / "store", "--preload", str(DEMO / "adapters"), "--no-prefix-cache") as url,
+        running_server(Path(scratch) / "store", *SERVER_OPTIONS) as url,
     ):
         for tool in tools:
             if tool.program is None:
@@ -94,7 +98,8 @@ def main() -> int:
             told, ours = asyncio.run(_beside(tool, tool.program, target))
             rows.append((tool.name, told, ours))
             print(_line(*rows[-1]), flush=True)
-    report = {"environment": read_environment(sys.argv[1:], "scripts.outside_loadtest"), "tolerance": args.tolerance}
+    environment = read_environment(sys.argv[1:], "scripts.outside_loadtest")
+    report = {"environment": environment, "server_threads": NUM_THREADS, "tolerance": args.tolerance}
     report["tools"] = [{"tool": name, "told": asdict(told), "ours": asdict(ours)} for name, told, ours in rows]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     args.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ of the same step reads it.
 
 from dataclasses import dataclass, field
 from itertools import accumulate, compress
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +16,30 @@ from torch import Tensor
 # prefill chunks are handled one by one, decodes and other short chunks in one padded call
 _MAX_BATCHED_LENGTH = 1
 _PADDING = 16
+
+
+class AttendedRows(Protocol):
+    """Rows of a step that attend each by itself, as the compiled kernel reads them."""
+
+    @property
+    def rows(self) -> Tensor:
+        """[N] int64: row of the step's token axis."""
+        ...
+
+    @property
+    def slots(self) -> Tensor:
+        """Flat cache slot of each context position: a row of them for each row, or one that all share."""
+        ...
+
+    @property
+    def slots_stride(self) -> int:
+        """From the slots of one row to those of the next; 0: they are shared."""
+        ...
+
+    @property
+    def context_lengths(self) -> Tensor:
+        """[N] int64: how many positions each row sees, itself included."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +58,11 @@ class DecodeGroup:
     # by window: made by the first layer that needs it, read by all others of the step
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    @property
+    def slots_stride(self) -> int:
+        """See `AttendedRows`."""
+        return self.max_context
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -43,8 +73,16 @@ class Chunk:
     start: int
     # [context] int64: flat cache slot of positions 0 .. start + (end - begin) - 1
     slots: Tensor
+    # [end - begin] int64 each: the rows `begin ..`, and `start + 1 ..`
+    rows: Tensor
+    context_lengths: Tensor
     # as in `DecodeGroup`
     masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    @property
+    def slots_stride(self) -> int:
+        """See `AttendedRows`: all tokens of a chunk are of one sequence."""
+        return 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +128,11 @@ class AttentionPlan:
         for index in (i for i, decodes_alone in enumerate(is_decode) if not decodes_alone):
             begin, end, start = begins[index], begins[index + 1], starts[index]
             context = _slots(block_tables[index], start + lengths[index], block_size)
-            positions[begin:end] = np.arange(start, start + lengths[index])
+            own = np.arange(start, start + lengths[index])
+            positions[begin:end] = own
             slot_mapping[begin:end] = context[start:]
-            chunks.append(Chunk(begin, end, start, torch.from_numpy(context)))
+            lengths_seen = torch.from_numpy(own + 1)
+            chunks.append(Chunk(begin, end, start, torch.from_numpy(context), torch.arange(begin, end), lengths_seen))
         return cls(
             positions=torch.from_numpy(positions),
             slot_mapping=torch.from_numpy(slot_mapping),

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from adapter_kernels.delta import BaseLinear, ModelDelta
 from adapter_kernels.gate import Choice, add_chosen, choose, normalised, weigh
-from adapter_kernels.native_cpu import CpuKernels, RunTable
+from adapter_kernels.native_cpu import CpuKernels
+from adapter_kernels.native_layouts import RunTable
 from adapter_kernels.rare_ops import acting_at, add_rare, apply_frames, framed_input, rare_runs
 from adapter_kernels.route import MAX_GROUPED_ROWS, Group, Route, Run
 from adapter_kernels.scales import scaled_product

@@ -1,13 +1,11 @@
-"""The compiled kernels of the CPU: adapters of a whole fused site, attention of all decodes, on torch's own threads.
+"""The compiled kernels of the CPU: adapters of a whole fused site, heads and attention, rows, on torch's own threads.
 
-Owns the layouts that the C sources in `native/` read and the way into torch's pool of threads; the formulas are those
-of `reference.site_output` and `reference_attention`. Invariant: where the library is absent or the processor lacks
-AVX-512-BF16 nothing changes but the speed: `cpu` and `paged_attention` then compute in torch.
+Owns the calls and the way into torch's pool of threads; the formulas are those of `reference.site_output` and
+`reference_attention`. Invariant: where the library is absent or the processor lacks AVX-512-BF16 nothing changes but
+the speed: torch computes.
 """
 
 import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,90 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adapter_kernels.attention_plan import DecodeGroup
+from adapter_kernels.attention_plan import AttendedRows
+from adapter_kernels.native_layouts import ABI, AttendCall, LowRankSite, PlaceCall, RunTable, Threads
 
 LIBRARY = Path(__file__).with_name("native") / "cpu_kernels.so"
-MAX_MEMBERS = 3
 MAX_HEAD_DIM = 256
-# `CHORALE_ABI` of the sources
-_ABI = 2
-
-
-class _Threads(ctypes.Structure):
-    _fields_ = (("parallel", ctypes.c_void_p), ("num_threads", ctypes.c_int64))
-
-
-class _Member(ctypes.Structure):
-    _fields_ = (
-        ("bt", ctypes.c_void_p),
-        ("rank", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("out_begin", ctypes.c_int64),
-        ("rank_begin", ctypes.c_int64),
-    )
-
-
-class _Site(ctypes.Structure):
-    _fields_ = (
-        ("a", ctypes.c_void_p),
-        ("num_ranks", ctypes.c_int64),
-        ("in_dim", ctypes.c_int64),
-        ("num_members", ctypes.c_int64),
-        ("members", _Member * MAX_MEMBERS),
-    )
-
-
-class _DecodeCall(ctypes.Structure):
-    _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "out")),
-        *((name, ctypes.c_int64) for name in ("q_stride", "out_stride")),
-        *((name, ctypes.c_void_p) for name in ("k", "v", "rows", "slots", "context_lengths")),
-        *((name, ctypes.c_int64) for name in ("num_seqs", "max_context", "num_heads", "num_kv_heads", "head_dim")),
-        ("window", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class LowRankMember:
-    """One site's `bt [capacity, rank, width]`, its first column of y and of the bridge."""
-
-    bt: Tensor
-    out_begin: int
-    rank_begin: int
-
-
-class LowRankSite:
-    """A fused site of a slab as the kernel reads it; keeps the tensors alive that it points into."""
-
-    def __init__(self, a: Tensor, members: Sequence[LowRankMember]) -> None:
-        """Take `a [capacity, R, D]` and at most `MAX_MEMBERS` members, all contiguous bf16.
-
-        Raises:
-            ValueError: the kernel cannot read this.
-        """
-        tensors = [a, *(member.bt for member in members)]
-        if len(members) > MAX_MEMBERS or not all(t.dtype == torch.bfloat16 and t.is_contiguous() for t in tensors):
-            raise ValueError(f"{len(members)} members of {a.dtype}: at most {MAX_MEMBERS}, contiguous, in bfloat16")
-        self.num_ranks: int = a.shape[1]
-        self._tensors = tensors
-        found = [_Member(m.bt.data_ptr(), *m.bt.shape[1:], m.out_begin, m.rank_begin) for m in members]
-        self._struct = _Site(a.data_ptr(), a.shape[1], a.shape[2], len(members), (_Member * MAX_MEMBERS)(*found))
-        self.address = ctypes.addressof(self._struct)
-
-
-class RunTable:
-    """Which rows of a step meet which position of a slab."""
-
-    def __init__(self, runs: Sequence[tuple[int, int, int]]) -> None:
-        """Take (first row, number of rows, position) of each run."""
-        self._table = torch.tensor(runs, dtype=torch.int64)
-        self.address = self._table.data_ptr()
-        self.num_runs = len(runs)
 
 
 class CpuKernels:
-    """The library's two calls."""
+    """The library's calls."""
 
     def __init__(self, library: ctypes.CDLL, parallel: int | None) -> None:
         """Take the loaded library.
@@ -110,9 +33,12 @@ class CpuKernels:
         self._add: Any = library.chorale_add_low_rank
         self._add.argtypes = (pointer, size, pointer, size, pointer, pointer, size, pointer, pointer)
         self._add.restype = None
-        self._attend: Any = library.chorale_attend_decodes
+        self._attend: Any = library.chorale_attend
         self._attend.argtypes = (pointer, pointer)
         self._attend.restype = None
+        self._place: Any = library.chorale_place
+        self._place.argtypes = (pointer, pointer)
+        self._place.restype = None
         self._silu_mul: Any = library.chorale_silu_mul
         self._silu_mul.argtypes = (pointer, size, pointer, size, size, pointer)
         self._silu_mul.restype = None
@@ -122,7 +48,7 @@ class CpuKernels:
         self._argmax: Any = library.chorale_argmax
         self._argmax.argtypes = (pointer, size, size, size, pointer, pointer, pointer)
         self._argmax.restype = None
-        self._threads = _Threads(parallel, 1)
+        self._threads = Threads(parallel, 1)
         self._threads_address = ctypes.addressof(self._threads)
 
     def add_low_rank(self, site: LowRankSite, runs: RunTable, x: Tensor, y: Tensor) -> None:
@@ -142,32 +68,80 @@ class CpuKernels:
         )
 
     @staticmethod
-    def can_attend(q: Tensor, soft_cap: float | None) -> bool:
-        """Say whether `attend_decodes` can do this: bf16, no cap, heads [H, E] side by side and not too wide."""
-        is_dense = q.stride()[1:] == (q.shape[2], 1)
-        return q.dtype == torch.bfloat16 and soft_cap is None and q.shape[2] <= MAX_HEAD_DIM and is_dense
+    def can_place(heads: Tensor, values: Tensor) -> bool:
+        """Say whether `place` can do this: bf16, on the CPU, heads [N, E] side by side."""
+        return all(t.dtype == torch.bfloat16 and _is_dense(t) and t.device.type == "cpu" for t in (heads, values))
 
-    def attend_decodes(
-        self, q: Tensor, k: Tensor, v: Tensor, out: Tensor, decodes: DecodeGroup, scale: float, window: int | None
+    def place(
+        self,
+        heads: Tensor,
+        values: Tensor,
+        cosines: Tensor,
+        sines: Tensor,
+        k: Tensor,
+        v: Tensor,
+        slot_mapping: Tensor,
     ) -> None:
-        """Attend the rows of q [T, H, E] that decode; see `paged_attention.paged_attention`.
+        """Turn queries in place, turn keys into the cache, copy values into it.
 
         Args:
-            k, v: [slots, K, E], contiguous. out: [T, H, E], of which only the decoding rows are written.
+            heads: [T, H + K, E], queries first. values: [T, K, E]. cosines, sines: [T, .., R] contiguous, R even and at
+                most E, as `serve.model.rotary.Rotation` has them. k, v: [slots, K, E], contiguous.
+            slot_mapping: [T] int64, no value twice.
+        """
+        num_kv_heads = values.shape[1]
+        self._threads.num_threads = torch.get_num_threads()
+        call = PlaceCall(
+            heads.data_ptr(),
+            values.data_ptr(),
+            heads.stride(0),
+            values.stride(0),
+            cosines.data_ptr(),
+            sines.data_ptr(),
+            k.data_ptr(),
+            v.data_ptr(),
+            slot_mapping.data_ptr(),
+            heads.shape[0],
+            heads.shape[1] - num_kv_heads,
+            num_kv_heads,
+            heads.shape[2],
+            cosines.shape[-1],
+        )
+        self._place(ctypes.addressof(call), self._threads_address)
+
+    @staticmethod
+    def can_attend(q: Tensor, soft_cap: float | None) -> bool:
+        """Say whether `attend` can do this: bf16, no cap, heads [H, E] side by side and not too wide."""
+        return q.dtype == torch.bfloat16 and soft_cap is None and q.shape[2] <= MAX_HEAD_DIM and _is_dense(q)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        rows: AttendedRows,
+        scale: float,
+        window: int | None,
+    ) -> None:
+        """Attend some rows of q [T, H, E], each by itself; see `paged_attention.paged_attention`.
+
+        Args:
+            k, v: [slots, K, E], contiguous. out: [T, H, E], of which only these rows are written.
         """
         self._threads.num_threads = torch.get_num_threads()
-        call = _DecodeCall(
+        call = AttendCall(
             q.data_ptr(),
             out.data_ptr(),
             q.stride(0),
             out.stride(0),
             k.data_ptr(),
             v.data_ptr(),
-            decodes.rows.data_ptr(),
-            decodes.slots.data_ptr(),
-            decodes.context_lengths.data_ptr(),
-            decodes.rows.shape[0],
-            decodes.max_context,
+            rows.rows.data_ptr(),
+            rows.slots.data_ptr(),
+            rows.context_lengths.data_ptr(),
+            rows.rows.shape[0],
+            rows.slots_stride,
             q.shape[1],
             k.shape[1],
             q.shape[2],
@@ -216,6 +190,11 @@ class CpuKernels:
         return values, indices
 
 
+def _is_dense(heads: Tensor) -> bool:
+    """Say whether the heads of a row [N, E] lie side by side."""
+    return heads.stride()[1:] == (heads.shape[2], 1)
+
+
 @cache
 def cpu_kernels() -> CpuKernels | None:
     """Load the library; None where the installation has none or the processor cannot run it."""
@@ -237,8 +216,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str | None]:
         abi = library.chorale_abi()
     except (OSError, AttributeError) as error:
         return None, f"{path.name} cannot be loaded ({error}); run the installation again"
-    if abi != _ABI:
-        return None, f"{path.name} is of other sources (ABI {abi}, not {_ABI}); run the installation again"
+    if abi != ABI:
+        return None, f"{path.name} is of other sources (ABI {abi}, not {ABI}); run the installation again"
     if not library.chorale_is_supported():
         return None, "the processor has no AVX-512-BF16"
     return library, None

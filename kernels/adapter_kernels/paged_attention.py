@@ -1,8 +1,9 @@
 """Attention over the paged KV cache on the CPU, and the write of new keys and values.
 
-One call per layer serves all decoding sequences: the compiled kernel, which reads the cache in place, or else a padded
-one in torch; each prefill chunk is one call of its own. Padding and future positions are excluded by a mask of minus
-infinity on scores of the sequence's own slots, so a stale or non-finite value of another sequence is never read.
+One call per layer serves all decoding sequences, and each prefill chunk is a call of its own: by the compiled kernel,
+which reads the cache in place, or else in torch, where decodes are padded. There a mask of minus infinity on scores of
+the sequence's own slots excludes padding and future positions: a stale or non-finite value of another sequence is never
+read in either.
 """
 
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from adapter_kernels.attention_plan import AttentionPlan, Chunk, DecodeGroup
+from adapter_kernels.attention_plan import AttendedRows, AttentionPlan, Chunk, DecodeGroup
 from adapter_kernels.native_cpu import CpuKernels
 
 
@@ -45,21 +46,24 @@ def paged_attention(
         q: [T, H, E]; H a multiple of K. k_cache, v_cache: [num_blocks, block_size, K, E], this step's rows written.
         window: positions a token sees, itself included; None: all.
         soft_cap: c of `c * tanh(score / c)`; None: off.
-        kernels: the compiled ones, for decodes they can do; None: torch.
+        kernels: the compiled ones, for what they can do; None: torch.
     Returns:
         [T, H, E] in q's dtype; scores and softmax in fp32 where a cap is applied, else as torch's attention does.
     """
     flat_k = k_cache.view(-1, *k_cache.shape[2:])
     flat_v = v_cache.view(-1, *v_cache.shape[2:])
-    is_compiled = kernels is not None and kernels.can_attend(q, soft_cap)
-    if plan.decodes is not None and plan.decodes.is_whole_step and not is_compiled:
+    if kernels is not None and kernels.can_attend(q, soft_cap):
+        out = torch.empty(q.shape, dtype=q.dtype)
+        parts: tuple[AttendedRows, ...] = plan.chunks
+        for rows in parts if plan.decodes is None else (plan.decodes, *parts):
+            kernels.attend(q, flat_k, flat_v, out, rows, scale, window)
+        return out
+    if plan.decodes is not None and plan.decodes.is_whole_step:
         return _decode(q, flat_k, flat_v, plan.decodes, scale, window, soft_cap)
     out = torch.empty(q.shape, dtype=q.dtype)
-    if plan.decodes is not None and kernels is not None and is_compiled:
-        kernels.attend_decodes(q, flat_k, flat_v, out, plan.decodes, scale, window)
-    elif plan.decodes is not None:
-        rows = plan.decodes.rows
-        out[rows] = _decode(q[rows], flat_k, flat_v, plan.decodes, scale, window, soft_cap)
+    if plan.decodes is not None:
+        own = plan.decodes.rows
+        out[own] = _decode(q[own], flat_k, flat_v, plan.decodes, scale, window, soft_cap)
     for chunk in plan.chunks:
         out[chunk.begin : chunk.end] = _prefill(
             q[chunk.begin : chunk.end], flat_k, flat_v, chunk, scale, window, soft_cap

@@ -16,7 +16,7 @@ from torch import Tensor
 from adapter_kernels.delta import FUSED_SITES
 from adapter_kernels.gate import Mixture
 from adapter_kernels.image import AdapterImage, SiteTensors, Sparse
-from adapter_kernels.native_cpu import MAX_MEMBERS, LowRankMember, LowRankSite
+from adapter_kernels.native_layouts import MAX_MEMBERS, LowRankMember, LowRankSite
 from adapter_kernels.profile import Profile, SiteProfile
 
 # more positions per slab mean fewer calls per step; fewer mean memory comes back sooner

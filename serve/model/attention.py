@@ -108,12 +108,9 @@ class Attention:
         """x [T, D] -> [T, D]; writes this step's keys and values."""
         qkv = self._qkv(x, step.adapters)
         heads = self._split_heads(qkv[:, : self._qk_width], step.model)
-        if self._rope_index is not None:
-            heads = rotate(heads, step.rotations[self._rope_index])
-        queries, keys = heads[:, : self._num_heads], heads[:, self._num_heads :]
-        values = qkv[:, self._qk_width :].view(-1, keys.shape[1], self._head_dim)
+        values = qkv[:, self._qk_width :].view(x.shape[0], -1, self._head_dim)
         k_cache, v_cache = step.kv.k[self._layer], step.kv.v[self._layer]
-        kv_write(keys, values, k_cache, v_cache, step.plan.slot_mapping)
+        queries = self._place(heads, values, k_cache, v_cache, step)
         if step.model is not None:
             step.model.write_prefix(self._layer, k_cache, v_cache)
         attended = paged_attention(
@@ -127,3 +124,18 @@ class Attention:
             kernels=cpu_kernels(),
         )
         return self._o(attended.reshape(x.shape[0], -1), step.adapters)
+
+    def _place(self, heads: Tensor, values: Tensor, k_cache: Tensor, v_cache: Tensor, step: StepInputs) -> Tensor:
+        """Turn the heads, which may be changed, and write keys and values; return the queries [T, H, E]."""
+        slots = step.plan.slot_mapping
+        rotation = None if self._rope_index is None else step.rotations[self._rope_index]
+        kernels = cpu_kernels()
+        if rotation is not None and kernels is not None and kernels.can_place(heads, values):
+            flat = (values.shape[1], self._head_dim)
+            caches = k_cache.view(-1, *flat), v_cache.view(-1, *flat)
+            kernels.place(heads, values, rotation.cos, rotation.sin, *caches, slots)
+            return heads[:, : self._num_heads]
+        if rotation is not None:
+            heads = rotate(heads, rotation)
+        kv_write(heads[:, self._num_heads :], values, k_cache, v_cache, slots)
+        return heads[:, : self._num_heads]

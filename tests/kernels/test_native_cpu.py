@@ -8,6 +8,7 @@ import pytest
 
 from adapter_kernels import native_cpu
 from adapter_kernels.native_cpu import CpuKernels, cpu_kernels, why_absent
+from adapter_kernels.native_layouts import ABI
 from tests.kernels.compiled import kernels as kernels
 
 
@@ -37,7 +38,10 @@ def test_a_library_that_is_absent_or_broken_is_passed_over(
     [
         ("int chorale_abi(void) { return 0; }", "ABI 0"),
         ("int something_else(void) { return 1; }", "chorale_abi"),
-        ("int chorale_abi(void) { return 2; } int chorale_is_supported(void) { return 0; }", "AVX-512-BF16"),
+        (
+            f"int chorale_abi(void) {{ return {ABI}; }} int chorale_is_supported(void) {{ return 0; }}",
+            "AVX-512-BF16",
+        ),
     ],
 )
 def test_a_library_of_other_sources_or_for_another_processor_is_passed_over(

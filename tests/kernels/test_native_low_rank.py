@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adapter_kernels.cpu import CpuDelta
-from adapter_kernels.native_cpu import CpuKernels, LowRankMember, LowRankSite, RunTable
+from adapter_kernels.native_cpu import CpuKernels
+from adapter_kernels.native_layouts import LowRankMember, LowRankSite, RunTable
 from adapter_kernels.route import build_route
 from adapter_kernels.slab import CAPACITY
 from tests.kernels.compiled import kernels as kernels

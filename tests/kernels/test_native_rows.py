@@ -1,4 +1,4 @@
-"""The compiled attention of decodes, gated activation and norm: torch's values, row by row, whatever lies beside."""
+"""The compiled attention, gated activation and norm: torch's values, row by row, whatever lies beside."""
 
 import pytest
 import torch
@@ -64,9 +64,29 @@ def test_decodes_attend_as_a_softmax_does(
         torch.testing.assert_close(out[i].double(), truth, rtol=2**-8, atol=2e-4)
 
 
+@pytest.mark.parametrize("window", [None, 3, 40])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_dim"), HEADS)
+def test_each_token_of_a_chunk_sees_what_lies_before_it(
+    kernels: CpuKernels, num_heads: int, num_kv_heads: int, head_dim: int, window: int | None
+) -> None:
+    starts, lengths = [0, 61, 7], [67, 5, 1]
+    contexts = [start + length for start, length in zip(starts, lengths, strict=True)]
+    cache = Cache(contexts, num_kv_heads, head_dim, 12)
+    plan = AttentionPlan.build(starts, lengths, cache.tables, BLOCK_SIZE)
+    q = torch.randn(sum(lengths), num_heads, head_dim, generator=torch.Generator().manual_seed(13)).to(BF16)
+    out = paged_attention(q, cache.k, cache.v, plan, scale=0.2, window=window, soft_cap=None, kernels=kernels)
+    row = 0
+    for i, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for position in range(start, start + length):
+            seen = cache.keys[i][: position + 1], cache.values[i][: position + 1]
+            truth = attend_one(q[row], *seen, 0.2, window)
+            torch.testing.assert_close(out[row].double(), truth, rtol=2**-8, atol=2e-4)
+            row += 1
+
+
 @settings(max_examples=30, deadline=None)
-@given(st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 1, 2, 7])), min_size=1, max_size=6))
-def test_a_decode_has_the_same_bits_alone_and_beside_any_step(
+@given(st.lists(st.tuples(st.integers(0, 90), st.sampled_from([1, 1, 1, 2, 7, 70])), min_size=1, max_size=6))
+def test_a_token_has_the_same_bits_alone_and_in_any_chunk_of_any_step(
     kernels: CpuKernels, sequences: list[tuple[int, int]]
 ) -> None:
     starts, lengths = [start for start, _ in sequences], [length for _, length in sequences]
@@ -79,14 +99,11 @@ def test_a_decode_has_the_same_bits_alone_and_beside_any_step(
     torch.testing.assert_close(together, in_torch, rtol=2**-6, atol=5e-3)
     row = 0
     for i, length in enumerate(lengths):
-        if length == 1:
-            lone = AttentionPlan.build([starts[i]], [1], [cache.tables[i]], BLOCK_SIZE)
+        for offset in range(length):
+            lone = AttentionPlan.build([starts[i] + offset], [1], [cache.tables[i]], BLOCK_SIZE)
             alone = paged_attention(q[row : row + 1], cache.k, cache.v, lone, kernels=kernels, **options)  # type: ignore[arg-type]
             assert torch.equal(alone[0], together[row])
-        else:
-            # chunks are torch's in either case
-            assert torch.equal(together[row : row + length], in_torch[row : row + length])
-        row += length
+            row += 1
 
 
 def test_a_broken_sequence_keeps_its_nan_to_itself(kernels: CpuKernels) -> None:

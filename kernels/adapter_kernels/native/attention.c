@@ -1,7 +1,8 @@
-// Attention of decoding sequences over the paged cache: one row each, keys and values read where they lie.
+// Attention over the paged cache, each row by itself: a sequence that decodes is one row, a chunk of a prompt is many.
 //
-// Online softmax over blocks of positions, so a long context needs no more room than a short one; scores, weights and
-// sums in fp32. A task is one sequence's one KV head.
+// Keys and values are read where they lie. Online softmax over blocks of positions, so a long context needs no more room
+// than a short one; scores, weights and sums in fp32. A task is one row's one KV head, so a token's result is the same
+// in whatever chunk it comes.
 #include <math.h>
 
 #include "tasks.h"
@@ -13,7 +14,7 @@
 #define QUAD 4
 #define AHEAD 12
 
-// as `adapter_kernels.native_cpu._DecodeCall` lays it out; all strides in values
+// as `adapter_kernels.native_layouts.AttendCall` lays it out; all strides in values
 typedef struct {
   // [tokens, num_heads, head_dim]
   const uint16_t *q;
@@ -21,16 +22,16 @@ typedef struct {
   int64_t q_stride, out_stride;
   // [slots, num_kv_heads, head_dim]
   const uint16_t *k, *v;
-  // [num_seqs] row of q and out; [num_seqs, max_context]; [num_seqs]
+  // [num_rows] row of q and out; slots of each row's positions, slots_stride apart, 0: all share them; [num_rows]
   const int64_t *rows, *slots, *context_lengths;
-  int64_t num_seqs, max_context, num_heads, num_kv_heads, head_dim;
+  int64_t num_rows, slots_stride, num_heads, num_kv_heads, head_dim;
   // positions a token sees; 0: all
   int64_t window;
   double scale;
-} DecodeCall;
+} AttendCall;
 
 typedef struct {
-  const DecodeCall *decode;
+  const AttendCall *attend;
   atomic_llong next;
 } Call;
 
@@ -131,11 +132,11 @@ INLINE void gather(Heads *heads, int num_heads, const uint16_t *v, int64_t v_str
   }
 }
 
-// `num_heads` <= TILE_HEADS heads of sequence `seq` from `head` on, a constant where it is called
-INLINE void attend(const DecodeCall *call, int64_t seq, int64_t kv_head, int64_t head, int num_heads) {
-  const int64_t head_dim = call->head_dim, stride = call->num_kv_heads * head_dim, row = call->rows[seq];
-  const int64_t end = call->context_lengths[seq], begin = call->window && call->window < end ? end - call->window : 0;
-  const int64_t *slots = call->slots + seq * call->max_context;
+// `num_heads` <= TILE_HEADS heads of the call's row `index` from `head` on, a constant where it is called
+INLINE void attend(const AttendCall *call, int64_t index, int64_t kv_head, int64_t head, int num_heads) {
+  const int64_t head_dim = call->head_dim, stride = call->num_kv_heads * head_dim, row = call->rows[index];
+  const int64_t end = call->context_lengths[index], begin = call->window && call->window < end ? end - call->window : 0;
+  const int64_t *slots = call->slots + index * call->slots_stride;
   const uint16_t *k = call->k + kv_head * head_dim, *v = call->v + kv_head * head_dim;
   Heads heads = {.q = call->q + row * call->q_stride + head * head_dim};
   for (int h = 0; h < num_heads; h++) heads.maximum[h] = -INFINITY;
@@ -152,30 +153,30 @@ INLINE void attend(const DecodeCall *call, int64_t seq, int64_t kv_head, int64_t
     for (int64_t e = 0; e < head_dim; e += LANES) {
       const __m512 low = _mm512_div_ps(_mm512_loadu_ps(heads.sums[h] + e), total);
       const __m512 high = _mm512_div_ps(_mm512_loadu_ps(heads.sums[h] + e + 16), total);
-      _mm512_mask_storeu_epi16(out + e, first(head_dim - e), (__m512i)_mm512_cvtne2ps_pbh(high, low));
+      _mm512_mask_storeu_epi16(out + e, first(head_dim - e), narrowed(low, high));
     }
   }
 }
 
-static void decode_tasks(void *data) {
+static void attend_tasks(void *data) {
   Call *call = data;
-  const DecodeCall *decode = call->decode;
-  const int64_t group = decode->num_heads / decode->num_kv_heads, num_tasks = decode->num_seqs * decode->num_kv_heads;
+  const AttendCall *all = call->attend;
+  const int64_t group = all->num_heads / all->num_kv_heads, num_tasks = all->num_rows * all->num_kv_heads;
   for (int64_t task; (task = atomic_fetch_add(&call->next, 1)) < num_tasks;) {
-    const int64_t seq = task / decode->num_kv_heads, kv_head = task % decode->num_kv_heads;
+    const int64_t index = task / all->num_kv_heads, kv_head = task % all->num_kv_heads;
     for (int64_t begin = 0; begin < group; begin += TILE_HEADS) {
       const int64_t head = kv_head * group + begin;
       switch (group - begin) {
-        case 1: attend(decode, seq, kv_head, head, 1); break;
-        case 2: attend(decode, seq, kv_head, head, 2); break;
-        case 3: attend(decode, seq, kv_head, head, 3); break;
-        default: attend(decode, seq, kv_head, head, TILE_HEADS);
+        case 1: attend(all, index, kv_head, head, 1); break;
+        case 2: attend(all, index, kv_head, head, 2); break;
+        case 3: attend(all, index, kv_head, head, 3); break;
+        default: attend(all, index, kv_head, head, TILE_HEADS);
       }
     }
   }
 }
 
-void chorale_attend_decodes(const DecodeCall *decode, const Threads *threads) {
-  Call call = {.decode = decode};
-  run_tasks(threads, decode_tasks, &call, &call.next);
+void chorale_attend(const AttendCall *all, const Threads *threads) {
+  Call call = {.attend = all};
+  run_tasks(threads, attend_tasks, &call, &call.next);
 }

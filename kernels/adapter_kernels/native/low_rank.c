@@ -56,7 +56,7 @@ static void expand_tasks(void *data) {
   }
 }
 
-// which layouts and calls this library has; `adapter_kernels.native_cpu` knows one
+// which layouts and calls this library has; `adapter_kernels.native_layouts` knows one
 int chorale_abi(void) { return CHORALE_ABI; }
 
 // 1: the processor has what all of this needs

@@ -1,4 +1,4 @@
-// What the two parts of the low-rank kernel share; `adapter_kernels/native_cpu.py` lays the same structures out.
+// What the two parts of the low-rank kernel share; `adapter_kernels/native_layouts.py` lays the same structures out.
 #ifndef CHORALE_LOW_RANK_H
 #define CHORALE_LOW_RANK_H
 

@@ -4,8 +4,6 @@
 #include "tasks.h"
 #include "vectors.h"
 
-// below this many values a second thread costs more than it saves
-#define MIN_THREADED 16384
 #define TASK_ROWS 4
 
 typedef struct {
@@ -16,9 +14,6 @@ typedef struct {
   void (*row)(const uint16_t *x, const uint16_t *weight, uint16_t *out, int64_t width, float eps);
   atomic_llong next;
 } Call;
-
-// both halves of 32 values, rounded to bf16
-INLINE __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
 
 INLINE __m512 silu(__m512 x) {
   const __m512 one = _mm512_set1_ps(1.0f), size = _mm512_abs_ps(x);
@@ -73,8 +68,7 @@ static void row_tasks(void *data) {
 }
 
 static void run_rows(Call *call, const Threads *threads) {
-  const Threads alone = {0, 1};
-  run_tasks(call->num_rows * call->width < MIN_THREADED ? &alone : threads, row_tasks, call, &call->next);
+  run_light_tasks(threads, call->num_rows * call->width, row_tasks, call, &call->next);
 }
 
 // x [num_rows, 2 * width], rows x_stride apart; out [num_rows, width] contiguous

@@ -10,12 +10,12 @@
 #include <stdint.h>
 
 // to be raised with every change of a layout or a call
-#define CHORALE_ABI 2
+#define CHORALE_ABI 3
 
 // libgomp's entry point: torch's own pool, which spins between torch's operators and ours alike
 typedef void (*Parallel)(void (*work)(void *), void *data, unsigned num_threads, unsigned flags);
 
-// as `adapter_kernels.native_cpu._Threads` lays it out; parallel NULL: the caller's thread alone
+// as `adapter_kernels.native_layouts.Threads` lays it out; parallel NULL: the caller's thread alone
 typedef struct {
   Parallel parallel;
   int64_t num_threads;
@@ -28,6 +28,15 @@ static inline void run_tasks(const Threads *threads, void (*work)(void *), void 
   } else {
     work(call);
   }
+}
+
+// of calls that touch each value once: below so many a second thread costs more than it saves
+#define MIN_THREADED 16384
+
+static inline void run_light_tasks(const Threads *threads, int64_t num_values, void (*work)(void *), void *call,
+                                   atomic_llong *next) {
+  const Threads alone = {0, 1};
+  run_tasks(num_values < MIN_THREADED ? &alone : threads, work, call, next);
 }
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }

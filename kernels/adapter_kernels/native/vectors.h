@@ -25,6 +25,9 @@ INLINE __m512 widened_low(__m512i values) { return widened(_mm512_castsi512_si25
 
 INLINE __m512 widened_high(__m512i values) { return widened(_mm512_extracti64x4_epi64(values, 1)); }
 
+// both halves of 32 values, rounded to bf16
+INLINE __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
+
 // the sums over the lanes of four vectors
 INLINE __m128 folded(__m512 a, __m512 b, __m512 c, __m512 d) {
   const __m512 sums[4] = {a, b, c, d};
