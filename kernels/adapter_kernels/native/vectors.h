@@ -5,6 +5,7 @@
 
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 #define LANES 32
 #define INLINE static inline __attribute__((always_inline))
@@ -24,6 +25,51 @@ INLINE __m512 widened(__m256i values) { return (__m512)_mm512_slli_epi32(_mm512_
 INLINE __m512 widened_low(__m512i values) { return widened(_mm512_castsi512_si256(values)); }
 
 INLINE __m512 widened_high(__m512i values) { return widened(_mm512_extracti64x4_epi64(values, 1)); }
+
+// two neighbouring values, sixteen times
+INLINE __m512i repeated_pair(const uint16_t *values) {
+  int32_t pair;
+  memcpy(&pair, values, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+
+// pairs of a's and b's values at the same place: those of the first 16 places, those of the last
+INLINE __m512i paired_low(__m512i a, __m512i b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_castsi512_si256(a));
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(b)), 16));
+}
+
+INLINE __m512i paired_high(__m512i a, __m512i b) {
+  const __m512i low = _mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(a, 1));
+  return _mm512_or_si512(low, _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(b, 1)), 16));
+}
+
+// 16 rows of 16 values of 32 bits each become columns
+INLINE void transpose(__m512i rows[16]) {
+  __m512i twos[16], fours[16], eights[16];
+  for (int i = 0; i < 16; i += 2) {
+    twos[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    twos[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; j++) {
+      fours[i + 2 * j] = _mm512_unpacklo_epi64(twos[i + j], twos[i + 2 + j]);
+      fours[i + 2 * j + 1] = _mm512_unpackhi_epi64(twos[i + j], twos[i + 2 + j]);
+    }
+  // fours[4 i + c]: in lane l the values at 4 l + c of rows 4 i to 4 i + 3
+  for (int c = 0; c < 4; c++) {
+    eights[c] = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0x88);
+    eights[4 + c] = _mm512_shuffle_i32x4(fours[c], fours[4 + c], 0xdd);
+    eights[8 + c] = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0x88);
+    eights[12 + c] = _mm512_shuffle_i32x4(fours[8 + c], fours[12 + c], 0xdd);
+  }
+  for (int c = 0; c < 4; c++) {
+    rows[c] = _mm512_shuffle_i32x4(eights[c], eights[8 + c], 0x88);
+    rows[8 + c] = _mm512_shuffle_i32x4(eights[c], eights[8 + c], 0xdd);
+    rows[4 + c] = _mm512_shuffle_i32x4(eights[4 + c], eights[12 + c], 0x88);
+    rows[12 + c] = _mm512_shuffle_i32x4(eights[4 + c], eights[12 + c], 0xdd);
+  }
+}
 
 // both halves of 32 values, rounded to bf16
 INLINE __m512i narrowed(__m512 low, __m512 high) { return (__m512i)_mm512_cvtne2ps_pbh(high, low); }
