@@ -65,8 +65,8 @@ typedef struct {
 
 INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
-// ask for the head's rows at positions from `begin` to `end`; into the second cache: there is not enough to do until the
-// first would have them, and it would wait
+// ask for the head's rows at positions from `begin` to `end`, into the second cache: there is not enough to do until
+// the first would have them, and it would wait
 INLINE void fetch(const uint16_t *cache, int64_t stride, const int64_t *slots, int64_t begin, int64_t end,
                   int64_t head_dim) {
   for (int64_t i = begin; i < end; i++)
