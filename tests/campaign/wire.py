@@ -55,12 +55,13 @@ class Wire:
         """Send one request; over a new connection when the server may just be closing the old one as idle."""
         if time.monotonic() - self._used_at > _MAX_IDLE_S:
             self.close()
-        if self._streams is None:
-            self._streams = await asyncio.open_connection(*self._address)
         head = f"{method} {path} HTTP/1.1\r\nHost: campaign\r\nContent-Type: {content_type}\r\n"
-        self._streams[1].write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
-        await self._streams[1].drain()
         self._due_at = asyncio.get_running_loop().time() + self._timeout_s
+        async with asyncio.timeout_at(self._due_at):
+            if self._streams is None:
+                self._streams = await asyncio.open_connection(*self._address)
+            self._streams[1].write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            await self._streams[1].drain()
 
     async def head(self) -> Answer:
         """Return the head of the next answer."""
