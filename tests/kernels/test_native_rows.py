@@ -15,7 +15,7 @@ from tests.kernels.compiled import kernels as kernels
 BF16 = torch.bfloat16
 BLOCK_SIZE = 4
 # query heads, KV heads, head dim
-HEADS = [(6, 2, 8), (14, 2, 64), (4, 4, 80), (9, 1, 33), (3, 1, 256)]
+HEADS = [(6, 2, 8), (14, 2, 64), (4, 4, 80), (9, 1, 33), (3, 1, 256), (70, 1, 16)]
 
 
 class Cache:
